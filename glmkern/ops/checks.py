@@ -1,0 +1,45 @@
+"""Argument checks and dtype rules that the ops share."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def check(condition: bool, message: Callable[[], str]) -> None:
+    """Raises ValueError with `message()`, a full sentence with the values, unless `condition`."""
+    if not condition:
+        raise ValueError(message())
+
+
+def check_floating(op: str, name: str, tensor: Tensor) -> None:
+    check(tensor.dtype in (*KERNEL_DTYPES, torch.float64), lambda: f"{op}: {name} must be float32, "
+          f"float16, bfloat16 or float64, not {_plain(tensor.dtype)}")
+
+
+def check_same(op: str, name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
+    """The two tensors have one dtype and one device."""
+    check_device(op, name, tensor, like_name, like)
+    check(tensor.dtype == like.dtype, lambda: f"{op}: {name} is {_plain(tensor.dtype)} but "
+          f"{like_name} is {_plain(like.dtype)}; convert one with .to()")
+
+
+def check_device(op: str, name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
+    check(tensor.device == like.device, lambda: f"{op}: {name} is on {tensor.device} but "
+          f"{like_name} is on {like.device}; move one with .to()")
+
+
+def supports_dtype(x: Tensor, *_) -> str | None:
+    """The `supports` predicate of kernels that take every shape in the kernel dtypes."""
+    return None if x.dtype in KERNEL_DTYPES else f"{_plain(x.dtype)} has no kernel"
+
+
+def accumulate_dtype(x: Tensor) -> torch.dtype:
+    """float32 for all kernel dtypes, float64 for float64."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _plain(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,127 @@
+"""Output layer and cross entropy in one op: logits only of labelled rows, a chunk at a time.
+
+    loss = sum_t token_weight[t] * (logsumexp_v z[t, v] - z[t, label[t]]),   z = hidden @ weight.T
+
+Its gradient, d hidden[t] = token_weight[t] * (softmax(z[t]) - onehot(label[t])) @ weight, is formed
+while a chunk's logits are at hand, so that they are computed once. The weight is frozen.
+"""
+
+import torch
+from torch import Tensor
+
+from glmkern.dispatch import define_op
+from glmkern.ops.checks import (
+    accumulate_dtype, check, check_device, check_floating, check_same, supports_dtype)
+from glmkern.ops.sequences import values_are_checked
+
+# Logits of one chunk: large enough for full GEMM speed, small beside the weight.
+CHUNK_ELEMENTS = 1 << 22
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, *,
+                         token_weight: Tensor | None = None,
+                         ignore_index: int = -100) -> Tensor:
+    """Weighted sum of the labelled rows' negative log-likelihoods.
+
+    Args:
+        hidden: [T, H], float32, float16, bfloat16 or float64.
+        weight: [V, H], hidden's dtype; frozen.
+        labels: int64 [T], already shifted: labels[t] is the class of row t. Rows with
+            ignore_index are left out. At least one row must be labelled, and every label must be
+            below V: ValueError on the CPU, a precondition on a GPU (checked under
+            GLMKERN_CHECK=1).
+        token_weight: float32 [T], the weight of each row's loss; None: 1 / labelled rows, the mean.
+        ignore_index: the label of rows without loss.
+
+    Returns:
+        The loss, a float32 scalar (float64 for float64). Differentiable in hidden.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or labels do not fit.
+    """
+    op = "linear_cross_entropy"
+    check_floating(op, "hidden", hidden)
+    check_same(op, "weight", weight, "hidden", hidden)
+    check(hidden.dim() == 2 and weight.dim() == 2 and hidden.shape[1] == weight.shape[1],
+          lambda: f"{op}: hidden must be [T, H] and weight [V, H], not {tuple(hidden.shape)} and "
+          f"{tuple(weight.shape)}")
+    check(labels.shape == hidden.shape[:1] and labels.dtype == torch.int64, lambda: f"{op}: labels "
+          f"must be int64 [{hidden.shape[0]}], not {labels.dtype} {list(labels.shape)}")
+    check_device(op, "labels", labels, "hidden", hidden)
+    if token_weight is not None:
+        check(token_weight.shape == labels.shape and token_weight.dtype == torch.float32,
+              lambda: f"{op}: token_weight must be float32 [{hidden.shape[0]}], not "
+              f"{token_weight.dtype} {list(token_weight.shape)}")
+        check_device(op, "token_weight", token_weight, "hidden", hidden)
+    hidden_grad = hidden.requires_grad and torch.is_grad_enabled()
+    return torch.ops.glmkern.linear_cross_entropy_fwd(
+        hidden.contiguous(), weight, labels, token_weight, ignore_index, hidden_grad)[0]
+
+
+def linear_cross_entropy_fwd_reference(hidden, weight, labels, token_weight, ignore_index,
+                                       hidden_grad) -> tuple[Tensor, Tensor]:
+    acc = accumulate_dtype(hidden)
+    labelled = (labels != ignore_index).nonzero().squeeze(1)  # [L]
+    _check_labels(labels[labelled], weight.shape[0], ignore_index)
+    if token_weight is None:
+        row_weight = torch.full((len(labelled),), 1 / max(len(labelled), 1), dtype=acc,
+                                device=hidden.device)
+    else:
+        row_weight = token_weight[labelled].to(acc)
+    loss = torch.zeros((), dtype=acc, device=hidden.device)
+    dhidden = hidden.new_zeros(hidden.shape if hidden_grad else 0, dtype=acc)
+    chunk = max(CHUNK_ELEMENTS // weight.shape[0], 1)
+    for rows, w in zip(labelled.split(chunk), row_weight.split(chunk)):
+        logits = (hidden[rows] @ weight.T).to(acc)  # [chunk, V]
+        logits.sub_(logits.amax(1, keepdim=True))
+        picked = labels[rows].unsqueeze(1)
+        label_logit = logits.gather(1, picked)
+        exponentials = logits.exp_()
+        total = exponentials.sum(1, keepdim=True)
+        loss += (w * (total.log() - label_logit).squeeze(1)).sum()
+        if hidden_grad:
+            softmax = exponentials.div_(total)
+            softmax.scatter_add_(1, picked, softmax.new_full(picked.shape, -1.0))
+            # The row's weight comes after the product: a small one would underflow in half.
+            dhidden[rows] = (softmax.to(weight.dtype) @ weight).to(acc) * w.unsqueeze(1)
+    return loss, dhidden
+
+
+def _check_labels(labels: Tensor, classes: int, ignore_index: int) -> None:
+    if not values_are_checked(labels):
+        return
+    check(len(labels) > 0, lambda: "linear_cross_entropy: no row carries a label (all are "
+          f"{ignore_index}), so there is no loss; leave such rows out")
+    low, high = int(labels.min()), int(labels.max())
+    check(0 <= low and high < classes, lambda: f"linear_cross_entropy: labels run from {low} to "
+          f"{high}, but the classes are 0 to {classes - 1}")
+
+
+def _fwd_fake(hidden, weight, labels, token_weight, ignore_index, hidden_grad):
+    acc = accumulate_dtype(hidden)
+    return hidden.new_empty((), dtype=acc), hidden.new_empty(hidden.shape if hidden_grad else 0,
+                                                             dtype=acc)
+
+
+# dhidden, the gradient of the loss, stays in float32 until it is multiplied by the incoming
+# gradient, so that a loss scale acts before the rounding to half; empty unless hidden_grad.
+define_op("linear_cross_entropy_fwd", "(Tensor hidden, Tensor weight, Tensor labels,"
+          " Tensor? token_weight, int ignore_index, bool hidden_grad)"
+          " -> (Tensor loss, Tensor dhidden)", module="linear_cross_entropy",
+          reference=linear_cross_entropy_fwd_reference, fake=_fwd_fake, supports=supports_dtype)
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.dtype = inputs[0].dtype
+    _, dhidden = output
+    ctx.mark_non_differentiable(dhidden)
+    ctx.save_for_backward(dhidden)
+
+
+def _backward(ctx, dloss, _ddhidden):
+    dhidden, = ctx.saved_tensors
+    return (dhidden * dloss).to(ctx.dtype), None, None, None, None, None
+
+
+torch.library.register_autograd("glmkern::linear_cross_entropy_fwd", _backward,
+                                setup_context=_setup_context)

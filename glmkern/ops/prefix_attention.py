@@ -1,0 +1,304 @@
+"""Causal attention of packed sequences over a shared prefix, with grouped heads.
+
+Every token sees the whole prefix and the tokens of its own sequence up to itself. The prefix is one
+more segment of keys and values, stored once: never concatenated, never expanded over the batch.
+With P = exp(scale * q k^T - lse) over both segments and D = rowsum(dO * O), either segment has
+
+    dS = P * (dO v^T - D),   dq += scale * dS k,   dk = scale * dS^T q,   dv = P^T dO
+
+summed over the query heads of a group, and for the prefix also over the batch.
+"""
+
+import torch
+from torch import Tensor
+
+from glmkern.dispatch import define_op
+from glmkern.ops.checks import (
+    accumulate_dtype, check, check_device, check_floating, check_same, supports_dtype)
+from glmkern.ops.philox import check_dropout, keep_mask
+from glmkern.ops.sequences import complete_sequences, spans
+
+
+def prefix_attention(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None = None,
+                     prefix_v: Tensor | None = None, *, cu_seqlens: Tensor | None = None,
+                     scale: float | None = None, prefix_dropout: float = 0.0,
+                     seed: Tensor | None = None, sequence_ids: Tensor | None = None,
+                     return_lse: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention over prefix and tokens, causal within each sequence.
+
+    Args:
+        q: [T, N, C], float32, float16, bfloat16 or float64.
+        k, v: [T, G, C], q's dtype; N is a multiple of G, query head n reads group n // (N / G).
+        prefix_k, prefix_v: [P, G, C] or None. May be float32 beside half q, k, v: rounded to q's
+            dtype on load; the gradient has the prefix's own dtype, accumulated in float32.
+        cu_seqlens: int32 [B+1], where the sequences end; None: one sequence.
+        scale: factor of q k^T; None: 1 / sqrt(C).
+        prefix_dropout: probability of dropping an element of the prefix, in [0, 1), each sequence
+            with its own mask; element ((kv * P + p) * G + g) * C + c, kv 0 for keys (philox.py).
+        seed: int64 [2] = (seed, offset) where prefix_dropout > 0.
+        sequence_ids: int64 [B], the sequences' names for dropout; None: 0 .. B-1.
+        return_lse: also return the log-sum-exp of the scaled scores, natural log.
+
+    Returns:
+        [T, N, C] in q's dtype (and lse [T, N], float32; float64 for float64). Differentiable in q,
+        k, v, prefix_k and prefix_v; lse is not differentiable.
+
+    Raises:
+        ValueError: shapes, dtypes, devices, dropout or sequences do not fit.
+    """
+    op = "prefix_attention"
+    _check_heads(op, q, k, v, prefix_k, prefix_v)
+    check(q.shape[0] == k.shape[0] and q.shape[0] > 0, lambda: f"{op}: q has {q.shape[0]} tokens "
+          f"and k {k.shape[0]}; both must have the same number, at least one")
+    check_dropout(op, prefix_dropout, seed)
+    cu_seqlens, sequence_ids = complete_sequences(op, q, cu_seqlens, sequence_ids)
+    if prefix_k is not None:
+        prefix_k, prefix_v = prefix_k.contiguous(), prefix_v.contiguous()
+    out, lse = torch.ops.glmkern.prefix_attention_fwd(
+        q.contiguous(), k.contiguous(), v.contiguous(), prefix_k, prefix_v, cu_seqlens,
+        sequence_ids, seed, _default_scale(q, scale), prefix_dropout)
+    return (out, lse) if return_lse else out
+
+
+def prefix_attention_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_lens: Tensor,
+                            prefix_k: Tensor | None = None, prefix_v: Tensor | None = None, *,
+                            q_lens: Tensor | None = None, scale: float | None = None) -> Tensor:
+    """Attention of new tokens over a cache that already holds their keys and values.
+
+    Bottom-right causal: the last query of a row sees its whole cache, the one before it all but the
+    last entry, and so on; every query sees the prefix.
+
+    Args:
+        q: [B, S, N, C]; k_cache, v_cache: [B, L, G, C], q's dtype.
+        cache_lens: int64 [B], valid entries of each row's cache, the new tokens included.
+        prefix_k, prefix_v: [P, G, C] or None, as in prefix_attention.
+        q_lens: int64 [B], valid queries of each row (the first ones); None: S. The output behind
+            them is zero.
+        scale: factor of q k^T; None: 1 / sqrt(C).
+
+    Returns:
+        [B, S, N, C] in q's dtype; not differentiable.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or (on the CPU, or under GLMKERN_CHECK=1) lengths do
+        not fit.
+    """
+    op = "prefix_attention_decode"
+    check(q.dim() == 4 and k_cache.dim() == 4 and q.shape[0] == k_cache.shape[0],
+          lambda: f"{op}: q must be [B, S, N, C] and k_cache [B, L, G, C], not {tuple(q.shape)} "
+          f"and {tuple(k_cache.shape)}")
+    _check_heads(op, q.flatten(0, 1), k_cache.flatten(0, 1), v_cache.flatten(0, 1), prefix_k,
+                 prefix_v)
+    if q_lens is None:
+        q_lens = torch.full_like(cache_lens, q.shape[1])
+    for name, lens in (("cache_lens", cache_lens), ("q_lens", q_lens)):
+        check_device(op, name, lens, "q", q)
+        check(lens.shape == q.shape[:1] and lens.dtype == torch.int64, lambda name=name, lens=lens:
+              f"{op}: {name} must be int64 [{q.shape[0]}], one a row, not {lens.dtype} "
+              f"{list(lens.shape)}")
+    return torch.ops.glmkern.prefix_attention_decode_fwd(
+        q.contiguous(), k_cache, v_cache, cache_lens, prefix_k, prefix_v, q_lens,
+        _default_scale(q, scale))
+
+
+def _default_scale(q: Tensor, scale: float | None) -> float:
+    return q.shape[-1] ** -0.5 if scale is None else scale
+
+
+def _check_heads(op: str, q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None,
+                 prefix_v: Tensor | None) -> None:
+    check_floating(op, "q", q)
+    check_same(op, "k", k, "q", q)
+    check_same(op, "v", v, "q", q)
+    check(q.dim() == 3 and k.dim() == 3 and k.shape == v.shape and k.shape[2] == q.shape[2],
+          lambda: f"{op}: q must be [T, N, C] and k, v [T, G, C], not {tuple(q.shape)}, "
+          f"{tuple(k.shape)} and {tuple(v.shape)}")
+    check(k.shape[1] > 0 and q.shape[1] % k.shape[1] == 0, lambda: f"{op}: the number of query "
+          f"heads, {q.shape[1]}, must be a multiple of the number of groups, {k.shape[1]}")
+    check((prefix_k is None) == (prefix_v is None),
+          lambda: f"{op}: give both prefix_k and prefix_v, or neither")
+    if prefix_k is None:
+        return
+    check(prefix_k.dim() == 3 and prefix_k.shape == prefix_v.shape
+          and prefix_k.shape[1:] == k.shape[1:], lambda: f"{op}: prefix_k and prefix_v must be "
+          f"[P, {k.shape[1]}, {k.shape[2]}], not {tuple(prefix_k.shape)} and "
+          f"{tuple(prefix_v.shape)}")
+    check_same(op, "prefix_v", prefix_v, "prefix_k", prefix_k)
+    check_device(op, "prefix_k", prefix_k, "q", q)
+    check(prefix_k.dtype in (q.dtype, torch.float32), lambda: f"{op}: the prefix must be float32 "
+          f"or q's {q.dtype}, not {prefix_k.dtype}")
+
+
+def _by_group(x: Tensor, groups: int) -> Tensor:
+    """[S, heads, C] -> [G, S * heads / G, C], rows ordered by token, then by head of the group."""
+    tokens, _, channels = x.shape
+    return x.reshape(tokens, groups, -1, channels).transpose(0, 1).reshape(groups, -1, channels)
+
+
+def _by_token(x: Tensor, tokens: int) -> Tensor:
+    """The inverse of _by_group: [G, S * heads / G, C] -> [S, heads, C]."""
+    groups, _, channels = x.shape
+    return x.view(groups, tokens, -1, channels).transpose(0, 1).reshape(tokens, -1, channels)
+
+
+def _causal(tokens: int, heads: int, device: torch.device) -> Tensor:
+    """bool [S * heads, S]: True where the token of a query row is before the key's."""
+    rows = torch.arange(tokens, device=device).repeat_interleave(heads)
+    return rows.unsqueeze(1) < torch.arange(tokens, device=device)
+
+
+class _Prefix:
+    """The prefix as one sequence sees it: rounded to q's dtype, masked and scaled by dropout."""
+
+    def __init__(self, q, prefix_k, prefix_v, seed, p):
+        acc = accumulate_dtype(q)
+        self.keys, self.values = (  # [G, P, C]
+            x.to(q.dtype).to(acc).transpose(0, 1) for x in (prefix_k, prefix_v))
+        self.seed, self.p, self.shape, self.dtype = seed, p, prefix_k.shape, q.dtype
+
+    def of(self, sequence_id: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """keys, values [G, P, C] and the factor [2, G, P, C] they were multiplied by, if any."""
+        if self.p == 0:
+            return self.keys, self.values, None
+        prefix, groups, channels = self.shape
+        keep = keep_mask(self.seed, sequence_id, 2 * prefix * groups * channels, self.p)
+        factor = keep.view(2, prefix, groups, channels).transpose(1, 2).to(self.keys) / (1 - self.p)
+        return tuple((x * f).to(self.dtype).to(x.dtype)
+                     for x, f in zip((self.keys, self.values), factor)) + (factor,)
+
+
+def prefix_attention_fwd_reference(q, k, v, prefix_k, prefix_v, cu_seqlens, sequence_ids, seed,
+                                   scale, p) -> tuple[Tensor, Tensor]:
+    groups, heads, acc = k.shape[1], q.shape[1] // k.shape[1], accumulate_dtype(q)
+    out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=acc)
+    prefix = None if prefix_k is None else _Prefix(q, prefix_k, prefix_v, seed, p)
+    for b, (start, end) in enumerate(spans("prefix_attention", cu_seqlens, len(q))):
+        qs, ks, vs = (_by_group(x[start:end].to(acc), groups) for x in (q, k, v))
+        scores = (qs * scale) @ ks.mT  # [G, S * heads, S]
+        scores.masked_fill_(_causal(end - start, heads, q.device), float("-inf"))
+        if prefix is not None:
+            pk, pv, _ = prefix.of(sequence_ids[b:b + 1])
+            scores = torch.cat([(qs * scale) @ pk.mT, scores], -1)  # [G, S * heads, P + S]
+        row_lse = torch.logsumexp(scores, -1, keepdim=True)
+        weights = scores.sub_(row_lse).exp_()
+        result = weights[..., weights.shape[-1] - (end - start):] @ vs
+        if prefix is not None:
+            result += weights[..., :pv.shape[1]] @ pv
+        out[start:end] = _by_token(result, end - start)
+        lse[start:end] = _by_token(row_lse, end - start).squeeze(-1)
+    return out, lse
+
+
+def prefix_attention_bwd_reference(dout, q, k, v, prefix_k, prefix_v, out, lse, cu_seqlens,
+                                   sequence_ids, seed, scale, p, token_grad,
+                                   prefix_grad) -> tuple[Tensor, ...]:
+    groups, heads, acc = k.shape[1], q.shape[1] // k.shape[1], accumulate_dtype(q)
+    dq, dk, dv = (x.new_empty(x.shape if token_grad else 0) for x in (q, k, v))
+    prefix = None if prefix_k is None else _Prefix(q, prefix_k, prefix_v, seed, p)
+    prefix_grad = prefix_grad and prefix is not None
+    dprefix = [torch.zeros_like(x) for x in (prefix.keys, prefix.values)] if prefix_grad else []
+    for b, (start, end) in enumerate(spans("prefix_attention", cu_seqlens, len(q))):
+        tokens = slice(start, end)
+        qs, ks, vs, os, dos = (_by_group(x[tokens].to(acc), groups) for x in (q, k, v, out, dout))
+        row_lse = _by_group(lse[tokens].unsqueeze(-1), groups)
+        row_d = (os * dos).sum(-1, keepdim=True)
+        dqs = torch.zeros_like(qs)
+        if prefix is not None:
+            pk, pv, factor = prefix.of(sequence_ids[b:b + 1])
+            weights = ((qs * scale) @ pk.mT).sub_(row_lse).exp_()  # [G, S * heads, P]
+            dscores = weights * (dos @ pv.mT - row_d)
+            dqs += dscores @ pk * scale
+            if prefix_grad:
+                grads = (dscores.mT @ qs * scale, weights.mT @ dos)
+                for i in range(2):
+                    dprefix[i] += grads[i] if factor is None else grads[i] * factor[i]
+        if token_grad:
+            scores = (qs * scale) @ ks.mT
+            scores.masked_fill_(_causal(end - start, heads, q.device), float("-inf"))
+            weights = scores.sub_(row_lse).exp_()  # [G, S * heads, S]
+            dscores = weights * (dos @ vs.mT - row_d)
+            dq[tokens] = _by_token(dqs + dscores @ ks * scale, end - start)
+            dk[tokens] = (dscores.mT @ qs * scale).transpose(0, 1)
+            dv[tokens] = (weights.mT @ dos).transpose(0, 1)
+    if prefix_grad:
+        dprefix = [x.transpose(0, 1).to(prefix_k.dtype).contiguous() for x in dprefix]
+    else:
+        dprefix = [q.new_empty(0), q.new_empty(0)]
+    return dq, dk, dv, *dprefix
+
+
+def prefix_attention_decode_reference(q, k_cache, v_cache, cache_lens, prefix_k, prefix_v, q_lens,
+                                      scale) -> Tensor:
+    op = "prefix_attention_decode"
+    groups, heads, acc = k_cache.shape[2], q.shape[2] // k_cache.shape[2], accumulate_dtype(q)
+    out = torch.zeros_like(q)
+    prefix = None if prefix_k is None else _Prefix(q, prefix_k, prefix_v, None, 0.0)
+    for b, (new, length) in enumerate(zip(q_lens.tolist(), cache_lens.tolist())):
+        check(0 < new <= min(length, q.shape[1]) and length <= k_cache.shape[1],
+              lambda b=b, new=new, length=length: f"{op}: row {b} has {new} of {q.shape[1]} queries "
+              f"and {length} of {k_cache.shape[1]} cache entries; 1 <= queries <= entries must hold")
+        qs = _by_group(q[b, :new].to(acc), groups) * scale
+        ks, vs = (x[b, :length].to(acc).transpose(0, 1) for x in (k_cache, v_cache))
+        hidden = torch.nn.functional.pad(_causal(new, heads, q.device), (length - new, 0))
+        scores = (qs @ ks.mT).masked_fill_(hidden, float("-inf"))
+        if prefix is not None:
+            scores = torch.cat([qs @ prefix.keys.mT, scores], -1)
+            vs = torch.cat([prefix.values, vs], 1)
+        out[b, :new] = _by_token(scores.softmax(-1) @ vs, new).to(q.dtype)
+    return out
+
+
+def _fwd_fake(q, k, v, prefix_k, prefix_v, cu_seqlens, sequence_ids, seed, scale, p):
+    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=accumulate_dtype(q))
+
+
+def _bwd_fake(dout, q, k, v, prefix_k, prefix_v, out, lse, cu_seqlens, sequence_ids, seed, scale, p,
+              token_grad, prefix_grad):
+    tokens = [x.new_empty(x.shape if token_grad else 0) for x in (q, k, v)]
+    if prefix_grad and prefix_k is not None:
+        return *tokens, prefix_k.new_empty(prefix_k.shape), prefix_v.new_empty(prefix_v.shape)
+    return *tokens, q.new_empty(0), q.new_empty(0)
+
+
+def _decode_fake(q, k_cache, v_cache, cache_lens, prefix_k, prefix_v, q_lens, scale):
+    return q.new_empty(q.shape)
+
+
+# q, k, v (and dout) may be slices of one wider row: heads and channels are contiguous, tokens may
+# be further apart.
+define_op("prefix_attention_fwd", "(Tensor q, Tensor k, Tensor v, Tensor? prefix_k,"
+          " Tensor? prefix_v, Tensor cu_seqlens, Tensor sequence_ids, Tensor? seed, float scale,"
+          " float p) -> (Tensor out, Tensor lse)", module="prefix_attention",
+          reference=prefix_attention_fwd_reference, fake=_fwd_fake, supports=supports_dtype)
+# The token gradients are empty unless token_grad (the first layer needs none), the prefix's
+# unless prefix_grad.
+define_op("prefix_attention_bwd", "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor? prefix_k,"
+          " Tensor? prefix_v, Tensor out, Tensor lse, Tensor cu_seqlens, Tensor sequence_ids,"
+          " Tensor? seed, float scale, float p, bool token_grad, bool prefix_grad)"
+          " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dprefix_k, Tensor dprefix_v)",
+          module="prefix_attention", reference=prefix_attention_bwd_reference, fake=_bwd_fake,
+          supports=supports_dtype)
+define_op("prefix_attention_decode_fwd", "(Tensor q, Tensor k_cache, Tensor v_cache,"
+          " Tensor cache_lens, Tensor? prefix_k, Tensor? prefix_v, Tensor q_lens, float scale)"
+          " -> Tensor", module="prefix_attention", reference=prefix_attention_decode_reference,
+          fake=_decode_fake, supports=supports_dtype)
+
+
+def _setup_context(ctx, inputs, output):
+    q, k, v, prefix_k, prefix_v, cu_seqlens, sequence_ids, seed, ctx.scale, ctx.p = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(q, k, v, prefix_k, prefix_v, out, lse, cu_seqlens, sequence_ids, seed)
+
+
+def _backward(ctx, dout, _dlse):
+    token_grad, prefix_grad = any(ctx.needs_input_grad[:3]), any(ctx.needs_input_grad[3:5])
+    grads = torch.ops.glmkern.prefix_attention_bwd(
+        dout.contiguous(), *ctx.saved_tensors, ctx.scale, ctx.p, token_grad, prefix_grad)
+    tokens = grads[:3] if token_grad else (None,) * 3
+    prefix = grads[3:] if prefix_grad else (None,) * 2
+    return *tokens, *prefix, None, None, None, None, None
+
+
+torch.library.register_autograd("glmkern::prefix_attention_fwd", _backward,
+                                setup_context=_setup_context)

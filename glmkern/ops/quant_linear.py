@@ -1,0 +1,170 @@
+"""Linear layers over weights of 4 or 8 bits, in ChatGLM2's per-row symmetric format.
+
+    scale[n] = max_k |w[n, k]| / (2^(bits-1) - 1),   code = round(w / scale),   weight := code * scale
+
+Four bits: byte j of a row holds column 2j in its high and 2j + 1 in its low nibble, both two's
+complement. The weight is frozen: a linear is differentiable in x alone, dx = dy @ weight.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from glmkern.dispatch import define_op
+from glmkern.ops.checks import (
+    check, check_device, check_floating, check_same, supports_dtype)
+
+
+class QuantizedWeight(NamedTuple):
+    """A weight [N, K] of codes and one scale a row.
+
+    packed: int8 [N, K] for 8 bits, [N, K / 2] for 4; scale: [N], floating; bits: 4 or 8.
+    """
+
+    packed: Tensor
+    scale: Tensor
+    bits: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K), the shape of the weight that the codes stand for."""
+        rows, columns = self.packed.shape
+        return rows, columns * 2 if self.bits == 4 else columns
+
+
+def quantize(weight: Tensor, bits: int = 4) -> QuantizedWeight:
+    """The official codes and scales, computed in the weight's own dtype, rounding half to even.
+
+    Args:
+        weight: [N, K], floating, finite; K even for 4 bits.
+        bits: 4 or 8.
+
+    Returns:
+        QuantizedWeight, the scale in the weight's dtype. An all-zero row has codes and scale 0.
+
+    Raises:
+        ValueError: bits, shape, dtype, or a value that is not finite.
+    """
+    check(bits in (4, 8), lambda: f"quantize: bits must be 4 or 8, not {bits}")
+    check(weight.dim() == 2, lambda: f"quantize: weight must be [N, K], not {tuple(weight.shape)}")
+    check_floating("quantize", "weight", weight)
+    check(bits == 8 or weight.shape[1] % 2 == 0, lambda: "quantize: 4 bits pack two columns in a "
+          f"byte, so K must be even, not {weight.shape[1]}")
+    largest = weight.abs().amax(1)
+    check(bool(torch.isfinite(largest).all()), lambda: "quantize: row "
+          f"{int(torch.isfinite(largest).logical_not().nonzero()[0])} of the weight holds NaN or "
+          "infinity")
+    scale = largest / (2 ** (bits - 1) - 1)
+    # A zero scale would divide 0 by 0; any other divisor gives the code 0 that belongs there.
+    divisor = torch.where(scale == 0, torch.ones_like(scale), scale)
+    codes = torch.round(weight / divisor.unsqueeze(1)).to(torch.int8)
+    return QuantizedWeight(codes if bits == 8 else _pack(codes), scale, bits)
+
+
+def dequantize(qweight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
+    """code * scale, [N, K] in `dtype`, rounded once.
+
+    Raises:
+        ValueError: packed or scale is malformed.
+    """
+    _check_qweight("dequantize", qweight)
+    packed, scale, bits = qweight
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    return (_codes(packed, bits).to(wide) * scale.to(wide).unsqueeze(1)).to(dtype)
+
+
+def quant_linear(x: Tensor, qweight: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
+    """x @ weight.T + bias over a quantised weight.
+
+    Args:
+        x: [..., K], float32, float16, bfloat16 or float64.
+        qweight: weight [N, K]; the scale may have another floating dtype than x.
+        bias: [N] in x's dtype, or None.
+
+    Returns:
+        [..., N] in x's dtype. Differentiable in x and bias; the weight is frozen.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit.
+    """
+    op = "quant_linear"
+    check_floating(op, "x", x)
+    _check_qweight(op, qweight)
+    check_device(op, "the packed weight", qweight.packed, "x", x)
+    rows, columns = qweight.shape
+    check(x.dim() >= 1 and x.shape[-1] == columns, lambda: f"{op}: x's last dimension must be the "
+          f"weight's K = {columns}, but x is {tuple(x.shape)}")
+    if bias is not None:
+        check_same(op, "bias", bias, "x", x)
+        check(bias.shape == (rows,), lambda: f"{op}: bias must have shape [{rows}], not "
+              f"{list(bias.shape)}")
+    return torch.ops.glmkern.quant_linear_fwd(
+        x.contiguous(), qweight.packed, qweight.scale, qweight.bits, bias)
+
+
+def _check_qweight(op: str, qweight: QuantizedWeight) -> None:
+    packed, scale, bits = qweight
+    check(bits in (4, 8), lambda: f"{op}: bits must be 4 or 8, not {bits}")
+    check(packed.dtype == torch.int8 and packed.dim() == 2, lambda: f"{op}: packed must be int8 "
+          f"[N, bytes of a row], not {packed.dtype} {list(packed.shape)}")
+    check_floating(op, "scale", scale)
+    check(scale.dim() != 2, lambda: f"{op}: grouped scales {list(scale.shape)} are not supported, "
+          f"only one scale a row, [{packed.shape[0]}]")
+    check(scale.shape == packed.shape[:1], lambda: f"{op}: scale must have shape "
+          f"[{packed.shape[0]}], one a row, not {list(scale.shape)}")
+    check_device(op, "scale", scale, "packed", packed)
+
+
+def _pack(codes: Tensor) -> Tensor:
+    return (codes[:, ::2] << 4) | (codes[:, 1::2] & 0xF)
+
+
+def _codes(packed: Tensor, bits: int) -> Tensor:
+    """int8 [N, K]; the shifts are arithmetic, so they extend the nibbles' signs."""
+    if bits == 8:
+        return packed
+    return torch.stack([packed >> 4, (packed << 4) >> 4], -1).flatten(1)
+
+
+def quant_linear_fwd_reference(x, packed, scale, bits, bias) -> Tensor:
+    return F.linear(x, dequantize(QuantizedWeight(packed, scale, bits), x.dtype), bias)
+
+
+def quant_linear_bwd_reference(dy, packed, scale, bits) -> Tensor:
+    return dy @ dequantize(QuantizedWeight(packed, scale, bits), dy.dtype)
+
+
+def _fwd_fake(x, packed, scale, bits, bias):
+    return x.new_empty(*x.shape[:-1], packed.shape[0])
+
+
+def _bwd_fake(dy, packed, scale, bits):
+    return dy.new_empty(*dy.shape[:-1], packed.shape[1] * (2 if bits == 4 else 1))
+
+
+define_op("quant_linear_fwd", "(Tensor x, Tensor packed, Tensor scale, int bits, Tensor? bias)"
+          " -> Tensor", module="quant_linear", reference=quant_linear_fwd_reference,
+          fake=_fwd_fake, supports=supports_dtype)
+define_op("quant_linear_bwd", "(Tensor dy, Tensor packed, Tensor scale, int bits) -> Tensor",
+          module="quant_linear", reference=quant_linear_bwd_reference, fake=_bwd_fake,
+          supports=supports_dtype)
+
+
+def _setup_context(ctx, inputs, output):
+    _, packed, scale, ctx.bits, _ = inputs
+    ctx.save_for_backward(packed, scale)
+
+
+def _backward(ctx, dy):
+    dx = dbias = None
+    if ctx.needs_input_grad[0]:
+        dx = torch.ops.glmkern.quant_linear_bwd(dy.contiguous(), *ctx.saved_tensors, ctx.bits)
+    if ctx.needs_input_grad[4]:
+        dbias = dy.flatten(0, -2).sum(0)
+    return dx, None, None, None, dbias
+
+
+torch.library.register_autograd("glmkern::quant_linear_fwd", _backward,
+                                setup_context=_setup_context)

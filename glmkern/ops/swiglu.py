@@ -1,0 +1,73 @@
+"""SwiGLU (Shazeer, 2020): silu(first half) * second half of the last dimension.
+
+With s = sigmoid(gate): d gate = dy * up * s * (1 + gate * (1 - s)), d up = dy * gate * s.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from glmkern.dispatch import define_op
+from glmkern.ops.checks import accumulate_dtype, check, check_floating, supports_dtype
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """silu(x[..., :F]) * x[..., F:].
+
+    Args:
+        x: [..., 2F], float32, float16, bfloat16 or float64.
+
+    Returns:
+        [..., F] in x's dtype, computed in float32 (float64 for float64) and rounded once.
+        Differentiable in x.
+
+    Raises:
+        ValueError: x has no last dimension of even size, or another dtype.
+    """
+    check_floating("swiglu", "x", x)
+    check(x.dim() >= 1 and x.shape[-1] % 2 == 0, lambda: "swiglu: x's last dimension must hold "
+          f"gate and up, two halves of one size, not {tuple(x.shape)}")
+    return torch.ops.glmkern.swiglu_fwd(x.contiguous())
+
+
+def swiglu_fwd_reference(x: Tensor) -> Tensor:
+    gate, up = x.to(accumulate_dtype(x)).chunk(2, -1)
+    return (F.silu(gate) * up).to(x.dtype)
+
+
+def swiglu_bwd_reference(dy: Tensor, x: Tensor) -> Tensor:
+    acc = accumulate_dtype(x)
+    gate, up = x.to(acc).chunk(2, -1)
+    g = dy.to(acc)
+    dx = torch.empty_like(x)
+    dgate, dup = dx.chunk(2, -1)
+    sigmoid = torch.sigmoid(gate)
+    dup.copy_(g * gate * sigmoid)
+    # 1 - sigmoid would cancel where the gate is large.
+    dgate.copy_(g * up * sigmoid * (1 + gate * torch.sigmoid(-gate)))
+    return dx
+
+
+def _fwd_fake(x):
+    return x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
+
+
+def _bwd_fake(dy, x):
+    return torch.empty_like(x)
+
+
+define_op("swiglu_fwd", "(Tensor x) -> Tensor", module="swiglu", reference=swiglu_fwd_reference,
+          fake=_fwd_fake, supports=supports_dtype)
+define_op("swiglu_bwd", "(Tensor dy, Tensor x) -> Tensor", module="swiglu",
+          reference=swiglu_bwd_reference, fake=_bwd_fake, supports=supports_dtype)
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx, dy):
+    return torch.ops.glmkern.swiglu_bwd(dy.contiguous(), *ctx.saved_tensors)
+
+
+torch.library.register_autograd("glmkern::swiglu_fwd", _backward, setup_context=_setup_context)
