@@ -1,0 +1,25 @@
+"""Reading and writing what the official code reads and writes, without running any of it."""
+
+import importlib
+
+_HOME = {
+    "check_prefix": "prefix",
+    "describe_prefix": "prefix",
+    "expected_shapes": "shapes",
+    "from_glm_state": "native_glm",
+    "read_base": "base",
+    "read_prefix": "prefix",
+    "resolve_folder": "folder",
+    "to_glm_state": "native_glm",
+    "write_base": "export",
+    "write_prefix": "prefix",
+}
+
+__all__ = list(_HOME)
+
+
+def __getattr__(name: str):
+    # Lazy, so that resolving a folder or writing a text file costs no import of torch.
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)

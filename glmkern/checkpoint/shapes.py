@@ -1,0 +1,47 @@
+"""The official names of the base model's weights and the shape of each."""
+
+from ..model.config import ChatGLMConfig
+
+EMBEDDING = "transformer.embedding.word_embeddings.weight"
+FINAL_NORM = "transformer.encoder.final_layernorm.weight"
+OUTPUT_LAYER = "transformer.output_layer.weight"
+# Its values are never read: the official code takes only its dtype and device.
+INV_FREQ = "transformer.rotary_pos_emb.inv_freq"
+
+
+def layer_prefix(layer: int) -> str:
+    return f"transformer.encoder.layers.{layer}."
+
+
+def expected_shapes(config: ChatGLMConfig) -> dict[str, tuple[int, ...]]:
+    """Every official key of the base, in the model's order, with its shape; no inv_freq."""
+    hidden, ffn, vocab = config.hidden_size, config.ffn_hidden_size, config.padded_vocab_size
+    shapes = {EMBEDDING: (vocab, hidden)}
+    for layer in range(config.num_layers):
+        block = {
+            "input_layernorm": (hidden,),
+            "self_attention.query_key_value": (config.qkv_size, hidden),
+            "self_attention.dense": (hidden, config.query_size),
+            "post_attention_layernorm": (hidden,),
+            "mlp.dense_h_to_4h": (2 * ffn, hidden),
+            "mlp.dense_4h_to_h": (hidden, ffn),
+        }
+        for module, shape in block.items():
+            name = layer_prefix(layer) + module
+            shapes[f"{name}.weight"] = shape
+            if _has_bias(config, module):
+                shapes[f"{name}.bias"] = shape[:1]
+    if config.post_layer_norm:
+        shapes[FINAL_NORM] = (hidden,)
+        if not config.rmsnorm:
+            shapes[FINAL_NORM.replace("weight", "bias")] = (hidden,)
+    shapes[OUTPUT_LAYER] = (vocab, hidden)
+    return shapes
+
+
+def _has_bias(config: ChatGLMConfig, module: str) -> bool:
+    if module.endswith("layernorm"):
+        return not config.rmsnorm
+    if module.endswith("query_key_value") and config.add_qkv_bias:
+        return True
+    return config.add_bias_linear

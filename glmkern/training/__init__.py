@@ -1,0 +1,1 @@
+"""Examples, rows, arguments and the loop that tunes a prefix."""
