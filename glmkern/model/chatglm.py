@@ -1,0 +1,242 @@
+"""ChatGLM2 with a frozen base and a trained prefix, over packed tokens."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from glmkern import ops
+from glmkern.model.config import ChatGLMConfig
+from glmkern.model.layer import RECOMPUTE, Layer, Pass
+from glmkern.model.modules import FrozenNorm, frozen
+from glmkern.model.packing import IGNORE_INDEX, PackedBatch, unpad
+from glmkern.model.prefix import PrefixEncoder
+from glmkern.model.rotary import rotary_table
+
+PREFIX_DROPOUT = 0.1
+
+
+class ModelOutput(NamedTuple):
+    """loss: a scalar, or None without labels; logits: [B, S, V], zero where there was padding."""
+
+    loss: Tensor | None
+    logits: Tensor
+
+
+class ChatGLM(nn.Module):
+    """The model. Its state_dict has the official names, `transformer.…`.
+
+    Attributes:
+        config: ChatGLMConfig.
+        transformer: the weights; all of them frozen but `transformer.prefix_encoder`.
+        prefix_dropout: probability of dropping an element of the prefix in training mode.
+        recompute: "none", "mlp" or "layer": what the backward pass computes again to save memory.
+    """
+
+    def __init__(self, config: ChatGLMConfig, *, pre_seq_len: int | None = None,
+                 prefix_projection: bool = False, rope_precision: str = "float32"):
+        """Builds the modules without weights; from_pretrained and load_base fill them."""
+        super().__init__()
+        self.config = config
+        self.rope_precision = rope_precision
+        self.prefix_dropout = PREFIX_DROPOUT
+        self.recompute = "none"
+        self.transformer = _Transformer(config)
+        if pre_seq_len is not None:
+            self.transformer.prefix_encoder = PrefixEncoder(config, pre_seq_len, prefix_projection)
+        self.register_buffer("cos_sin", None, persistent=False)
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, device: torch.device | str | None = None,
+                        dtype: torch.dtype | None = None, quantization_bit: int | None = None,
+                        pre_seq_len: int | None = None, prefix_projection: bool = False,
+                        prefix_checkpoint: str | Path | None = None,
+                        rope_precision: str = "float32") -> "ChatGLM":
+        """Reads a model in the official folder layout, tensor by tensor.
+
+        Args:
+            path: a local folder, or a name such as THUDM/chatglm2-6b that is in a local cache.
+            device: where to put it; None: the GPU if torch sees one, else the CPU.
+            dtype: of weights and activations; None: float32 on the CPU, else config.torch_dtype.
+            quantization_bit: None or 0; bases of 4 and 8 bits are not read yet.
+            pre_seq_len: prefix tokens, P; None: config.pre_seq_len, or no prefix.
+            prefix_projection: the prefix goes through a two-layer MLP.
+            prefix_checkpoint: a trained prefix, file or folder.
+            rope_precision: "float32", or "model" for ChatGLM2's rounding (see rotary.py).
+
+        Raises:
+            InputError: the folder or the prefix is missing, broken or does not fit.
+            ValueError: the configuration or an argument is not supported.
+        """
+        from glmkern.checkpoint import check_prefix, read_base, read_prefix, resolve_folder
+        if quantization_bit:
+            raise ValueError(f"quantization_bit {quantization_bit} is not supported yet; leave it "
+                             "out to load the base as it is stored")
+        folder = resolve_folder(path)
+        config = ChatGLMConfig.from_pretrained(folder)
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        dtype = dtype or (torch.float32 if device.type == "cpu" else config.dtype)
+        config.check_dtype(dtype)
+        if pre_seq_len is None:
+            pre_seq_len = config.pre_seq_len
+            prefix_projection = prefix_projection or config.prefix_projection
+        prefix_state = None
+        if prefix_checkpoint is not None:
+            prefix_state = read_prefix(prefix_checkpoint)
+            pre_seq_len = pre_seq_len or len(prefix_state["embedding.weight"])
+            check_prefix(prefix_state, config, pre_seq_len, prefix_projection, prefix_checkpoint)
+        model = cls(config, pre_seq_len=pre_seq_len, prefix_projection=prefix_projection,
+                    rope_precision=rope_precision)
+        model.load_base(read_base(folder, config), dtype, device)
+        if prefix_state is not None:
+            model.prefix_encoder.load_state_dict(prefix_state)
+        return model
+
+    def load_base(self, tensors, dtype: torch.dtype, device: torch.device | str) -> None:
+        """Fills the frozen weights from (official name, tensor) pairs, converted one at a time."""
+        for name, tensor in tensors:
+            module, _, leaf = name.rpartition(".")
+            # A copy even of the same dtype: a tensor mapped from a file dies with the file.
+            weight = tensor.to(device=device, dtype=dtype, copy=True).contiguous()
+            setattr(self.get_submodule(module), leaf, frozen(weight))
+        if self.prefix_encoder is not None:
+            self.prefix_encoder.to(device)
+        self.cos_sin = rotary_table(self.config, dtype, self.rope_precision, device)
+
+    @property
+    def prefix_encoder(self) -> PrefixEncoder | None:
+        """The trained part, or None for the plain base."""
+        return self.transformer.prefix_encoder
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of weights and activations."""
+        return self.transformer.output_layer.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.transformer.output_layer.weight.device
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None,
+                position_ids: Tensor | None = None, labels: Tensor | None = None) -> ModelOutput:
+        """The official call on a padded batch; `loss` below is the lean one for training.
+
+        Args:
+            input_ids: int64 [B, S].
+            attention_mask: [B, S], zero at padding, left or right; None: no padding.
+            position_ids: int64 [B, S]; None: 0 .. S-1 in every row.
+            labels: int64 [B, S], not shifted, -100 for none; a label whose predecessor is padding
+                has no context and is ignored.
+
+        Returns:
+            ModelOutput: the mean loss over labelled tokens, and logits [B, S, V].
+
+        Raises:
+            ValueError: shapes, ids, positions or labels are out of range.
+        """
+        batch, places = unpad(*(None if x is None else x.to(self.device) for x in
+                                (input_ids, attention_mask, position_ids, labels)))
+        hidden = self._hidden(batch)
+        weight = self.transformer.output_layer.weight
+        loss = None if labels is None else ops.linear_cross_entropy(hidden, weight, batch.labels)
+        logits = F.linear(hidden, weight)
+        padded = logits.new_zeros(input_ids.numel(), len(weight)).index_copy(0, places, logits)
+        return ModelOutput(loss, padded.view(*input_ids.shape, -1))
+
+    def loss(self, batch: PackedBatch, dropout_offset: int = 0, seed: int = 0) -> Tensor:
+        """The weighted loss of a packed batch; logits exist only for labelled tokens, in chunks.
+
+        Args:
+            batch: at least one token labelled.
+            dropout_offset: step * num_layers; with the batch's sequence_ids and `seed` it fixes
+                every dropout mask, however the sequences are packed.
+            seed: the run's dropout seed.
+
+        Returns:
+            float32 scalar (float64 for a float64 model), differentiable in the prefix encoder's
+            parameters. Dropout acts in training mode only.
+
+        Raises:
+            ValueError: ids, positions or labels are out of range, or nothing is labelled.
+        """
+        batch = batch.to(self.device)
+        hidden = self._hidden(batch, dropout_offset, seed)
+        return ops.linear_cross_entropy(hidden, self.transformer.output_layer.weight, batch.labels,
+                                        token_weight=batch.token_weight, ignore_index=IGNORE_INDEX)
+
+    def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options) -> Tensor:
+        """Continues a left-padded batch of prompts; see glmkern.generation.generate."""
+        from glmkern.generation import generate
+        return generate(self, input_ids, attention_mask, **options)
+
+    def _hidden(self, batch: PackedBatch, dropout_offset: int = 0, seed: int = 0) -> Tensor:
+        """[T, H] behind the final norm, in training mode with dropout."""
+        self.check_inputs(batch.input_ids, batch.positions)
+        if self.recompute not in RECOMPUTE:
+            raise ValueError(f"recompute must be one of {', '.join(RECOMPUTE)}, not "
+                             f"{self.recompute!r}")
+        run = Pass(self.cos_sin, batch.positions, batch.cu_seqlens, batch.sequence_ids, seed,
+                   dropout_offset, recompute=self.recompute,
+                   prefix_dropout=self._active(self.prefix_dropout, self.prefix_encoder is not None),
+                   hidden_dropout=self._active(self.config.hidden_dropout))
+        encoder = self.transformer.encoder
+        x = self.transformer.embedding.word_embeddings(batch.input_ids)
+        for layer, (prefix_k, prefix_v) in zip(encoder.layers, self.prefix()):
+            x = layer(x, prefix_k, prefix_v, run)
+        return x if encoder.final_layernorm is None else encoder.final_layernorm(x)
+
+    def prefix(self) -> list[tuple[Tensor | None, Tensor | None]]:
+        """Every layer's prefix keys and values, float32 [P, G, C], or None, None without one."""
+        if self.prefix_encoder is None:
+            return [(None, None)] * self.config.num_layers
+        segments = self.prefix_encoder()
+        if self.dtype == torch.float64:
+            segments = [(k.double(), v.double()) for k, v in segments]
+        return segments
+
+    def check_inputs(self, input_ids: Tensor, positions: Tensor) -> None:
+        """Raises ValueError for a token id or position outside the tables."""
+        for name, x, end in (("token ids", input_ids, self.config.padded_vocab_size),
+                             ("positions", positions, self.config.seq_length)):
+            low, high = x.aminmax()
+            if low < 0 or high >= end:
+                raise ValueError(f"{name} run from {int(low)} to {int(high)}, but this model has 0 "
+                                 f"to {end - 1}")
+
+    def _active(self, p: float, present: bool = True) -> float:
+        return p if self.training and present else 0.0
+
+
+class _Embedding(nn.Module):
+    """The token embedding under its official name."""
+
+    def __init__(self, config: ChatGLMConfig):
+        super().__init__()
+        with torch.device("meta"):
+            self.word_embeddings = nn.Embedding(config.padded_vocab_size, config.hidden_size)
+        self.word_embeddings.weight.requires_grad_(False)
+
+
+class _Encoder(nn.Module):
+    """The blocks and the final norm under their official names."""
+
+    def __init__(self, config: ChatGLMConfig):
+        super().__init__()
+        self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_layers))
+        self.final_layernorm = FrozenNorm(config) if config.post_layer_norm else None
+
+
+class _Transformer(nn.Module):
+    """All weights under their official names."""
+
+    def __init__(self, config: ChatGLMConfig):
+        super().__init__()
+        self.embedding = _Embedding(config)
+        self.encoder = _Encoder(config)
+        with torch.device("meta"):
+            self.output_layer = nn.Linear(config.hidden_size, config.padded_vocab_size, bias=False)
+        self.output_layer.weight.requires_grad_(False)
+        self.prefix_encoder = None

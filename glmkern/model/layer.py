@@ -1,0 +1,236 @@
+"""One transformer block, forward and backward by hand, over packed tokens.
+
+The base is frozen, so a linear layer saves nothing and its backward is one product with the weight.
+Saved are the norms' inputs, rotated q and k, v, the attention's output and gate|up; `recompute`
+trades parts of them for time. Below the first layer nothing is trained, so its token gradients are
+never formed: only the prefix's are.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from glmkern import ops  # noqa: F401 (registers torch.ops.glmkern)
+from glmkern.model.config import ChatGLMConfig
+from glmkern.model.modules import FrozenLinear, FrozenNorm
+
+RECOMPUTE = ("none", "mlp", "layer")
+
+kernels = torch.ops.glmkern
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What all layers of one forward pass share.
+
+    cos_sin: [positions, C / 4, 2]; positions: int64 [T]; cu_seqlens: int32 [B+1]; sequence_ids:
+    int64 [B]; seed: the run's dropout seed; offset: step * num_layers, the first layer's dropout
+    offset; prefix_dropout, hidden_dropout: probabilities, 0 outside training.
+    """
+
+    cos_sin: Tensor
+    positions: Tensor
+    cu_seqlens: Tensor
+    sequence_ids: Tensor
+    seed: int = 0
+    offset: int = 0
+    prefix_dropout: float = 0.0
+    hidden_dropout: float = 0.0
+    recompute: str = "none"
+
+
+class Attention(nn.Module):
+    """The two linears of self-attention, under their official names."""
+
+    def __init__(self, config: ChatGLMConfig):
+        super().__init__()
+        self.query_key_value = FrozenLinear(config.hidden_size, config.qkv_size,
+                                            config.add_bias_linear or config.add_qkv_bias)
+        self.dense = FrozenLinear(config.query_size, config.hidden_size, config.add_bias_linear)
+
+
+class MLP(nn.Module):
+    """The two linears of the gated MLP, under their official names."""
+
+    def __init__(self, config: ChatGLMConfig):
+        super().__init__()
+        self.dense_h_to_4h = FrozenLinear(config.hidden_size, 2 * config.ffn_hidden_size,
+                                          config.add_bias_linear)
+        self.dense_4h_to_h = FrozenLinear(config.ffn_hidden_size, config.hidden_size,
+                                          config.add_bias_linear)
+
+
+class Layer(nn.Module):
+    """One block's weights; `forward` runs the block and its hand-written backward."""
+
+    def __init__(self, config: ChatGLMConfig, index: int):
+        super().__init__()
+        self.index = index
+        self.heads, self.groups = config.num_attention_heads, config.num_groups
+        self.channels = config.kv_channels
+        self.interleaved = not config.multi_query_attention
+        self.residual_after_norm = config.apply_residual_connection_post_layernorm
+        self.input_layernorm = FrozenNorm(config)
+        self.self_attention = Attention(config)
+        self.post_attention_layernorm = FrozenNorm(config)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None,
+                run: Pass) -> Tensor:
+        """x [T, H] -> [T, H]; prefix_k, prefix_v: float32 [P, G, C] or None."""
+        return _LayerFunction.apply(x, prefix_k, prefix_v, self, run)
+
+    def decode(self, x: Tensor, positions: Tensor, cos_sin: Tensor, attend) -> Tensor:
+        """Inference over cached keys and values: x [T, H]; `attend(q, k, v)` stores k and v
+        [T, G, C] and returns the attention's output [T, N, C]."""
+        normalised, _ = self.input_layernorm.run(x)
+        out = attend(*self._rotated(normalised, positions, cos_sin))
+        attended = self.self_attention.dense.project(out.flatten(1))
+        h = attended + (normalised if self.residual_after_norm else x)
+        normalised, _ = self.post_attention_layernorm.run(h)
+        gate_up = self.mlp.dense_h_to_4h.project(normalised)
+        y = self.mlp.dense_4h_to_h.project(kernels.swiglu_fwd(gate_up))
+        return y + (normalised if self.residual_after_norm else h)
+
+    def _rotated(self, normalised: Tensor, positions: Tensor,
+                 cos_sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q [T, N, C] and k [T, G, C], rotated, and v [T, G, C]."""
+        qkv = self.self_attention.query_key_value.project(normalised)
+        heads = qkv.unflatten(1, (-1, self.channels))
+        if self.interleaved:  # q, k, v of one head side by side
+            q, k, v = heads.unflatten(1, (-1, 3)).unbind(2)
+            heads = torch.cat([q, k, v], 1)
+        qk = kernels.rope_fwd(heads[:, :self.heads + self.groups], cos_sin, positions)
+        # A copy of v lets the whole of qkv go; v is the smallest of the three.
+        return *qk.split([self.heads, self.groups], 1), heads[:, -self.groups:].contiguous()
+
+    def _qkv_gradient(self, dq: Tensor, dk: Tensor, dv: Tensor, run: Pass) -> Tensor:
+        """The gradient of query_key_value's output from those of the rotated q, k and of v."""
+        dqk = kernels.rope_bwd(torch.cat([dq, dk], 1), run.cos_sin, run.positions)
+        if not self.interleaved:
+            return torch.cat([dqk, dv], 1).flatten(1)
+        dq, dk = dqk.chunk(2, 1)
+        return torch.stack([dq, dk, dv], 2).flatten(1)
+
+
+class _Saved(NamedTuple):
+    """One forward pass through a block; what the backward pass reads."""
+
+    stats1: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    out: Tensor
+    lse: Tensor
+    h: Tensor
+    stats2: Tensor
+    gate_up: Tensor | None
+
+
+class _LayerFunction(torch.autograd.Function):
+
+    @staticmethod
+    def forward(ctx, x, prefix_k, prefix_v, layer, run):
+        ctx.layer, ctx.run = layer, run
+        y, saved = _run_forward(layer, x, prefix_k, prefix_v, run)
+        if run.recompute == "layer":
+            saved = ()
+        elif run.recompute == "mlp":
+            saved = saved._replace(gate_up=None)
+        ctx.save_for_backward(x, prefix_k, prefix_v, *saved)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        layer, run = ctx.layer, ctx.run
+        x, prefix_k, prefix_v, *saved = ctx.saved_tensors
+        if not saved:
+            saved = _run_forward(layer, x, prefix_k, prefix_v, run, until_gate_up=True)[1]
+        saved = _Saved(*saved)
+        token_grad, prefix_grad = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:3])
+
+        dh = _mlp_backward(layer, dy.contiguous(), saved, run)
+        da = _dropout_backward(layer, dh, run, site=1)
+        dout = layer.self_attention.dense.project_back(da).view_as(saved.out)
+        dq, dk, dv, dprefix_k, dprefix_v = kernels.prefix_attention_bwd(
+            dout, saved.q, saved.k, saved.v, prefix_k, prefix_v, saved.out, saved.lse,
+            run.cu_seqlens, run.sequence_ids, _seed(layer, run, 0, x.device), _scale(layer),
+            run.prefix_dropout, token_grad, prefix_grad)
+        dx = None
+        if token_grad:
+            dqkv = layer._qkv_gradient(dq, dk, dv, run)
+            dnormalised = layer.self_attention.query_key_value.project_back(dqkv)
+            dx = _norm_backward(layer, layer.input_layernorm, dnormalised, dh, x, saved.stats1)
+        if not prefix_grad:
+            dprefix_k = dprefix_v = None
+        return dx, dprefix_k, dprefix_v, None, None
+
+
+def _run_forward(layer: Layer, x: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None,
+                 run: Pass, until_gate_up: bool = False) -> tuple[Tensor | None, _Saved]:
+    normalised, stats1 = layer.input_layernorm.run(x)
+    q, k, v = layer._rotated(normalised, run.positions, run.cos_sin)
+    out, lse = kernels.prefix_attention_fwd(
+        q, k, v, prefix_k, prefix_v, run.cu_seqlens, run.sequence_ids,
+        _seed(layer, run, 0, x.device), _scale(layer), run.prefix_dropout)
+    h = _add_projected(layer, layer.self_attention.dense, out.flatten(1),
+                       normalised if layer.residual_after_norm else x, run, site=1)
+    normalised, stats2 = layer.post_attention_layernorm.run(h)
+    gate_up = layer.mlp.dense_h_to_4h.project(normalised)
+    saved = _Saved(stats1, q, k, v, out, lse, h, stats2, gate_up)
+    if until_gate_up:
+        return None, saved
+    y = _add_projected(layer, layer.mlp.dense_4h_to_h, kernels.swiglu_fwd(gate_up),
+                       normalised if layer.residual_after_norm else h, run, site=2)
+    return y, saved
+
+
+def _mlp_backward(layer: Layer, dy: Tensor, saved: _Saved, run: Pass) -> Tensor:
+    """The gradient of h, the stream between attention and MLP, from that of the block's output."""
+    gate_up = saved.gate_up
+    if gate_up is None:
+        gate_up = layer.mlp.dense_h_to_4h.project(layer.post_attention_layernorm.run(saved.h)[0])
+    dm = _dropout_backward(layer, dy, run, site=2)
+    dgate_up = kernels.swiglu_bwd(layer.mlp.dense_4h_to_h.project_back(dm), gate_up)
+    dnormalised = layer.mlp.dense_h_to_4h.project_back(dgate_up)
+    return _norm_backward(layer, layer.post_attention_layernorm, dnormalised, dy, saved.h,
+                          saved.stats2)
+
+
+def _norm_backward(layer: Layer, norm: FrozenNorm, dnormalised: Tensor, dresidual: Tensor,
+                   x: Tensor, stats: Tensor) -> Tensor:
+    """The gradient of a norm's input x; the residual left either before or after the norm."""
+    if layer.residual_after_norm:
+        return norm.run_back(dnormalised + dresidual, x, stats, None)
+    return norm.run_back(dnormalised, x, stats, dresidual)
+
+
+def _add_projected(layer: Layer, linear: FrozenLinear, x: Tensor, residual: Tensor, run: Pass,
+                   site: int) -> Tensor:
+    """dropout(linear(x)) + residual, the bias added with the residual."""
+    p = run.hidden_dropout
+    return kernels.bias_dropout_add_fwd(
+        linear.project(x, with_bias=False), linear.bias, residual, p,
+        _seed(layer, run, site, x.device), run.cu_seqlens, run.sequence_ids)
+
+
+def _dropout_backward(layer: Layer, dy: Tensor, run: Pass, site: int) -> Tensor:
+    if run.hidden_dropout == 0:
+        return dy
+    return kernels.bias_dropout_add_bwd(
+        dy, run.hidden_dropout, _seed(layer, run, site, dy.device), run.cu_seqlens,
+        run.sequence_ids, False)[0]
+
+
+def _seed(layer: Layer, run: Pass, site: int, device: torch.device) -> Tensor | None:
+    """(seed, offset) of a dropout in this layer: site 0 is the prefix, 1 the attention's output, 2
+    the MLP's. The site stands in bits that step * num_layers + layer never reaches."""
+    if (run.prefix_dropout if site == 0 else run.hidden_dropout) == 0:
+        return None
+    return torch.tensor([run.seed, run.offset + layer.index + (site << 48)], device=device)
+
+
+def _scale(layer: Layer) -> float:
+    return layer.channels ** -0.5

@@ -1,0 +1,69 @@
+"""Frozen building blocks: they hold weights under official names and know two directions."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from glmkern.model.config import ChatGLMConfig
+
+kernels = torch.ops.glmkern
+
+
+class FrozenLinear(nn.Module):
+    """A linear layer whose weight [out, in] never gets a gradient."""
+
+    def __init__(self, inputs: int, outputs: int, bias: bool):
+        super().__init__()
+        self.weight = _place(outputs, inputs)
+        self.bias = _place(outputs) if bias else None
+
+    def project(self, x: Tensor, with_bias: bool = True) -> Tensor:
+        """[T, in] -> [T, out]."""
+        return F.linear(x, self.weight, self.bias if with_bias else None)
+
+    def project_back(self, dy: Tensor) -> Tensor:
+        """The gradient of the input: [T, out] -> [T, in]."""
+        return dy @ self.weight
+
+
+class FrozenNorm(nn.Module):
+    """RMSNorm, or LayerNorm with bias where config.rmsnorm is False."""
+
+    def __init__(self, config: ChatGLMConfig):
+        super().__init__()
+        self.eps = config.layernorm_epsilon
+        self.weight = _place(config.hidden_size)
+        self.bias = None if config.rmsnorm else _place(config.hidden_size)
+
+    def run(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x [T, H] -> normalised [T, H], and the row statistics that run_back needs."""
+        if self.bias is None:
+            return kernels.rms_norm_fwd(x, self.weight, self.eps)
+        y, mean, rstd = torch.native_layer_norm(x, self.weight.shape, self.weight, self.bias,
+                                                self.eps)
+        return y, torch.stack([mean, rstd])
+
+    def run_back(self, dy: Tensor, x: Tensor, stats: Tensor, dresidual: Tensor | None) -> Tensor:
+        """The gradient of x, plus `dresidual` where x also reached the result another way."""
+        if self.bias is None:
+            return kernels.rms_norm_bwd(dy, x, self.weight, stats, dresidual, False)[0]
+        mean, rstd = stats
+        dx, _, _ = torch.ops.aten.native_layer_norm_backward(
+            dy, x, self.weight.shape, mean, rstd, self.weight, self.bias, [True, False, False])
+        return dx if dresidual is None else dx + dresidual
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [T, H] -> normalised [T, H], differentiable in x."""
+        if self.bias is None:
+            return kernels.rms_norm_fwd(x, self.weight, self.eps)[0]
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+
+
+def frozen(weight: Tensor) -> nn.Parameter:
+    """A parameter that never gets a gradient."""
+    return nn.Parameter(weight, requires_grad=False)
+
+
+def _place(*shape: int) -> nn.Parameter:
+    """A place for a weight; it gets its values when a checkpoint is read."""
+    return frozen(torch.empty(*shape, device="meta"))

@@ -1,0 +1,202 @@
+"""What the model promises beyond its numbers: packing, dropout, frozen weights, errors, loading."""
+
+import types
+
+import pytest
+import torch
+
+from glmkern.checkpoint import write_base, write_prefix
+from glmkern.errors import InputError
+from glmkern.model.chatglm import ChatGLM
+from glmkern.model.packing import PackedBatch, pack_rows, unpad
+from tests.model.oracles import SMALL, padded_batch, relative_error, small_model
+
+
+def random_rows(lengths):
+    rows = []
+    for n in lengths:
+        ids = torch.randint(SMALL["padded_vocab_size"], (n,)).tolist()
+        labels = [-100] * (n // 2) + ids[n // 2:]
+        rows.append(types.SimpleNamespace(input_ids=ids, labels=labels))
+    return rows
+
+
+def gradient(model, *losses):
+    model.zero_grad()
+    for loss in losses:
+        loss().backward()
+    return torch.cat([p.grad.flatten() for p in model.prefix_encoder.parameters()])
+
+
+def test_packed_equals_padded():
+    model = small_model()
+    batch = padded_batch([9, 1, 17, 4], SMALL["padded_vocab_size"], "left")
+    packed, _ = unpad(*(batch[k] for k in ("input_ids", "attention_mask", "position_ids",
+                                           "labels")))
+    assert model.loss(packed) == model(**batch).loss
+
+
+@pytest.mark.parametrize("recompute", ["none", "mlp", "layer"])
+def test_packing_changes_neither_masks_nor_gradient(recompute):
+    model = small_model(dict(hidden_dropout=0.2)).train()
+    model.recompute = recompute
+    rows = random_rows([6, 3, 11, 8])
+    labelled = [sum(x != -100 for x in row.labels[1:]) for row in rows]
+    weights = [1 / (4 * n) for n in labelled]
+
+    def loss(chosen):
+        return lambda: model.loss(
+            pack_rows([rows[i] for i in chosen], chosen, [weights[i] for i in chosen]),
+            dropout_offset=12, seed=3)
+
+    together = gradient(model, loss([0, 1, 2, 3]))
+    apart = gradient(model, loss([2]), loss([3, 0]), loss([1]))
+    assert relative_error(apart, together) < 1e-6
+
+
+def test_recompute_gives_the_same_bits():
+    model = small_model(dict(hidden_dropout=0.1)).train()
+    batch = pack_rows(random_rows([6, 3, 11]))
+    gradients = []
+    for model.recompute in ("none", "mlp", "layer"):
+        gradients.append(gradient(model, lambda: model.loss(batch, 5, 1)))
+    assert torch.equal(gradients[0], gradients[1]) and torch.equal(gradients[0], gradients[2])
+
+
+def test_dropout_depends_on_step_seed_and_mode():
+    model = small_model().train()
+    batch = pack_rows(random_rows([6, 3]))
+    losses = {model.loss(batch, offset, seed).item() for offset, seed in ((0, 0), (3, 0), (0, 1))}
+    assert len(losses) == 3
+    assert model.loss(batch, 3, 0) == model.loss(batch, 3, 0)
+    model.eval()
+    assert model.loss(batch, 3, 0) == model.loss(batch, 0, 1)
+
+
+def test_gradient_against_finite_differences():
+    model = small_model(dict(hidden_dropout=0.3), dtype=torch.float64).train()
+    model.prefix_encoder.double()
+    batch = pack_rows(random_rows([5, 3]))
+    exact = gradient(model, lambda: model.loss(batch, 7, 2)).view_as(
+        model.prefix_encoder.embedding.weight)
+    weight, step = model.prefix_encoder.embedding.weight, 1e-6
+    for row, column in torch.randint(5, (12, 2)).tolist():
+        column *= weight.shape[1] // 5
+        with torch.no_grad():
+            weight[row, column] += step
+            up = model.loss(batch, 7, 2)
+            weight[row, column] -= 2 * step
+            down = model.loss(batch, 7, 2)
+            weight[row, column] += step
+        assert (up - down).item() / (2 * step) == pytest.approx(exact[row, column].item(),
+                                                               rel=1e-5, abs=1e-9)
+
+
+def test_only_the_prefix_trains():
+    model = small_model(projection=True)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {f"transformer.prefix_encoder.{name}" for name in (
+        "embedding.weight", "trans.0.weight", "trans.0.bias", "trans.2.weight", "trans.2.bias")}
+    model.loss(pack_rows(random_rows([4]))).backward()
+    assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
+
+
+def test_parameter_count_of_the_6b_shape():
+    model = small_model(dict(num_layers=28, kv_channels=128, multi_query_group_num=2),
+                        pre_seq_len=136)
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 1_949_696
+
+
+def test_unlabelled_tokens_need_no_logits(monkeypatch):
+    model = small_model()
+    seen = []
+    original = torch.ops.glmkern.linear_cross_entropy_fwd
+    monkeypatch.setattr("glmkern.ops.linear_cross_entropy", lambda *a, **k: seen.append(a) or
+                        original(*a, k["token_weight"], k["ignore_index"], True)[0])
+    rows = random_rows([40])
+    rows[0].labels[:-1] = [-100] * 39
+    model.loss(pack_rows(rows))
+    assert (seen[0][2] != -100).sum() == 1
+
+
+@pytest.mark.parametrize(("change", "sentence"), [
+    (dict(input_ids=torch.tensor([0, 151])), "token ids run from 0 to 151, but this model has 0"),
+    (dict(input_ids=torch.tensor([-1, 3])), "token ids run from -1 to 3"),
+    (dict(positions=torch.tensor([0, 64])), "positions run from 0 to 64, .* 0 to 63"),
+    (dict(labels=torch.tensor([-100, -100])), "no row carries a label"),
+])
+def test_values_out_of_range(change, sentence):
+    batch = pack_rows([types.SimpleNamespace(input_ids=[1, 2], labels=[-100, 2])])
+    with pytest.raises(ValueError, match=sentence):
+        small_model().loss(PackedBatch(**{**vars(batch), **change}))
+
+
+@pytest.mark.parametrize(("arguments", "sentence"), [
+    (dict(input_ids=torch.zeros(3, dtype=torch.int64)), r"input_ids must be \[B, S\]"),
+    (dict(attention_mask=torch.ones(1, 2)), r"attention_mask must have input_ids' shape \[2, 3\]"),
+    (dict(labels=torch.zeros(2, 2)), "labels must have input_ids' shape"),
+    (dict(attention_mask=torch.tensor([[1, 1, 1], [0, 0, 0]])), "row 1 of attention_mask is all"),
+])
+def test_padded_call_out_of_shape(arguments, sentence):
+    call = dict(input_ids=torch.zeros(2, 3, dtype=torch.int64)) | arguments
+    with pytest.raises(ValueError, match=sentence):
+        small_model()(**call)
+
+
+@pytest.mark.parametrize("rows", [[], [types.SimpleNamespace(input_ids=[], labels=[])]])
+def test_empty_rows_are_refused(rows):
+    with pytest.raises(ValueError, match="at least one row and no empty rows"):
+        pack_rows(rows)
+
+
+def test_unknown_recompute():
+    model = small_model()
+    model.recompute = "all"
+    with pytest.raises(ValueError, match="recompute must be one of none, mlp, layer, not 'all'"):
+        model.loss(pack_rows(random_rows([3])))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    model = small_model()
+    state = {k: v for k, v in model.state_dict().items() if "prefix_encoder" not in k}
+    write_base(tmp_path / "base", model.config, state)
+    write_prefix(tmp_path, model.prefix_encoder.state_dict())
+    return tmp_path, model
+
+
+def test_from_pretrained(folder):
+    path, model = folder
+    batch = pack_rows(random_rows([6, 2]))
+    again = ChatGLM.from_pretrained(path / "base", prefix_checkpoint=path).eval()
+    assert again.dtype == torch.float32
+    assert again.loss(batch) == model.loss(batch)
+    half = ChatGLM.from_pretrained(path / "base", dtype=torch.float16, pre_seq_len=5,
+                                   prefix_checkpoint=path / "pytorch_model.bin").eval()
+    assert half.prefix_encoder.embedding.weight.dtype == torch.float32
+    assert half.loss(batch).item() == pytest.approx(model.loss(batch).item(), rel=1e-2)
+
+
+@pytest.mark.parametrize(("arguments", "sentence"), [
+    (dict(pre_seq_len=6), "holds 5 virtual tokens, but pre_seq_len is 6"),
+    (dict(prefix_projection=True), "was trained without prefix_projection"),
+])
+def test_prefix_must_fit(folder, arguments, sentence):
+    path, _ = folder
+    with pytest.raises(InputError, match=sentence):
+        ChatGLM.from_pretrained(path / "base", prefix_checkpoint=path, **arguments)
+
+
+def test_unsupported_loads(folder):
+    path, _ = folder
+    with pytest.raises(ValueError, match="quantization_bit 4 is not supported yet"):
+        ChatGLM.from_pretrained(path / "base", quantization_bit=4)
+    with pytest.raises(ValueError, match="pre_seq_len must be at least 1, not 0"):
+        ChatGLM.from_pretrained(path / "base", pre_seq_len=0)
+
+
+def test_float32_residual_needs_float32_weights(tmp_path):
+    model = small_model(dict(fp32_residual_connection=True), pre_seq_len=None)
+    write_base(tmp_path, model.config, model.state_dict())
+    with pytest.raises(ValueError, match="fp32_residual_connection is True"):
+        ChatGLM.from_pretrained(tmp_path, dtype=torch.float16)
