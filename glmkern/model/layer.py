@@ -88,8 +88,8 @@ class Layer(nn.Module):
         normalised, _ = self.input_layernorm.run(x)
         out = attend(*self._rotated(normalised, positions, cos_sin))
         attended = self.self_attention.dense.project(out.flatten(1))
-        h = attended + (normalised if self.residual_after_norm else x)
-        normalised, _ = self.post_attention_layernorm.run(h)
+        normalised, h, _ = self.post_attention_layernorm.run_added(
+            attended, normalised if self.residual_after_norm else x)
         gate_up = self.mlp.dense_h_to_4h.project(normalised)
         y = self.mlp.dense_4h_to_h.project(kernels.swiglu_fwd(gate_up))
         return y + (normalised if self.residual_after_norm else h)
@@ -175,9 +175,13 @@ def _run_forward(layer: Layer, x: Tensor, prefix_k: Tensor | None, prefix_v: Ten
     out, lse = kernels.prefix_attention_fwd(
         q, k, v, prefix_k, prefix_v, run.cu_seqlens, run.sequence_ids,
         _seed(layer, run, 0, x.device), _scale(layer), run.prefix_dropout)
-    h = _add_projected(layer, layer.self_attention.dense, out.flatten(1),
-                       normalised if layer.residual_after_norm else x, run, site=1)
-    normalised, stats2 = layer.post_attention_layernorm.run(h)
+    dense, norm = layer.self_attention.dense, layer.post_attention_layernorm
+    residual = normalised if layer.residual_after_norm else x
+    if run.hidden_dropout == 0:
+        normalised, h, stats2 = norm.run_added(dense.project(out.flatten(1)), residual)
+    else:
+        h = _add_projected(layer, dense, out.flatten(1), residual, run, site=1)
+        normalised, stats2 = norm.run(h)
     gate_up = layer.mlp.dense_h_to_4h.project(normalised)
     saved = _Saved(stats1, q, k, v, out, lse, h, stats2, gate_up)
     if until_gate_up:

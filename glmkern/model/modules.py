@@ -43,6 +43,14 @@ class FrozenNorm(nn.Module):
                                                 self.eps)
         return y, torch.stack([mean, rstd])
 
+    def run_added(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """h = x + residual, normalised: (normalised, h, the statistics of h)."""
+        if self.bias is None:
+            return kernels.add_rms_norm_fwd(x, residual, self.weight, self.eps)
+        h = x + residual
+        y, stats = self.run(h)
+        return y, h, stats
+
     def run_back(self, dy: Tensor, x: Tensor, stats: Tensor, dresidual: Tensor | None) -> Tensor:
         """The gradient of x, plus `dresidual` where x also reached the result another way."""
         if self.bias is None:

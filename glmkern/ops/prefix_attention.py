@@ -1,8 +1,9 @@
 """Causal attention of packed sequences over a shared prefix, with grouped heads.
 
 Every token sees the whole prefix and the tokens of its own sequence up to itself. The prefix is one
-more segment of keys and values, stored once: never concatenated, never expanded over the batch.
-With P = exp(scale * q k^T - lse) over both segments and D = rowsum(dO * O), either segment has
+more segment of keys and values, stored once and shared by the whole batch; kernels never
+concatenate or expand it (the reference does, a sequence at a time).
+With P = exp(scale * q k^T - lse) over both segments and D = rowsum(dO * O), each segment has
 
     dS = P * (dO v^T - D),   dq += scale * dS k,   dk = scale * dS^T q,   dv = P^T dO
 
@@ -141,10 +142,15 @@ def _by_token(x: Tensor, tokens: int) -> Tensor:
     return x.view(groups, tokens, -1, channels).transpose(0, 1).reshape(tokens, -1, channels)
 
 
-def _causal(tokens: int, heads: int, device: torch.device) -> Tensor:
-    """bool [S * heads, S]: True where the token of a query row is before the key's."""
-    rows = torch.arange(tokens, device=device).repeat_interleave(heads)
-    return rows.unsqueeze(1) < torch.arange(tokens, device=device)
+def _causal_scores(queries: Tensor, keys: Tensor, tokens: int) -> Tensor:
+    """queries [G, S * heads, C] of S = `tokens`, keys [G, L, C], the last S of them those tokens':
+    scores [G, S * heads, L], -inf where a key comes later than its query."""
+    scores = queries @ keys.mT
+    length = keys.shape[1]
+    later = torch.ones(tokens, length, dtype=torch.bool, device=keys.device)
+    later = later.triu(length - tokens + 1).unsqueeze(1)  # [S, 1, L]
+    scores.view(len(keys), tokens, -1, length).masked_fill_(later, float("-inf"))
+    return scores
 
 
 class _Prefix:
@@ -167,59 +173,61 @@ class _Prefix:
                      for x, f in zip((self.keys, self.values), factor)) + (factor,)
 
 
+class _Sequence:
+    """One sequence's rows by group, its softmax weights over prefix and tokens, [G, S * heads, P + S],
+    and the keys [G, P + S, C], values and dropout factor behind them. The kernels never form these;
+    the reference does, in both directions, and so needs neither out nor lse in the backward."""
+
+    def __init__(self, tokens, b, q, k, v, sequence_ids, prefix: _Prefix | None, scale):
+        acc, groups = accumulate_dtype(q), k.shape[1]
+        queries, self.keys, self.values = (
+            _by_group(x[tokens].to(acc), groups) for x in (q, k, v))
+        self.queries, self.factor, self.prefix_length = queries * scale, None, 0
+        count = tokens.stop - tokens.start
+        self.scores = _causal_scores(self.queries, self.keys, count)
+        if prefix is not None:
+            keys, values, self.factor = prefix.of(sequence_ids[b:b + 1])
+            self.prefix_length = keys.shape[1]
+            self.scores = torch.cat([self.queries @ keys.mT, self.scores], -1)
+            self.keys = torch.cat([keys, self.keys], 1)
+            self.values = torch.cat([values, self.values], 1)
+        self.weights = self.scores.softmax(-1)
+
+
 def prefix_attention_fwd_reference(q, k, v, prefix_k, prefix_v, cu_seqlens, sequence_ids, seed,
                                    scale, p) -> tuple[Tensor, Tensor]:
-    groups, heads, acc = k.shape[1], q.shape[1] // k.shape[1], accumulate_dtype(q)
-    out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=acc)
+    out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=accumulate_dtype(q))
     prefix = None if prefix_k is None else _Prefix(q, prefix_k, prefix_v, seed, p)
     for b, (start, end) in enumerate(spans("prefix_attention", cu_seqlens, len(q))):
-        qs, ks, vs = (_by_group(x[start:end].to(acc), groups) for x in (q, k, v))
-        scores = (qs * scale) @ ks.mT  # [G, S * heads, S]
-        scores.masked_fill_(_causal(end - start, heads, q.device), float("-inf"))
-        if prefix is not None:
-            pk, pv, _ = prefix.of(sequence_ids[b:b + 1])
-            scores = torch.cat([(qs * scale) @ pk.mT, scores], -1)  # [G, S * heads, P + S]
-        row_lse = torch.logsumexp(scores, -1, keepdim=True)
-        weights = scores.sub_(row_lse).exp_()
-        result = weights[..., weights.shape[-1] - (end - start):] @ vs
-        if prefix is not None:
-            result += weights[..., :pv.shape[1]] @ pv
-        out[start:end] = _by_token(result, end - start)
-        lse[start:end] = _by_token(row_lse, end - start).squeeze(-1)
+        one = _Sequence(slice(start, end), b, q, k, v, sequence_ids, prefix, scale)
+        out[start:end] = _by_token(one.weights @ one.values, end - start)
+        # The largest weight is exp(largest score - lse).
+        row_lse = one.scores.amax(-1) - one.weights.amax(-1).log()
+        lse[start:end] = _by_token(row_lse.unsqueeze(-1), end - start).squeeze(-1)
     return out, lse
 
 
 def prefix_attention_bwd_reference(dout, q, k, v, prefix_k, prefix_v, out, lse, cu_seqlens,
                                    sequence_ids, seed, scale, p, token_grad,
                                    prefix_grad) -> tuple[Tensor, ...]:
-    groups, heads, acc = k.shape[1], q.shape[1] // k.shape[1], accumulate_dtype(q)
+    acc = accumulate_dtype(q)
     dq, dk, dv = (x.new_empty(x.shape if token_grad else 0) for x in (q, k, v))
     prefix = None if prefix_k is None else _Prefix(q, prefix_k, prefix_v, seed, p)
     prefix_grad = prefix_grad and prefix is not None
     dprefix = [torch.zeros_like(x) for x in (prefix.keys, prefix.values)] if prefix_grad else []
     for b, (start, end) in enumerate(spans("prefix_attention", cu_seqlens, len(q))):
-        tokens = slice(start, end)
-        qs, ks, vs, os, dos = (_by_group(x[tokens].to(acc), groups) for x in (q, k, v, out, dout))
-        row_lse = _by_group(lse[tokens].unsqueeze(-1), groups)
-        row_d = (os * dos).sum(-1, keepdim=True)
-        dqs = torch.zeros_like(qs)
-        if prefix is not None:
-            pk, pv, factor = prefix.of(sequence_ids[b:b + 1])
-            weights = ((qs * scale) @ pk.mT).sub_(row_lse).exp_()  # [G, S * heads, P]
-            dscores = weights * (dos @ pv.mT - row_d)
-            dqs += dscores @ pk * scale
-            if prefix_grad:
-                grads = (dscores.mT @ qs * scale, weights.mT @ dos)
-                for i in range(2):
-                    dprefix[i] += grads[i] if factor is None else grads[i] * factor[i]
+        one = _Sequence(slice(start, end), b, q, k, v, sequence_ids, prefix, scale)
+        dos = _by_group(dout[start:end].to(acc), k.shape[1])
+        dweights = dos @ one.values.mT
+        dscores = torch.ops.aten._softmax_backward_data(dweights, one.weights, -1, acc)
+        dkeys, dvalues = dscores.mT @ one.queries, one.weights.mT @ dos  # [G, P + S, C]
+        for i, grad in enumerate((dkeys, dvalues) if prefix_grad else ()):
+            grad = grad[:, :one.prefix_length]
+            dprefix[i] += grad if one.factor is None else grad * one.factor[i]
         if token_grad:
-            scores = (qs * scale) @ ks.mT
-            scores.masked_fill_(_causal(end - start, heads, q.device), float("-inf"))
-            weights = scores.sub_(row_lse).exp_()  # [G, S * heads, S]
-            dscores = weights * (dos @ vs.mT - row_d)
-            dq[tokens] = _by_token(dqs + dscores @ ks * scale, end - start)
-            dk[tokens] = (dscores.mT @ qs * scale).transpose(0, 1)
-            dv[tokens] = (weights.mT @ dos).transpose(0, 1)
+            dq[start:end] = _by_token(dscores @ one.keys * scale, end - start)
+            dk[start:end] = dkeys[:, one.prefix_length:].transpose(0, 1)
+            dv[start:end] = dvalues[:, one.prefix_length:].transpose(0, 1)
     if prefix_grad:
         dprefix = [x.transpose(0, 1).to(prefix_k.dtype).contiguous() for x in dprefix]
     else:
@@ -230,17 +238,16 @@ def prefix_attention_bwd_reference(dout, q, k, v, prefix_k, prefix_v, out, lse, 
 def prefix_attention_decode_reference(q, k_cache, v_cache, cache_lens, prefix_k, prefix_v, q_lens,
                                       scale) -> Tensor:
     op = "prefix_attention_decode"
-    groups, heads, acc = k_cache.shape[2], q.shape[2] // k_cache.shape[2], accumulate_dtype(q)
+    groups, acc = k_cache.shape[2], accumulate_dtype(q)
     out = torch.zeros_like(q)
     prefix = None if prefix_k is None else _Prefix(q, prefix_k, prefix_v, None, 0.0)
-    for b, (new, length) in enumerate(zip(q_lens.tolist(), cache_lens.tolist())):
+    for b, (new, length) in enumerate(zip(q_lens.tolist(), cache_lens.tolist(), strict=True)):
         check(0 < new <= min(length, q.shape[1]) and length <= k_cache.shape[1],
               lambda b=b, new=new, length=length: f"{op}: row {b} has {new} of {q.shape[1]} queries "
               f"and {length} of {k_cache.shape[1]} cache entries; 1 <= queries <= entries must hold")
         qs = _by_group(q[b, :new].to(acc), groups) * scale
         ks, vs = (x[b, :length].to(acc).transpose(0, 1) for x in (k_cache, v_cache))
-        hidden = torch.nn.functional.pad(_causal(new, heads, q.device), (length - new, 0))
-        scores = (qs @ ks.mT).masked_fill_(hidden, float("-inf"))
+        scores = _causal_scores(qs, ks, new)
         if prefix is not None:
             scores = torch.cat([qs @ prefix.keys.mT, scores], -1)
             vs = torch.cat([prefix.values, vs], 1)

@@ -42,9 +42,11 @@ def swiglu_bwd_reference(dy: Tensor, x: Tensor) -> Tensor:
     dx = torch.empty_like(x)
     dgate, dup = dx.chunk(2, -1)
     sigmoid = torch.sigmoid(gate)
-    dup.copy_(g * gate * sigmoid)
-    # 1 - sigmoid would cancel where the gate is large.
-    dgate.copy_(g * up * sigmoid * (1 + gate * torch.sigmoid(-gate)))
+    silu = sigmoid * gate
+    dup.copy_(silu.mul_(g))
+    # 1 - sigmoid(gate), without its cancellation where the gate is large.
+    slope = torch.sigmoid(-gate).mul_(gate).add_(1).mul_(sigmoid)
+    dgate.copy_(slope.mul_(up).mul_(g))
     return dx
 
 

@@ -1,0 +1,68 @@
+"""Which implementation serves an op: the table, forcing one, and what an import costs."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import glmkern
+from glmkern import dispatch, ops
+
+
+def run_python(code, **environment):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                          env={**os.environ, **environment}, check=False)
+
+
+def test_every_op_has_a_row_for_every_backend():
+    table = glmkern.backends("cpu")
+    names = {op for op, _ in table.rows}
+    for op in ("rms_norm", "add_rms_norm", "bias_dropout_add", "rope", "swiglu",
+               "prefix_attention", "prefix_attention_decode", "quant_linear",
+               "linear_cross_entropy"):
+        assert f"{op}_fwd" in names
+    for op in names:
+        states = [table.rows[op, name] for name in dispatch.NAMES]
+        assert states.count("chosen") == 1, (op, states)
+        assert table.rows[op, "cuda"] == "it runs on cuda tensors, these are on cpu"
+        assert op in str(table)
+
+
+def test_a_forced_backend_serves_or_says_why_not():
+    x = torch.randn(2, 6)
+    with glmkern.backend("reference"):
+        assert glmkern.backends("cpu").rows["swiglu_fwd", "reference"] == "chosen"
+        expected = ops.swiglu(x)
+    with pytest.raises(RuntimeError, match="the backend 'cuda' is forced, but cannot serve "
+                                           "swiglu_fwd: it runs on cuda tensors, .* on cpu"):
+        with glmkern.backend("cuda"):
+            ops.swiglu(x)
+    torch.testing.assert_close(ops.swiglu(x), expected)
+
+
+def test_an_unknown_backend_is_refused():
+    sentence = "there is no backend 'gpu'; the backends are cpu, triton, cuda, reference"
+    with pytest.raises(ValueError, match=sentence):
+        with glmkern.backend("gpu"):
+            pass
+    child = run_python("import glmkern; glmkern.backends()", GLMKERN_BACKEND="gpu")
+    assert child.returncode != 0 and sentence in child.stderr
+
+
+def test_the_environment_forces_a_backend():
+    child = run_python("import glmkern; print(glmkern.backends('cpu'))",
+                       GLMKERN_BACKEND="reference")
+    assert child.returncode == 0, child.stderr
+    rows = [line.split() for line in child.stdout.splitlines()[1:]]
+    assert rows and all((row[1] == "reference") == (row[-1] == "chosen") for row in rows)
+
+
+def test_import_is_lazy():
+    child = run_python("import sys, glmkern; assert 'torch' not in sys.modules; "
+                       "from glmkern import ops; assert 'triton' not in sys.modules; "
+                       "assert not {'transformers', 'numpy.random'} <= set(sys.modules)")
+    assert child.returncode == 0, child.stderr
+    with pytest.raises(AttributeError, match="module 'glmkern' has no attribute 'nothing'"):
+        _ = glmkern.nothing
