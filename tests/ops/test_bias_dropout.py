@@ -1,5 +1,7 @@
 """bias_dropout_add against float64, its mask, its registration and its errors."""
 
+import math
+
 import pytest
 import torch
 
@@ -17,16 +19,19 @@ SHAPES = [(1, 1), (3, 17), (63, 64), (2, 5, 100), (7, 4099)]
 @pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_against_fp64(shape, dtype, with_bias, p):
-    x, residual = (torch.randn(shape).to(dtype).requires_grad_() for _ in range(2))
-    bias = torch.randn(shape[-1]).to(dtype).requires_grad_() if with_bias else None
-    keep = keep_mask(SEED, torch.tensor([0]), x.numel(), p).view(shape)
+    keep = keep_mask(SEED, torch.tensor([0]), math.prod(shape), p).view(shape)
+
+    def inputs():
+        x, residual = (torch.randn(shape).to(dtype).requires_grad_() for _ in range(2))
+        bias = torch.randn(shape[-1]).to(dtype).requires_grad_() if with_bias else None
+        return x, bias, residual
 
     def formula(x, bias, residual):
         y = x if bias is None else x + bias
         return (y * keep / (1 - p) if p else y) + residual
 
     matches_fp64(lambda x, b, r: ops.bias_dropout_add(x, b, r, p, SEED), formula,
-                 (x, bias, residual))
+                 inputs)
 
 
 def test_packing_does_not_change_a_mask():

@@ -17,10 +17,9 @@ def cumulative(lengths):
 
 
 def dense(q, k, v, prefix_k, prefix_v, lengths, factor=None):
-    """One explicit softmax a sequence over the concatenated, expanded keys; `factor` [B, 2, P, G, C]
-    is what dropout multiplies the prefix by."""
+    """One explicit softmax a sequence over the concatenated keys; `factor` [B, 2, P, G, C] is what
+    dropout multiplies the prefix by."""
     outputs, start = [], 0
-    heads = q.shape[1] // k.shape[1]
     for b, length in enumerate(lengths):
         tokens = slice(start, start + length)
         start += length
@@ -29,12 +28,12 @@ def dense(q, k, v, prefix_k, prefix_v, lengths, factor=None):
             prefix = [x if factor is None else x * factor[b, i].to(x.dtype)
                       for i, x in enumerate((prefix_k.to(q.dtype), prefix_v.to(q.dtype)))]
             segments.insert(0, prefix)
-        keys, values = (torch.cat(x).repeat_interleave(heads, 1).transpose(0, 1)
-                        for x in zip(*segments, strict=True))
-        scores = q[tokens].transpose(0, 1) @ keys.mT * q.shape[-1] ** -0.5
-        ahead = torch.ones(length, keys.shape[1]).triu(keys.shape[1] - length + 1).bool()
-        weights = scores.masked_fill(ahead, float("-inf")).softmax(-1)
-        outputs.append((weights @ values).transpose(0, 1))
+        keys, values = (torch.cat(x) for x in zip(*segments, strict=True))  # [P + S, G, C]
+        queries = q[tokens].unflatten(1, (k.shape[1], -1))  # [S, G, heads, C]
+        scores = torch.einsum("sghc,tgc->ghst", queries, keys) * q.shape[-1] ** -0.5
+        later = torch.ones(scores.shape[2:]).triu(len(keys) - length + 1).bool()
+        weights = scores.masked_fill(later, float("-inf")).softmax(-1)
+        outputs.append(torch.einsum("ghst,tgc->sghc", weights, values).flatten(1, 2))
     return torch.cat(outputs)
 
 
@@ -59,15 +58,15 @@ CASES = [  # lengths, N, G, C, P
 def test_against_fp64(case, dtype):
     lengths = case[0]
     matches_fp64(lambda *x: ops.prefix_attention(*x, cu_seqlens=cumulative(lengths)),
-                 lambda *x: dense(*x, lengths), tensors(*case, dtype))
+                 lambda *x: dense(*x, lengths), lambda: tensors(*case, dtype))
 
 
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
 def test_without_prefix(dtype):
     lengths = [5, 1, 9]
-    q, k, v = tensors(lengths, 4, 2, 6, 1, dtype)[:3]
     matches_fp64(lambda *x: ops.prefix_attention(*x, cu_seqlens=cumulative(lengths)),
-                 lambda *x: dense(*x, None, None, lengths), (q, k, v))
+                 lambda *x: dense(*x, None, None, lengths),
+                 lambda: tensors(lengths, 4, 2, 6, 1, dtype)[:3])
 
 
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
@@ -81,7 +80,7 @@ def test_dropout_against_fp64(dtype):
                                     seed=SEED, sequence_ids=ids)
 
     matches_fp64(kernel, lambda *x: dense(*x, lengths, keep / (1 - rate)),
-                 tensors(lengths, 4, g, c, p, dtype))
+                 lambda: tensors(lengths, 4, g, c, p, dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

@@ -43,14 +43,13 @@ def test_official_record(golden, file, bits):
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
 @pytest.mark.parametrize(("m", "n", "k"), SHAPES)
 def test_against_fp64(m, n, k, dtype, bits):
-    x = torch.randn(m, k).to(dtype).requires_grad_()
-    bias = torch.randn(n).to(dtype).requires_grad_()
     qweight = ops.quantize((torch.randn(n, k) * 0.02).half(), bits)
 
     def formula(x, bias):
         return F.linear(x, ops.dequantize(qweight, x.dtype), bias)
 
-    matches_fp64(lambda x, b: ops.quant_linear(x, qweight, b), formula, (x, bias))
+    matches_fp64(lambda x, b: ops.quant_linear(x, qweight, b), formula,
+                 lambda: [torch.randn(s).to(dtype).requires_grad_() for s in ((m, k), (n,))])
 
 
 @pytest.mark.parametrize("bits", [4, 8])

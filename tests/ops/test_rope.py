@@ -18,7 +18,6 @@ def table(positions, pairs):
                          [(1, 1, 2, 1), (3, 5, 12, 3), (17, 34, 128, 32), (7, 2, 10, 5)])
 def test_against_fp64(tokens, heads, channels, pairs, dtype):
     cos_sin, positions = table(50, pairs).float(), torch.randint(50, (tokens,))
-    x = torch.randn(tokens, heads, channels).to(dtype).requires_grad_()
 
     def formula(x):
         rotation = torch.view_as_complex(cos_sin.double())[positions].unsqueeze(1)
@@ -28,7 +27,8 @@ def test_against_fp64(tokens, heads, channels, pairs, dtype):
         rotated = torch.view_as_real(pairs_of_x * rotation).flatten(-2)
         return torch.cat([rotated.to(x.dtype), x[..., 2 * pairs:]], -1)
 
-    matches_fp64(lambda x: ops.rope(x, cos_sin, positions), formula, (x,))
+    matches_fp64(lambda x: ops.rope(x, cos_sin, positions), formula,
+                 lambda: [torch.randn(tokens, heads, channels).to(dtype).requires_grad_()])
 
 
 def test_strided_heads():
