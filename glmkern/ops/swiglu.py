@@ -41,12 +41,8 @@ def swiglu_bwd_reference(dy: Tensor, x: Tensor) -> Tensor:
     g = dy.to(acc)
     dx = torch.empty_like(x)
     dgate, dup = dx.chunk(2, -1)
-    sigmoid = torch.sigmoid(gate)
-    silu = sigmoid * gate
-    dup.copy_(silu.mul_(g))
-    # 1 - sigmoid(gate), without its cancellation where the gate is large.
-    slope = torch.sigmoid(-gate).mul_(gate).add_(1).mul_(sigmoid)
-    dgate.copy_(slope.mul_(up).mul_(g))
+    torch.mul(F.silu(gate), g, out=dup)
+    torch.ops.aten.silu_backward.grad_input(g * up, gate, grad_input=dgate)
     return dx
 
 

@@ -1,4 +1,4 @@
-"""The official flags: each in one table, the official defaults, spellings, and one-line mistakes."""
+"""The official flags: each in one table, their defaults, spellings, and one-line mistakes."""
 
 import json
 import subprocess
