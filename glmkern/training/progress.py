@@ -1,0 +1,88 @@
+"""What a run shows while it goes: a bar, the official log lines, trainer_log.jsonl."""
+
+import datetime
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from glmkern.training.state import TrainerState
+
+GIB = 2**30
+
+
+class Progress:
+    """The bar (stderr), the lines above it (stdout) and the log file of one run.
+
+    The bar shows loss, learning rate, tokens per second, peak memory and the time left. `log_file`
+    has one JSON object a log, under the names LLaMA-Factory's tools read.
+    """
+
+    def __init__(self, max_steps: int, device: torch.device, *, show_bar: bool = True,
+                 log_file: Path | None = None):
+        self.device = device
+        self.tokens = 0
+        self._start = time.monotonic()
+        self._bar = tqdm(total=max_steps, disable=not show_bar, unit="step", dynamic_ncols=True,
+                         mininterval=0.1 if sys.stderr.isatty() else 10)
+        self._log = log_file.open("w", encoding="utf-8") if log_file else None
+
+    def step(self, loss: float, learning_rate: float, tokens: int) -> None:
+        """Count one optimiser step over `tokens` tokens."""
+        self.tokens += tokens
+        self._bar.set_postfix_str(
+            f"loss {loss:.4f}, lr {learning_rate:.3g}, {self._tokens_per_second():,.0f} tok/s, "
+            f"{peak_memory(self.device) / GIB:.2f} GiB", refresh=False)
+        self._bar.update()
+
+    def write(self, line: str) -> None:
+        """Print a line without disturbing the bar."""
+        tqdm.write(line, file=sys.stdout)
+
+    def log(self, logs: dict[str, float], state: TrainerState) -> None:
+        """Print the official log line of a window of steps, and append it to the log file."""
+        self.write(str(logs))
+        if self._log is None:
+            return
+        elapsed = time.monotonic() - self._start
+        remaining = elapsed / state.global_step * (state.max_steps - state.global_step)
+        on_gpu = self.device.type == "cuda"
+        memory = {"vram_allocated" if on_gpu else "ram_allocated":
+                  round(peak_memory(self.device) / GIB, 2)}
+        self._log.write(json.dumps({
+            "current_steps": state.global_step,
+            "total_steps": state.max_steps,
+            "loss": logs["loss"],
+            "lr": logs["learning_rate"],
+            "epoch": logs["epoch"],
+            "percentage": round(100 * state.global_step / state.max_steps, 2),
+            "elapsed_time": str(datetime.timedelta(seconds=int(elapsed))),
+            "remaining_time": str(datetime.timedelta(seconds=int(remaining))),
+            "throughput": round(self._tokens_per_second(), 2),
+            "total_tokens": self.tokens,
+            **memory,
+        }) + "\n")
+        self._log.flush()
+
+    def close(self) -> None:
+        self._bar.close()
+        if self._log is not None:
+            self._log.close()
+
+    def _tokens_per_second(self) -> float:
+        return self.tokens / max(time.monotonic() - self._start, 1e-9)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most the GPU's allocator held, or the process's largest resident size."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # bytes on macOS, else kilobytes

@@ -1,0 +1,137 @@
+"""What a training command must have and in which ranges, checked before anything is loaded."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+from glmkern.errors import InputError
+from glmkern.training.arguments import (
+    Arguments,
+    DataTrainingArguments,
+    ModelArguments,
+    TrainingArguments,
+)
+
+POLYNOMIAL_END = 1e-7  # the learning rate at which the polynomial schedule ends
+
+
+def check_arguments(arguments: Arguments, environment: Mapping[str, str]) -> None:
+    """Raise InputError, one sentence with the cure, where a training run cannot start from these.
+
+    `environment` holds the launcher's variables (WORLD_SIZE), as os.environ does.
+    """
+    if not arguments.training.do_train:
+        raise InputError("there is nothing to do; pass --do_train")
+    _check_launcher(environment)
+    _check_model(arguments.model)
+    _check_data(arguments.data)
+    _check_training(arguments.training)
+    _check_precision(arguments.model, arguments.training)
+
+
+def _require(value: object, name: str, cure: str) -> None:
+    if value is None:
+        raise InputError(f"--{name} is missing; {cure}")
+
+
+def _require_range(name: str, value: float | None, low: float, high: float, words: str) -> None:
+    """Accept None and low <= value <= high."""
+    if value is not None and not low <= value <= high:
+        raise InputError(f"--{name} is {value}; it must be {words}")
+
+
+def _require_count(name: str, value: int | None) -> None:
+    _require_range(name, value, 1, math.inf, "at least 1")
+
+
+def _check_launcher(environment: Mapping[str, str]) -> None:
+    size = environment.get("WORLD_SIZE", "1")
+    if size != "1":
+        raise InputError(
+            f"the launcher started {size} processes and a run is one process in this release; "
+            "pass --nproc-per-node 1 to torchrun, or start without it"
+        )
+
+
+def _check_model(model: ModelArguments) -> None:
+    _require(model.model_name_or_path, "model_name_or_path", "name the folder of the base model")
+    if model.pre_seq_len is None:
+        raise InputError(
+            "--pre_seq_len is missing, which officially means fine-tuning the whole model; only "
+            "prefixes are trained here, so pass --pre_seq_len 128"
+        )
+    _require_count("pre_seq_len", model.pre_seq_len)
+    if not 0 <= model.prefix_dropout < 1:
+        raise InputError(f"--prefix_dropout is {model.prefix_dropout}; it must be in [0, 1)")
+
+
+def _check_data(data: DataTrainingArguments) -> None:
+    _require(data.train_file, "train_file", "name the file of training rows (.json, .jsonl, .csv)")
+    _require(data.prompt_column, "prompt_column", "name the column of the prompts")
+    _require(data.response_column, "response_column", "name the column of the responses")
+    _require_range("max_source_length", data.max_source_length, 3, math.inf,
+                   "at least 3: [gMASK], sop and one token of the prompt")
+    _require_count("max_target_length", data.max_target_length)
+    _require_count("max_train_samples", data.max_train_samples)
+
+
+def _check_training(training: TrainingArguments) -> None:
+    _require(training.output_dir, "output_dir", "name the folder to write to")
+    for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+        _require_count(name, getattr(training, name))
+    for name in ("learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm", "warmup_steps"):
+        _require_range(name, getattr(training, name), 0, math.inf, "at least 0")
+    for name in ("adam_beta1", "adam_beta2"):
+        if not 0 <= getattr(training, name) < 1:
+            raise InputError(f"--{name} is {getattr(training, name)}; it must be in [0, 1)")
+    _require_range("warmup_ratio", training.warmup_ratio, 0, 1, "in [0, 1]")
+    for name in ("seed", "data_seed"):
+        _require_range(name, getattr(training, name), 0, 2**32 - 1, "in [0, 2**32 - 1]")
+    if training.max_steps <= 0 and training.num_train_epochs <= 0:
+        raise InputError(
+            f"--num_train_epochs is {training.num_train_epochs}; it must be above 0 where "
+            "--max_steps is not given"
+        )
+    if training.lr_scheduler_type == "polynomial" and training.learning_rate <= POLYNOMIAL_END:
+        raise InputError(
+            f"--learning_rate is {training.learning_rate}; the polynomial schedule needs one above "
+            f"its end, {POLYNOMIAL_END}"
+        )
+    _check_interval("logging_steps", training.logging_steps, training.logging_strategy, least=True)
+    _check_interval("save_steps", training.save_steps, training.save_strategy, least=False)
+    if training.tokens_per_pack != "auto" and not training.tokens_per_pack.isdecimal():
+        raise InputError(
+            f"--tokens_per_pack is {training.tokens_per_pack}; it must be auto or a whole number "
+            "of tokens (0 is one micro-batch at a time)"
+        )
+
+
+def _check_interval(name: str, steps: float, strategy: str, least: bool) -> None:
+    """`least`: zero is an error; else zero or less means never, as officially for save_steps."""
+    if strategy != "steps":
+        return
+    if least and steps <= 0:
+        raise InputError(f"--{name} is {steps:g}; it must be above 0, or --logging_strategy no")
+    if steps > 1 and steps != int(steps):
+        raise InputError(f"--{name} is {steps:g}; it must be a whole number, or a share below 1")
+
+
+def _check_precision(model: ModelArguments, training: TrainingArguments) -> None:
+    asked = {"--fp16": training.fp16, "--bf16": training.bf16,
+             f"--model_dtype {model.model_dtype}": model.model_dtype != "auto"}
+    names = [name for name, given in asked.items() if given]
+    agreed = names == ["--fp16", "--model_dtype float16"] or names == ["--bf16",
+                                                                       "--model_dtype bfloat16"]
+    if len(names) > 1 and not agreed:
+        raise InputError(f"{' and '.join(names)} ask for different precisions; keep one of them")
+
+
+def check_output_folder(folder: Path, overwrite: bool) -> None:
+    """Raise InputError where the folder has content that nobody allowed to be overwritten."""
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--output_dir {folder} is a file; name a folder")
+    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+        raise InputError(
+            f"--output_dir {folder} exists and is not empty; pass --overwrite_output_dir or name "
+            "another folder"
+        )

@@ -1,0 +1,70 @@
+"""What the tests of the loop train: a stand-in for the model, rows, flags, and a recorder."""
+
+from types import SimpleNamespace
+
+import torch
+from torch import nn
+
+from glmkern.training.arguments import TrainingArguments
+from glmkern.training.dataset import Row
+from glmkern.training.trainer import Trainer
+
+IGNORED = -100
+OFFICIAL = "transformer.prefix_encoder."
+
+
+class StandIn(nn.Module):
+    """Eight classes scored by a trained vector; as fast as a model can be.
+
+    Label `nan_label` gives a NaN loss, `steep_label` an infinite gradient.
+    """
+
+    nan_label, steep_label = 6, 7
+
+    def __init__(self, dtype: torch.dtype = torch.float32):
+        super().__init__()
+        self.config = SimpleNamespace(num_layers=3)
+        self.prefix_encoder = nn.ModuleDict({"embedding": nn.Embedding(1, 8)})
+        nn.init.zeros_(self.scores)
+        self.dtype, self.device = dtype, torch.device("cpu")
+        self.calls = []
+
+    @property
+    def scores(self) -> torch.Tensor:
+        return self.prefix_encoder["embedding"].weight
+
+    def loss(self, batch, dropout_offset, seed):
+        self.calls.append(SimpleNamespace(batch=batch, offset=dropout_offset, seed=seed))
+        kept = batch.labels != IGNORED
+        labels = batch.labels[kept]
+        nll = -self.scores[0].log_softmax(0)[labels]
+        if (labels == self.nan_label).any():
+            nll = nll * float("nan")
+        if (labels == self.steep_label).any():
+            # The derivative of sqrt at 0 is infinite, its value is not.
+            nll = nll + (nll - nll.detach()).abs().sqrt()
+        return (batch.token_weight[kept] * nll).sum()
+
+
+class Recorder(Trainer):
+    """Keeps the unrounded loss of every step and the rows of every micro-batch."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.losses, self.windows = [], []
+
+    def _take_step(self, window):
+        self.windows.append([list(each) for each in window])
+        super()._take_step(window)
+
+    def _backward(self, packs):
+        self.losses.append(super()._backward(packs))
+        return self.losses[-1]
+
+
+def arguments(**flags) -> TrainingArguments:
+    return TrainingArguments(**{"output_dir": "out", "disable_tqdm": True, **flags})
+
+
+def simple_rows(count: int, length: int = 4) -> list[Row]:
+    return [Row([1] * length, [IGNORED] + [i % 5] * (length - 1)) for i in range(count)]
