@@ -51,7 +51,7 @@ def bias_dropout_add(x: Tensor, bias: Tensor | None, residual: Tensor, p: float,
     else:
         check(cu_seqlens is None or x.dim() == 2, lambda: f"{op}: with cu_seqlens x must be "
               f"[T, H], not {tuple(x.shape)}")
-        rows = x.flatten(0, -2) if x.dim() != 2 else x
+        rows = x.reshape(-1, x.shape[-1])
         cu_seqlens, sequence_ids = complete_sequences(op, rows, cu_seqlens, sequence_ids)
     return torch.ops.glmkern.bias_dropout_add_fwd(
         x.contiguous(), bias, residual.contiguous(), p, seed, cu_seqlens, sequence_ids)
@@ -80,7 +80,7 @@ def bias_dropout_add_fwd_reference(x, bias, residual, p, seed, cu_seqlens, seque
 def bias_dropout_add_bwd_reference(dy, p, seed, cu_seqlens, sequence_ids,
                                    bias_grad) -> tuple[Tensor, Tensor]:
     dx = dy * _scale_of_kept(dy, p, seed, cu_seqlens, sequence_ids)
-    dbias = dx.flatten(0, -2).sum(0).to(dy.dtype) if bias_grad else dy.new_empty(0)
+    dbias = dx.view(-1, dy.shape[-1]).sum(0).to(dy.dtype) if bias_grad else dy.new_empty(0)
     return dx.to(dy.dtype), dbias
 
 
@@ -113,7 +113,7 @@ def _backward(ctx, dy):
         dx, dbias = torch.ops.glmkern.bias_dropout_add_bwd(
             dy.contiguous(), ctx.p, *ctx.saved_tensors, bias_grad)
     else:
-        dx, dbias = dy, dy.flatten(0, -2).sum(0) if bias_grad else None
+        dx, dbias = dy, dy.reshape(-1, dy.shape[-1]).sum(0) if bias_grad else None
     return dx, dbias if bias_grad else None, dy, None, None, None, None
 
 

@@ -162,7 +162,7 @@ def _backward(ctx, dy):
     if ctx.needs_input_grad[0]:
         dx = torch.ops.glmkern.quant_linear_bwd(dy.contiguous(), *ctx.saved_tensors, ctx.bits)
     if ctx.needs_input_grad[4]:
-        dbias = dy.flatten(0, -2).sum(0)
+        dbias = dy.reshape(-1, dy.shape[-1]).sum(0)
     return dx, None, None, None, dbias
 
 

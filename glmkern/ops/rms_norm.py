@@ -87,7 +87,7 @@ def rms_norm_bwd_reference(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor,
     normalised = h * r
     dweight = x.new_empty(0)
     if weight_grad:
-        dweight = (g * normalised).flatten(0, -2).sum(0).to(weight.dtype)
+        dweight = (g * normalised).view(-1, x.shape[-1]).sum(0).to(weight.dtype)
     g = g * weight
     dx = r * (g - normalised * (g * normalised).mean(-1, keepdim=True))
     if dresidual is not None:

@@ -11,7 +11,7 @@ from tests.ops.contract import check_compiles, check_registration
 from tests.ops.numerics import HALF_AND_SINGLE, matches_fp64, same_bits
 
 SEED = torch.tensor([0x1234_5678_9ABC, 77])
-SHAPES = [(1, 1), (3, 17), (63, 64), (2, 5, 100), (7, 4099)]
+SHAPES = [(5,), (1, 1), (3, 17), (63, 64), (2, 5, 100), (7, 4099)]
 
 
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)

@@ -1,0 +1,216 @@
+"""How a benchmark measures and reports.
+
+A benchmark lists `Work`s: the same piece of work by each implementation and peer. `measure` runs
+them in interleaved rounds, the roofline's probes among them, and takes ratios inside a round, so
+that whatever else the machine does hits both sides. `main` is the command line of an op.
+
+    fraction   T_roof / T, T_roof from the probes of the same round; median over the rounds
+    vs peer    T of the fastest peer / T in the same round; median over the rounds
+"""
+
+import argparse
+import itertools
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import torch
+
+import glmkern
+from bench.roofline import Probe, copy_probe, gemm_probe, machine
+
+RESULTS = Path(__file__).with_name("results")
+ROUNDS = 21
+# On a CPU a sample lasts at least this long, so that the clock and a stray interrupt weigh little.
+SAMPLE_SECONDS = 0.01
+# Cleared before every sample on a GPU: more than any L2 cache holds, and long enough to write that
+# the launches of the sample are queued when it ends.
+FLUSH_BYTES = 2 ** 29
+
+
+@dataclass(frozen=True)
+class Work:
+    """One implementation of a piece of work."""
+
+    name: str                 # works of one name and dtype do the same
+    implementation: str       # a backend of glmkern, or the peer's function
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    bytes: int                # that have to pass through memory: inputs once, results once
+    flops: int
+    call: Callable[[], object]
+    peer: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.name}-{self.implementation}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the results table; times in milliseconds."""
+
+    name: str
+    implementation: str
+    shape: str
+    dtype: str
+    median_ms: float
+    fastest_ms: float
+    gb_per_s: float
+    fraction: float
+    vs_peer: float | None
+
+
+def available_backends(op: str, device: str) -> list[str]:
+    """The backends that can serve `op` ("rms_norm_fwd", say) here."""
+    states = glmkern.backends(device).rows
+    return [name for (row_op, name), state in states.items()
+            if row_op == op and state in ("available", "chosen")]
+
+
+def measure(works: Sequence[Work], device: str, rounds: int = ROUNDS) -> list[Row]:
+    probes = [copy_probe(device)]
+    if any(work.flops for work in works):
+        probes.append(gemm_probe(device, works[0].dtype))
+    times = seconds_per_round([x.call for x in (*probes, *works)], device, rounds)
+    roof, times = times[:len(probes)], times[len(probes):]
+    return [_row(work, t, _roof_seconds(work, probes, roof), _fastest_peer(work, works, times))
+            for work, t in zip(works, times, strict=True)]
+
+
+def _fastest_peer(work: Work, works: Sequence[Work],
+                  times: Sequence[list[float]]) -> list[float] | None:
+    """The times of the peer that does the same in the least time."""
+    return min((t for other, t in zip(works, times, strict=True)
+                if other.peer and (other.name, other.dtype) == (work.name, work.dtype)),
+               key=median, default=None)
+
+
+def _roof_seconds(work: Work, probes: Sequence[Probe],
+                  roof: Sequence[Sequence[float]]) -> list[float]:
+    """T_roof of the work in every round."""
+    limits = [[work.bytes / p.bytes * t if p.bytes else work.flops / p.flops * t for t in seconds]
+              for p, seconds in zip(probes, roof, strict=True)]
+    return [max(together) for together in zip(*limits, strict=True)]
+
+
+def _row(work: Work, seconds: list[float], roof: list[float], peer: list[float] | None) -> Row:
+    return Row(
+        work.name, work.implementation, " x ".join(map(str, work.shape)),
+        str(work.dtype).removeprefix("torch."), round(median(seconds) * 1e3, 4),
+        round(min(seconds) * 1e3, 4), round(work.bytes / median(seconds) / 1e9, 1),
+        round(paired_ratio(roof, seconds), 3),
+        None if peer is None or work.peer else round(paired_ratio(peer, seconds), 2))
+
+
+def paired_ratio(numerator: Sequence[float], denominator: Sequence[float]) -> float:
+    """The median over the rounds of the ratio within a round."""
+    return median(n / d for n, d in zip(numerator, denominator, strict=True))
+
+
+def seconds_per_round(calls: Sequence[Callable], device: str, rounds: int) -> list[list[float]]:
+    """Seconds a call of every function in every round; each round starts with another one."""
+    sample = _gpu_sampler() if device == "cuda" else _cpu_sample
+    repeats = [_repeats(call, sample) for call in calls]
+    seconds = [[] for _ in calls]
+    for r in range(rounds):
+        for i in itertools.chain(range(r % len(calls), len(calls)), range(r % len(calls))):
+            seconds[i].append(sample(calls[i], repeats[i]))
+    return seconds
+
+
+def _repeats(call: Callable, sample: Callable) -> int:
+    """Calls that make one sample; warms the call up."""
+    sample(call, 3)
+    return max(1, round(SAMPLE_SECONDS / sample(call, 1))) if sample is _cpu_sample else 1
+
+
+def _cpu_sample(call: Callable, repeats: int) -> float:
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    return (time.perf_counter() - start) / repeats
+
+
+def _gpu_sampler() -> Callable[[Callable, int], float]:
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def sample(call: Callable, repeats: int) -> float:
+        flush.zero_()
+        start.record()
+        for _ in range(repeats):
+            call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3 / repeats
+
+    return sample
+
+
+def main(op: str, works: Callable[[str], list[Work]], doc: str) -> None:
+    """The command line of an op's benchmark."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"),
+                        default="cuda" if torch.cuda.is_available() else "cpu")
+    add_arguments(parser)
+    run_and_report(op, works, parser.parse_args())
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="interleaved rounds")
+    parser.add_argument("--threads", type=int, help="CPU threads, default: torch's choice")
+    parser.add_argument("--json", type=Path, help="write only this file, not bench/results")
+
+
+def run_and_report(name: str, works: Callable[[str], list[Work]], args: argparse.Namespace,
+                   **more: object) -> None:
+    """Measures, prints the table and writes it with `more` to bench/results/<name>.json and .md,
+    beside what the file holds of the other kind of device."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    rows = measure(works(args.device), args.device, args.rounds)
+    run = {"machine": machine(args.device), "rounds": args.rounds,
+           "rows": [vars(row) for row in rows], **more}
+    path = args.json or RESULTS / f"{name}.json"
+    results = json.loads(path.read_text()) if path.is_file() else {"cpu": None, "cuda": None}
+    results[args.device] = run
+    path.write_text(json.dumps(results, indent=1) + "\n")
+    text = as_markdown(name, results)
+    if args.json is None:
+        path.with_suffix(".md").write_text(text)
+    print(text)
+
+
+def as_markdown(op: str, results: dict) -> str:
+    """The results of both kinds of machine; a kind without any says so."""
+    text = f"# {op}\n\nMade by `python -m bench.bench_{op}`; what the columns mean: " \
+        "bench/harness.py.\n"
+    for device, title in (("cpu", "On a CPU"), ("cuda", "On a GPU")):
+        text += f"\n## {title}\n\n"
+        text += _run_as_markdown(results[device]) if results[device] else \
+            "not measured on a GPU\n" if device == "cuda" else "not measured on a CPU\n"
+    return text
+
+
+def _run_as_markdown(run: dict) -> str:
+    described = ", ".join(f"{key} {value}" for key, value in run["machine"].items())
+    text = f"{described}; medians of {run['rounds']} interleaved rounds\n\n" + _table(
+        ("work", "implementation", "shape", "type", "median ms", "GB/s", "fraction", "vs peer"),
+        [(row["name"], row["implementation"], row["shape"], row["dtype"],
+          f"{row['median_ms']:.3f}", f"{row['gb_per_s']:.1f}" if row["gb_per_s"] else "-",
+          f"{row['fraction']:.2f}", "-" if row["vs_peer"] is None else f"{row['vs_peer']:.2f}")
+         for row in run["rows"]])
+    if "memory" in run:
+        text += "\n" + _table(
+            ("implementation", "MiB resident before", "MiB at the peak", "MiB of the step"),
+            [(row["implementation"], f"{row['resident_mib']:.0f}", f"{row['peak_mib']:.0f}",
+              f"{row['peak_mib'] - row['resident_mib']:.0f}") for row in run["memory"]])
+    return text
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
