@@ -9,7 +9,9 @@ forced one that cannot serve is an error, never a silent fallback.
 import contextlib
 import importlib
 import importlib.util
+import json
 import os
+import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
@@ -42,30 +44,44 @@ _ops: dict[str, Op] = {}
 # One Library object a namespace; the native libraries implement glmkern_cpu and glmkern_cuda.
 _libraries = {ns: torch.library.Library(ns, "DEF")  # noqa: TOR901 (kept for the process's life)
               for ns in ("glmkern", "glmkern_cpu", "glmkern_cuda")}
+_libraries["glmkern_cpu"].define("isa() -> str")  # which instruction set its kernels use
 
 
 def define_op(name: str, schema: str, *, module: str, reference: Callable, fake: Callable,
-              supports: Callable[..., str | None]) -> None:
+              supports: Callable[..., str | None], setup_context: Callable | None = None,
+              backward: Callable | None = None) -> None:
     """Registers `glmkern::<name>`, and its schema for native code as `glmkern_cpu::<name>` and
     `glmkern_cuda::<name>`.
 
     `reference` computes the op with plain PyTorch, `fake` its outputs' shapes, and `supports`
-    takes the op's arguments and says None, or why the kernels can't serve them.
+    takes the op's arguments and says None, or why the kernels can't serve them. `setup_context` and
+    `backward` are the derivative as torch.library.register_autograd takes it; without them,
+    differentiating the op (a second derivative, for a `_bwd`) is an error.
     """
     op = _ops[name] = Op(name, module, reference, supports, {"reference": reference})
     for library in _libraries.values():
         library.define(name + schema)
 
     def call(*args):
-        return choose(op, args)(*args)
+        device = next(a for a in args if isinstance(a, torch.Tensor)).device.type
+        function = choose(op, device, args)
+        if torch.is_autocast_enabled(device):  # an op computes in the precision it documents
+            with torch.autocast(device, enabled=False):
+                return function(*args)
+        return function(*args)
 
-    _libraries["glmkern"].impl(name, call, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"glmkern::{name}", fake, lib=_libraries["glmkern"])
+    def no_derivative(ctx, *grads):
+        raise NotImplementedError(f"{name} has no derivative; detach its inputs")
+
+    library, qualified = _libraries["glmkern"], f"glmkern::{name}"
+    library.impl(name, call, "CompositeExplicitAutograd")
+    torch.library.register_fake(qualified, fake, lib=library)
+    torch.library.register_autograd(qualified, backward or no_derivative,
+                                    setup_context=setup_context, lib=library)
 
 
-def choose(op: Op, args: tuple) -> Callable:
+def choose(op: Op, device: str, args: tuple) -> Callable:
     """The implementation of `op` that serves these arguments; RuntimeError where none may."""
-    device = next(a for a in args if isinstance(a, torch.Tensor)).device.type
     if _forced is not None:
         reason = why_not(op, _forced, device, args)
         if reason is not None:
@@ -110,6 +126,8 @@ def _why_no_triton(device: str) -> str | None:
         return "Triton runs on GPUs (TRITON_INTERPRET=1, set before the start, emulates it on CPU)"
     if device != "cuda":
         return f"it runs on cuda tensors, these are on {device}"
+    if not torch.cuda.is_available():
+        return "torch sees no GPU"
     major, minor = torch.cuda.get_device_capability()
     if (major, minor) < (8, 0):
         return f"Triton needs sm_80 or newer, this GPU is sm_{major}{minor}"
@@ -121,14 +139,35 @@ def _load_native(name: str) -> str | None:
     """Loads one native library; None on success, or why it is not there."""
     path = Path(__file__).with_name(NATIVE_LIBRARIES[name])
     if not path.is_file():
-        return f"{path.name} was not built (a C++ compiler and torch were missing at install time)"
+        return f"{path.name} was not built: {_why_not_built(path.stem)}"
     if name == "cuda" and not torch.cuda.is_available():
         return "torch sees no GPU"
+    if _is_cut_short(path):  # loading it would kill the process
+        return f"{path.name} could not be loaded: it is cut short, install glmkern again"
     try:
         torch.ops.load_library(str(path))
     except (OSError, RuntimeError) as error:
         return f"{path.name} could not be loaded: {str(error).splitlines()[0]}"
+    if name == "cpu":
+        torch.ops.glmkern_cpu.isa()  # a GLMKERN_CPU_ISA that cannot be served is an error at once
     return None
+
+
+def _why_not_built(library: str) -> str:
+    report = Path(__file__).with_name("_build.json")
+    if not report.is_file():
+        return "glmkern runs from a folder that was never installed (pip install -e .)"
+    return json.loads(report.read_text())[library] or "its file is gone: install glmkern again"
+
+
+def _is_cut_short(path: Path) -> bool:
+    """Whether an ELF file ends before the table of sections that its header promises at the end."""
+    with path.open("rb") as file:
+        header = file.read(64)
+    if len(header) < 64 or not header.startswith(b"\x7fELF\x02\x01"):
+        return False  # not 64-bit little-endian ELF: for the loader to judge
+    offset, entry_size, entries = struct.unpack_from("<40xQ10xHH", header)
+    return path.stat().st_size < offset + entry_size * entries
 
 
 def _find_implementation(op: Op, name: str) -> str | None:
@@ -187,6 +226,7 @@ def backends(device: str | None = None) -> BackendsTable:
     import glmkern.ops  # noqa: F401 (registers the ops)
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(device).type
     rows = {}
     for op in _ops.values():
         reasons = {name: why_not(op, name, device) for name in NAMES}

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from glmkern import ops
 from glmkern.model.chatglm import ChatGLM
+from glmkern.model.layer import Layer, Pass
 from glmkern.model.packing import unpad
 
 
@@ -23,7 +24,7 @@ class Cache:
                        for k, v in model.prefix()]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def generate(model: ChatGLM, input_ids: Tensor, attention_mask: Tensor | None = None, *,
              max_length: int | None = None, max_new_tokens: int | None = None,
              do_sample: bool = False, top_p: float = 1.0, top_k: int = 50,
@@ -32,10 +33,11 @@ def generate(model: ChatGLM, input_ids: Tensor, attention_mask: Tensor | None = 
     """Continues every row of a batch of prompts until an end token or the length limit.
 
     Args:
-        model: in evaluation mode, or dropout would act.
+        model: with or without a prefix; dropout never acts here.
         input_ids: int64 [B, S], prompts padded on the left.
         attention_mask: [B, S], zero at padding; None: no padding.
-        max_length: most tokens of a row, the padded prompt included; None: config.max_length.
+        max_length: most tokens of a row, the padded prompt included; None: config.max_length. At
+            most config.seq_length, the positions the model has.
         max_new_tokens: instead of max_length, most new tokens.
         do_sample: draw from the distribution instead of taking its maximum.
         top_p, top_k, temperature: the warpers, applied in the order temperature, top_k, top_p;
@@ -53,13 +55,15 @@ def generate(model: ChatGLM, input_ids: Tensor, attention_mask: Tensor | None = 
     if max_new_tokens is not None:
         max_length = input_ids.shape[1] + max_new_tokens
     max_length = model.config.max_length if max_length is None else max_length
-    _check_options(input_ids, max_length, top_p, top_k, temperature, do_sample)
-    device = model.device
-    input_ids = input_ids.to(device)
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
-    position_ids = (attention_mask.to(device).cumsum(1) - 1).clamp(min=0)
+    _check_options(model, input_ids, attention_mask, max_length, top_p, top_k, temperature,
+                   do_sample)
+    device = model.device
+    position_ids = (attention_mask.bool().cumsum(1) - 1).clamp(min=0)
     batch, _ = unpad(input_ids, attention_mask, position_ids)
+    model.check_inputs(batch.input_ids, batch.positions)
+    batch, input_ids = batch.to(device), input_ids.to(device)
     ends = _end_tokens(model, eos_token_id, device)
     pad = next(x for x in (pad_token_id, model.config.pad_token_id, 0) if x is not None)
 
@@ -110,7 +114,6 @@ def _advance(model: ChatGLM, cache: Cache, input_ids: Tensor, positions: Tensor,
              counts: Tensor) -> Tensor:
     """Runs new tokens [T], `counts` int64 [B] of them a row laid end to end, and stores their keys
     and values. Returns their hidden states [T, H] behind the final norm."""
-    model.check_inputs(input_ids, positions)
     counts = counts.long()
     widest = int(counts.max())
     row = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
@@ -119,21 +122,22 @@ def _advance(model: ChatGLM, cache: Cache, input_ids: Tensor, positions: Tensor,
     slot = cache.lens[row] + query
     cache.lens += counts
 
-    encoder = model.transformer.encoder
-    x = model.transformer.embedding.word_embeddings(input_ids)
-    for i, layer in enumerate(encoder.layers):
-        keys, values, prefix = cache.keys[i], cache.values[i], cache.prefix[i]
+    run = Pass(model.cos_sin, positions)
 
-        def attend(q, k, v, keys=keys, values=values, prefix=prefix):
+    def run_layer(layer: Layer, x: Tensor) -> Tensor:
+        keys, values = cache.keys[layer.index], cache.values[layer.index]
+
+        def attend(q, k, v):
             keys[row, slot], values[row, slot] = k, v
             padded = q.new_zeros(len(counts), widest, *q.shape[1:])
             padded[row, query] = q
-            out = ops.prefix_attention_decode(padded, keys, values, cache.lens, *prefix,
-                                              q_lens=counts)
-            return out[row, query]
+            out = ops.prefix_attention_decode(padded, keys, values, cache.lens,
+                                              *cache.prefix[layer.index], q_lens=counts)
+            return out[row, query], None
 
-        x = layer.decode(x, positions, model.cos_sin, attend)
-    return x if encoder.final_layernorm is None else encoder.final_layernorm(x)
+        return layer.decode(x, run, attend)
+
+    return model.encode(input_ids, run_layer)
 
 
 def _end_tokens(model: ChatGLM, eos_token_id, device: torch.device) -> Tensor:
@@ -142,13 +146,17 @@ def _end_tokens(model: ChatGLM, eos_token_id, device: torch.device) -> Tensor:
     return torch.tensor(ids, dtype=torch.int64, device=device)
 
 
-def _check_options(input_ids: Tensor, max_length: int, top_p: float, top_k: int,
-                   temperature: float, do_sample: bool) -> None:
-    if input_ids.dim() != 2 or input_ids.numel() == 0:
-        raise ValueError(f"input_ids must be [B, S] and not empty, not {list(input_ids.shape)}")
-    if max_length <= input_ids.shape[1]:
-        raise ValueError(f"max_length {max_length} counts the prompt, which has "
-                         f"{input_ids.shape[1]} tokens; raise it to leave room for the answer")
+def _check_options(model: ChatGLM, input_ids: Tensor, attention_mask: Tensor, max_length: int,
+                   top_p: float, top_k: int, temperature: float, do_sample: bool) -> None:
+    if input_ids.dim() != 2 or input_ids.numel() == 0 or attention_mask.shape != input_ids.shape:
+        raise ValueError("input_ids and attention_mask must be [B, S] and not empty, not "
+                         f"{list(input_ids.shape)} and {list(attention_mask.shape)}")
+    if not bool(attention_mask[:, -1].all()):
+        raise ValueError("a prompt ends in padding; pad prompts on the left")
+    prompt, positions = input_ids.shape[1], model.config.seq_length
+    if not prompt < max_length <= positions:
+        raise ValueError(f"max_length {max_length} counts the prompt, which has {prompt} tokens, "
+                         f"and the model has {positions} positions; choose a number between")
     if do_sample and (temperature <= 0 or not 0 < top_p <= 1 or top_k < 0):
         raise ValueError("temperature must be above 0, top_p in (0, 1] and top_k at least 0, not "
                          f"{temperature}, {top_p} and {top_k}")

@@ -1,15 +1,11 @@
 """Greedy generation and the sampling warpers against the official record."""
 
-import json
-
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from glmkern.generation import choose, warp
-from glmkern.model.chatglm import ChatGLM
-from glmkern.model.config import ChatGLMConfig
-from tests.model.oracles import small_model
+from tests.model.oracles import recorded_model, small_model
 
 
 @pytest.fixture(scope="module")
@@ -17,25 +13,12 @@ def folder(golden):
     return golden / "chatglm2_tiny"
 
 
-def recorded_model(folder, prefix, eos_variant=False):
-    config = ChatGLMConfig.from_pretrained(folder)
-    model = ChatGLM(config, pre_seq_len=8 if prefix else None)
-    weights = load_file(folder / "weights.safetensors")
-    if eos_variant:
-        weights |= load_file(folder / "weights_eos_variant.safetensors")
-    model.load_base(weights.items(), torch.float32, "cpu")
-    if prefix:
-        state = load_file(folder / "prefix_noproj.safetensors")
-        model.prefix_encoder.load_state_dict(
-            {k.removeprefix("transformer.prefix_encoder."): v for k, v in state.items()})
-    return model.eval()
-
-
 @pytest.mark.parametrize("name", ["plain_b1", "plain_leftpad", "prefix_b1", "prefix_leftpad",
                                   "prefix_eos_leftpad"])
 def test_greedy_sequences(folder, name):
     case = load_file(folder / f"gen_{name}.safetensors")
-    model = recorded_model(folder, name.startswith("prefix"), "eos" in name)
+    weights = load_file(folder / "weights_eos_variant.safetensors") if "eos" in name else None
+    model = recorded_model(folder, "noproj" if "prefix" in name else None, weights=weights)
     sequences = model.generate(case["input_ids"], case["attention_mask"],
                                max_length=case["sequences"].shape[1])
     assert torch.equal(sequences, case["sequences"])
@@ -80,6 +63,9 @@ def test_configurations_generate_what_their_logits_say():
 
 @pytest.mark.parametrize(("options", "sentence"), [
     (dict(max_length=4), "max_length 4 counts the prompt, which has 4 tokens"),
+    (dict(max_length=65), "max_length 65 .* the model has 64 positions"),
+    (dict(max_length=9, attention_mask=torch.tensor([[1, 1, 1, 0]])), "pad prompts on the left"),
+    (dict(max_length=9, attention_mask=torch.ones(4)), r"must be \[B, S\] and not empty"),
     (dict(max_length=9, do_sample=True, temperature=0.0), "temperature must be above 0"),
     (dict(max_length=9, do_sample=True, top_p=0.0), "top_p in"),
 ])

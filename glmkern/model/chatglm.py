@@ -1,5 +1,7 @@
 """ChatGLM2 with a frozen base and a trained prefix, over packed tokens."""
 
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,6 +41,8 @@ class ChatGLM(nn.Module):
                  prefix_projection: bool = False, rope_precision: str = "float32"):
         """Builds the modules without weights; from_pretrained and load_base fill them."""
         super().__init__()
+        # The copy checks the configuration together with the prefix.
+        config = replace(config, pre_seq_len=pre_seq_len, prefix_projection=prefix_projection)
         self.config = config
         self.rope_precision = rope_precision
         self.prefix_dropout = PREFIX_DROPOUT
@@ -77,7 +81,8 @@ class ChatGLM(nn.Module):
         folder = resolve_folder(path)
         config = ChatGLMConfig.from_pretrained(folder)
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        dtype = dtype or (torch.float32 if device.type == "cpu" else config.dtype)
+        if dtype is None:
+            dtype = torch.float32 if device.type == "cpu" else config.dtype
         config.check_dtype(dtype)
         if pre_seq_len is None:
             pre_seq_len = config.pre_seq_len
@@ -85,7 +90,8 @@ class ChatGLM(nn.Module):
         prefix_state = None
         if prefix_checkpoint is not None:
             prefix_state = read_prefix(prefix_checkpoint)
-            pre_seq_len = pre_seq_len or len(prefix_state["embedding.weight"])
+            if pre_seq_len is None:
+                pre_seq_len = len(prefix_state["embedding.weight"])
             check_prefix(prefix_state, config, pre_seq_len, prefix_projection, prefix_checkpoint)
         model = cls(config, pre_seq_len=pre_seq_len, prefix_projection=prefix_projection,
                     rope_precision=rope_precision)
@@ -94,7 +100,8 @@ class ChatGLM(nn.Module):
             model.prefix_encoder.load_state_dict(prefix_state)
         return model
 
-    def load_base(self, tensors, dtype: torch.dtype, device: torch.device | str) -> None:
+    def load_base(self, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype,
+                  device: torch.device | str) -> None:
         """Fills the frozen weights from (official name, tensor) pairs, converted one at a time."""
         for name, tensor in tensors:
             module, _, leaf = name.rpartition(".")
@@ -132,18 +139,24 @@ class ChatGLM(nn.Module):
                 has no context and is ignored.
 
         Returns:
-            ModelOutput: the mean loss over labelled tokens, and logits [B, S, V].
+            ModelOutput: the mean loss over labelled tokens, and logits [B, S, V]. In training mode
+            dropout draws a new mask from PyTorch's generator at every call.
 
         Raises:
             ValueError: shapes, ids, positions or labels are out of range.
         """
-        batch, places = unpad(*(None if x is None else x.to(self.device) for x in
-                                (input_ids, attention_mask, position_ids, labels)))
-        hidden = self._hidden(batch)
-        weight = self.transformer.output_layer.weight
-        loss = None if labels is None else ops.linear_cross_entropy(hidden, weight, batch.labels)
-        logits = F.linear(hidden, weight)
-        padded = logits.new_zeros(input_ids.numel(), len(weight)).index_copy(0, places, logits)
+        batch, places = unpad(input_ids, attention_mask, position_ids, labels)
+        self._check_batch(batch, labels is not None)
+        seed = int(torch.randint(2**62, ())) if self.training else 0
+        with torch.autocast(self.device.type, enabled=False):
+            hidden = self._hidden(batch.to(self.device), 0, seed)
+            weight = self.transformer.output_layer.weight
+            loss = None
+            if labels is not None:
+                loss = ops.linear_cross_entropy(hidden, weight, batch.labels.to(self.device))
+            logits = F.linear(hidden, weight)
+            padded = logits.new_zeros(input_ids.numel(), len(weight))
+            padded = padded.index_copy(0, places.to(self.device), logits)
         return ModelOutput(loss, padded.view(*input_ids.shape, -1))
 
     def loss(self, batch: PackedBatch, dropout_offset: int = 0, seed: int = 0) -> Tensor:
@@ -162,19 +175,21 @@ class ChatGLM(nn.Module):
         Raises:
             ValueError: ids, positions or labels are out of range, or nothing is labelled.
         """
+        self._check_batch(batch, labelled=True)
         batch = batch.to(self.device)
-        hidden = self._hidden(batch, dropout_offset, seed)
-        return ops.linear_cross_entropy(hidden, self.transformer.output_layer.weight, batch.labels,
-                                        token_weight=batch.token_weight, ignore_index=IGNORE_INDEX)
+        with torch.autocast(self.device.type, enabled=False):
+            hidden = self._hidden(batch, dropout_offset, seed)
+            return ops.linear_cross_entropy(
+                hidden, self.transformer.output_layer.weight, batch.labels,
+                token_weight=batch.token_weight, ignore_index=IGNORE_INDEX)
 
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options) -> Tensor:
         """Continues a left-padded batch of prompts; see glmkern.generation.generate."""
         from glmkern.generation import generate
         return generate(self, input_ids, attention_mask, **options)
 
-    def _hidden(self, batch: PackedBatch, dropout_offset: int = 0, seed: int = 0) -> Tensor:
+    def _hidden(self, batch: PackedBatch, dropout_offset: int, seed: int) -> Tensor:
         """[T, H] behind the final norm, in training mode with dropout."""
-        self.check_inputs(batch.input_ids, batch.positions)
         if self.recompute not in RECOMPUTE:
             raise ValueError(f"recompute must be one of {', '.join(RECOMPUTE)}, not "
                              f"{self.recompute!r}")
@@ -182,11 +197,17 @@ class ChatGLM(nn.Module):
                    dropout_offset, recompute=self.recompute,
                    prefix_dropout=self._active(self.prefix_dropout, self.prefix_encoder is not None),
                    hidden_dropout=self._active(self.config.hidden_dropout))
-        encoder = self.transformer.encoder
-        x = self.transformer.embedding.word_embeddings(batch.input_ids)
-        for layer, (prefix_k, prefix_v) in zip(encoder.layers, self.prefix()):
-            x = layer(x, prefix_k, prefix_v, run)
-        return x if encoder.final_layernorm is None else encoder.final_layernorm(x)
+        prefix = self.prefix()
+        return self.encode(batch.input_ids, lambda layer, x: layer(x, *prefix[layer.index], run))
+
+    def encode(self, input_ids: Tensor, run_layer: Callable[[Layer, Tensor], Tensor]) -> Tensor:
+        """Embeds tokens [T], takes them through `run_layer(layer, x)` for every layer, and
+        normalises: [T, H]."""
+        x = self.transformer.embedding.word_embeddings(input_ids)
+        for layer in self.transformer.encoder.layers:
+            x = run_layer(layer, x)
+        norm = self.transformer.encoder.final_layernorm
+        return x if norm is None else norm(x)
 
     def prefix(self) -> list[tuple[Tensor | None, Tensor | None]]:
         """Every layer's prefix keys and values, float32 [P, G, C], or None, None without one."""
@@ -199,15 +220,29 @@ class ChatGLM(nn.Module):
 
     def check_inputs(self, input_ids: Tensor, positions: Tensor) -> None:
         """Raises ValueError for a token id or position outside the tables."""
-        for name, x, end in (("token ids", input_ids, self.config.padded_vocab_size),
-                             ("positions", positions, self.config.seq_length)):
-            low, high = x.aminmax()
-            if low < 0 or high >= end:
-                raise ValueError(f"{name} run from {int(low)} to {int(high)}, but this model has 0 "
-                                 f"to {end - 1}")
+        _check_range("token ids", input_ids, self.config.padded_vocab_size)
+        _check_range("positions", positions, self.config.seq_length)
+
+    def _check_batch(self, batch: PackedBatch, labelled: bool) -> None:
+        """Raises ValueError for values out of range; costs a GPU nothing where the batch is still
+        on the CPU, as packed batches are."""
+        self.check_inputs(batch.input_ids, batch.positions)
+        if labelled:
+            labels = batch.labels[batch.labels != IGNORE_INDEX]
+            if len(labels) == 0:
+                raise ValueError(f"no token carries a label (all are {IGNORE_INDEX}), so there is "
+                                 "no loss; leave such batches out")
+            _check_range("labels", labels, self.config.padded_vocab_size)
 
     def _active(self, p: float, present: bool = True) -> float:
         return p if self.training and present else 0.0
+
+
+def _check_range(name: str, x: Tensor, end: int) -> None:
+    low, high = x.aminmax()
+    if low < 0 or high >= end:
+        raise ValueError(f"{name} run from {int(low)} to {int(high)}, but this model has 0 to "
+                         f"{end - 1}")
 
 
 class _Embedding(nn.Module):

@@ -6,6 +6,7 @@ trades parts of them for time. Below the first layer nothing is trained, so its 
 never formed: only the prefix's are.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -23,7 +24,7 @@ kernels = torch.ops.glmkern
 
 @dataclass(frozen=True)
 class Pass:
-    """What all layers of one forward pass share.
+    """What all layers of one forward pass share. Decoding needs only cos_sin and positions.
 
     cos_sin: [positions, C / 4, 2]; positions: int64 [T]; cu_seqlens: int32 [B+1]; sequence_ids:
     int64 [B]; seed: the run's dropout seed; offset: step * num_layers, the first layer's dropout
@@ -32,8 +33,8 @@ class Pass:
 
     cos_sin: Tensor
     positions: Tensor
-    cu_seqlens: Tensor
-    sequence_ids: Tensor
+    cu_seqlens: Tensor | None = None
+    sequence_ids: Tensor | None = None
     seed: int = 0
     offset: int = 0
     prefix_dropout: float = 0.0
@@ -82,27 +83,19 @@ class Layer(nn.Module):
         """x [T, H] -> [T, H]; prefix_k, prefix_v: float32 [P, G, C] or None."""
         return _LayerFunction.apply(x, prefix_k, prefix_v, self, run)
 
-    def decode(self, x: Tensor, positions: Tensor, cos_sin: Tensor, attend) -> Tensor:
-        """Inference over cached keys and values: x [T, H]; `attend(q, k, v)` stores k and v
-        [T, G, C] and returns the attention's output [T, N, C]."""
-        normalised, _ = self.input_layernorm.run(x)
-        out = attend(*self._rotated(normalised, positions, cos_sin))
-        attended = self.self_attention.dense.project(out.flatten(1))
-        normalised, h, _ = self.post_attention_layernorm.run_added(
-            attended, normalised if self.residual_after_norm else x)
-        gate_up = self.mlp.dense_h_to_4h.project(normalised)
-        y = self.mlp.dense_4h_to_h.project(kernels.swiglu_fwd(gate_up))
-        return y + (normalised if self.residual_after_norm else h)
+    def decode(self, x: Tensor, run: Pass, attend: Callable) -> Tensor:
+        """Inference over cached keys and values: x [T, H] -> [T, H]; `attend(q, k, v)` stores k and
+        v [T, G, C] and returns the attention's output [T, N, C] and None."""
+        return _run_block(self, x, run, attend)[0]
 
-    def _rotated(self, normalised: Tensor, positions: Tensor,
-                 cos_sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _rotated(self, normalised: Tensor, run: Pass) -> tuple[Tensor, Tensor, Tensor]:
         """q [T, N, C] and k [T, G, C], rotated, and v [T, G, C]."""
         qkv = self.self_attention.query_key_value.project(normalised)
         heads = qkv.unflatten(1, (-1, self.channels))
         if self.interleaved:  # q, k, v of one head side by side
             q, k, v = heads.unflatten(1, (-1, 3)).unbind(2)
             heads = torch.cat([q, k, v], 1)
-        qk = kernels.rope_fwd(heads[:, :self.heads + self.groups], cos_sin, positions)
+        qk = kernels.rope_fwd(heads[:, :self.heads + self.groups], run.cos_sin, run.positions)
         # A copy of v lets the whole of qkv go; v is the smallest of the three.
         return *qk.split([self.heads, self.groups], 1), heads[:, -self.groups:].contiguous()
 
@@ -144,37 +137,51 @@ class _LayerFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        layer, run = ctx.layer, ctx.run
-        x, prefix_k, prefix_v, *saved = ctx.saved_tensors
-        if not saved:
-            saved = _run_forward(layer, x, prefix_k, prefix_v, run, until_gate_up=True)[1]
-        saved = _Saved(*saved)
-        token_grad, prefix_grad = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:3])
+        with torch.autocast(dy.device.type, enabled=False):
+            return _run_backward(ctx, dy)
 
-        dh = _mlp_backward(layer, dy.contiguous(), saved, run)
-        da = _dropout_backward(layer, dh, run, site=1)
-        dout = layer.self_attention.dense.project_back(da).view_as(saved.out)
-        dq, dk, dv, dprefix_k, dprefix_v = kernels.prefix_attention_bwd(
-            dout, saved.q, saved.k, saved.v, prefix_k, prefix_v, saved.out, saved.lse,
-            run.cu_seqlens, run.sequence_ids, _seed(layer, run, 0, x.device), _scale(layer),
-            run.prefix_dropout, token_grad, prefix_grad)
-        dx = None
-        if token_grad:
-            dqkv = layer._qkv_gradient(dq, dk, dv, run)
-            dnormalised = layer.self_attention.query_key_value.project_back(dqkv)
-            dx = _norm_backward(layer, layer.input_layernorm, dnormalised, dh, x, saved.stats1)
-        if not prefix_grad:
-            dprefix_k = dprefix_v = None
-        return dx, dprefix_k, dprefix_v, None, None
+
+def _run_backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+    layer, run = ctx.layer, ctx.run
+    x, prefix_k, prefix_v, *saved = ctx.saved_tensors
+    if not saved:
+        saved = _run_forward(layer, x, prefix_k, prefix_v, run, until_gate_up=True)[1]
+    saved = _Saved(*saved)
+    token_grad, prefix_grad = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:3])
+
+    dh = _mlp_backward(layer, dy.contiguous(), saved, run)
+    da = _dropout_backward(layer, dh, run, site=1)
+    dout = layer.self_attention.dense.project_back(da).view_as(saved.out)
+    dq, dk, dv, dprefix_k, dprefix_v = kernels.prefix_attention_bwd(
+        dout, saved.q, saved.k, saved.v, prefix_k, prefix_v, saved.out, saved.lse,
+        run.cu_seqlens, run.sequence_ids, _seed(layer, run, 0, x.device), _scale(layer),
+        run.prefix_dropout, token_grad, prefix_grad)
+    dx = None
+    if token_grad:
+        dqkv = layer._qkv_gradient(dq, dk, dv, run)
+        dnormalised = layer.self_attention.query_key_value.project_back(dqkv)
+        dx = _norm_backward(layer, layer.input_layernorm, dnormalised, dh, x, saved.stats1)
+    if not prefix_grad:
+        dprefix_k = dprefix_v = None
+    return dx, dprefix_k, dprefix_v, None, None
 
 
 def _run_forward(layer: Layer, x: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None,
                  run: Pass, until_gate_up: bool = False) -> tuple[Tensor | None, _Saved]:
+    def attend(q, k, v):
+        return kernels.prefix_attention_fwd(
+            q, k, v, prefix_k, prefix_v, run.cu_seqlens, run.sequence_ids,
+            _seed(layer, run, 0, x.device), _scale(layer), run.prefix_dropout)
+
+    return _run_block(layer, x, run, attend, until_gate_up)
+
+
+def _run_block(layer: Layer, x: Tensor, run: Pass, attend: Callable,
+               until_gate_up: bool = False) -> tuple[Tensor | None, _Saved]:
+    """The block's formula; `attend(q, k, v)` returns the attention's output and log-sum-exp."""
     normalised, stats1 = layer.input_layernorm.run(x)
-    q, k, v = layer._rotated(normalised, run.positions, run.cos_sin)
-    out, lse = kernels.prefix_attention_fwd(
-        q, k, v, prefix_k, prefix_v, run.cu_seqlens, run.sequence_ids,
-        _seed(layer, run, 0, x.device), _scale(layer), run.prefix_dropout)
+    q, k, v = layer._rotated(normalised, run)
+    out, lse = attend(q, k, v)
     dense, norm = layer.self_attention.dense, layer.post_attention_layernorm
     residual = normalised if layer.residual_after_norm else x
     if run.hidden_dropout == 0:

@@ -54,12 +54,19 @@ def pack_rows(rows: Sequence[Row], sequence_ids: Sequence[int] | None = None,
             all labelled tokens.
 
     Raises:
-        ValueError: no rows, or an empty one.
+        ValueError: no rows, an empty one, or values that are not one a token or row.
     """
     lengths = [len(row.input_ids) for row in rows]
     if not lengths or 0 in lengths:
         raise ValueError("a batch needs at least one row and no empty rows, but the lengths are "
                          f"{lengths}")
+    if lengths != (labels := [len(row.labels) for row in rows]):
+        raise ValueError("every row needs a label for each token, but the rows have "
+                         f"{lengths} tokens and {labels} labels")
+    for name, values in (("sequence_ids", sequence_ids),
+                         ("token_weight_per_row", token_weight_per_row)):
+        if values is not None and len(values) != len(rows):
+            raise ValueError(f"{name} must have one value a row, {len(rows)}, not {len(values)}")
     # Shifted: the last token of a row has nothing to predict.
     labels = [label for row in rows for label in (*row.labels[1:], IGNORE_INDEX)]
     token_weight = None
@@ -111,7 +118,7 @@ def unpad(input_ids: Tensor, attention_mask: Tensor | None = None,
         raise ValueError(f"row {int((lengths == 0).nonzero()[0])} of attention_mask is all zero; "
                          "leave empty rows out of the batch")
     places = keep.flatten().nonzero().squeeze(1)
-    shifted = torch.full_like(input_ids, IGNORE_INDEX)
+    shifted = torch.full_like(input_ids, IGNORE_INDEX, dtype=torch.int64)
     if labels is not None:
         shifted[:, :-1] = labels[:, 1:]
     if position_ids is None:

@@ -16,8 +16,6 @@ class PrefixEncoder(nn.Module):
     """
 
     def __init__(self, config: ChatGLMConfig, pre_seq_len: int, projection: bool = False):
-        if pre_seq_len < 1:
-            raise ValueError(f"pre_seq_len must be at least 1, not {pre_seq_len}")
         super().__init__()
         self.layers = config.num_layers
         self.groups, self.channels = config.multi_query_group_num, config.kv_channels

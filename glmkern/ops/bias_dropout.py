@@ -38,6 +38,8 @@ def bias_dropout_add(x: Tensor, bias: Tensor | None, residual: Tensor, p: float,
     op = "bias_dropout_add"
     check_floating(op, "x", x)
     check_same(op, "residual", residual, "x", x)
+    check(x.dim() >= 1 and x.shape[-1] > 0,
+          lambda: f"{op}: x needs a last dimension that is not empty, not {tuple(x.shape)}")
     check(residual.shape == x.shape, lambda: f"{op}: residual must have x's shape "
           f"{tuple(x.shape)}, not {tuple(residual.shape)}")
     if bias is not None:
@@ -45,7 +47,7 @@ def bias_dropout_add(x: Tensor, bias: Tensor | None, residual: Tensor, p: float,
         check(bias.shape == x.shape[-1:], lambda: f"{op}: bias must have shape [{x.shape[-1]}], "
               f"x's last dimension, not {list(bias.shape)}")
     p = p if training else 0.0
-    check_dropout(op, p, seed)
+    check_dropout(op, x, p, seed)
     if p == 0:
         seed = cu_seqlens = sequence_ids = None
     else:
@@ -92,9 +94,6 @@ def _bwd_fake(dy, p, seed, cu_seqlens, sequence_ids, bias_grad):
     return torch.empty_like(dy), dy.new_empty(dy.shape[-1] if bias_grad else 0)
 
 
-define_op("bias_dropout_add_fwd", "(Tensor x, Tensor? bias, Tensor residual, float p, Tensor? seed,"
-          " Tensor? cu_seqlens, Tensor? sequence_ids) -> Tensor", module="bias_dropout",
-          reference=bias_dropout_add_fwd_reference, fake=_fwd_fake, supports=supports_dtype)
 # Only for p > 0: with p = 0 the gradient of x is dy itself.
 define_op("bias_dropout_add_bwd", "(Tensor dy, float p, Tensor seed, Tensor cu_seqlens,"
           " Tensor sequence_ids, bool bias_grad) -> (Tensor dx, Tensor dbias)",
@@ -117,5 +116,7 @@ def _backward(ctx, dy):
     return dx, dbias if bias_grad else None, dy, None, None, None, None
 
 
-torch.library.register_autograd("glmkern::bias_dropout_add_fwd", _backward,
-                                setup_context=_setup_context)
+define_op("bias_dropout_add_fwd", "(Tensor x, Tensor? bias, Tensor residual, float p, Tensor? seed,"
+          " Tensor? cu_seqlens, Tensor? sequence_ids) -> Tensor", module="bias_dropout",
+          reference=bias_dropout_add_fwd_reference, fake=_fwd_fake, supports=supports_dtype,
+          setup_context=_setup_context, backward=_backward)

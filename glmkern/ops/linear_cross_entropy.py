@@ -11,11 +11,18 @@ from torch import Tensor
 
 from glmkern.dispatch import define_op
 from glmkern.ops.checks import (
-    accumulate_dtype, check, check_device, check_floating, check_same, supports_dtype)
+    accumulate_dtype,
+    check,
+    check_device,
+    check_floating,
+    check_same,
+    supports_dtype,
+)
 from glmkern.ops.sequences import values_are_checked
 
-# Logits of one chunk: large enough for full GEMM speed, small beside the weight.
+# Logits of one chunk: small beside the weight, but of enough rows to read the weight seldom.
 CHUNK_ELEMENTS = 1 << 22
+LEAST_CHUNK_ROWS = 256
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, *,
@@ -45,6 +52,8 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, *,
     check(hidden.dim() == 2 and weight.dim() == 2 and hidden.shape[1] == weight.shape[1],
           lambda: f"{op}: hidden must be [T, H] and weight [V, H], not {tuple(hidden.shape)} and "
           f"{tuple(weight.shape)}")
+    check(not weight.requires_grad, lambda: f"{op}: the weight is frozen here and gets no gradient;"
+          " pass weight.detach()")
     check(labels.shape == hidden.shape[:1] and labels.dtype == torch.int64, lambda: f"{op}: labels "
           f"must be int64 [{hidden.shape[0]}], not {labels.dtype} {list(labels.shape)}")
     check_device(op, "labels", labels, "hidden", hidden)
@@ -70,7 +79,7 @@ def linear_cross_entropy_fwd_reference(hidden, weight, labels, token_weight, ign
         row_weight = token_weight[labelled].to(acc)
     loss = torch.zeros((), dtype=acc, device=hidden.device)
     dhidden = hidden.new_zeros(hidden.shape if hidden_grad else 0, dtype=acc)
-    chunk = max(CHUNK_ELEMENTS // weight.shape[0], 1)
+    chunk = max(CHUNK_ELEMENTS // weight.shape[0], LEAST_CHUNK_ROWS)
     for rows, w in zip(labelled.split(chunk), row_weight.split(chunk)):
         logits = (hidden[rows] @ weight.T).to(acc)  # [chunk, V]
         logits.sub_(logits.amax(1, keepdim=True))
@@ -85,6 +94,10 @@ def linear_cross_entropy_fwd_reference(hidden, weight, labels, token_weight, ign
             # The row's weight comes after the product: a small one would underflow in half.
             dhidden[rows] = (softmax.to(weight.dtype) @ weight).to(acc) * w.unsqueeze(1)
     return loss, dhidden
+
+
+def linear_cross_entropy_bwd_reference(dloss, dhidden, dtype) -> Tensor:
+    return (dhidden * dloss).to(dtype)
 
 
 def _check_labels(labels: Tensor, classes: int, ignore_index: int) -> None:
@@ -103,12 +116,13 @@ def _fwd_fake(hidden, weight, labels, token_weight, ignore_index, hidden_grad):
                                                              dtype=acc)
 
 
-# dhidden, the gradient of the loss, stays in float32 until it is multiplied by the incoming
-# gradient, so that a loss scale acts before the rounding to half; empty unless hidden_grad.
-define_op("linear_cross_entropy_fwd", "(Tensor hidden, Tensor weight, Tensor labels,"
-          " Tensor? token_weight, int ignore_index, bool hidden_grad)"
-          " -> (Tensor loss, Tensor dhidden)", module="linear_cross_entropy",
-          reference=linear_cross_entropy_fwd_reference, fake=_fwd_fake, supports=supports_dtype)
+def _bwd_fake(dloss, dhidden, dtype):
+    return torch.empty_like(dhidden, dtype=dtype)
+
+
+define_op("linear_cross_entropy_bwd", "(Tensor dloss, Tensor dhidden, ScalarType dtype) -> Tensor",
+          module="linear_cross_entropy", reference=linear_cross_entropy_bwd_reference,
+          fake=_bwd_fake, supports=supports_dtype)
 
 
 def _setup_context(ctx, inputs, output):
@@ -119,9 +133,14 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, dloss, _ddhidden):
-    dhidden, = ctx.saved_tensors
-    return (dhidden * dloss).to(ctx.dtype), None, None, None, None, None
+    dhidden = torch.ops.glmkern.linear_cross_entropy_bwd(dloss, *ctx.saved_tensors, ctx.dtype)
+    return dhidden, None, None, None, None, None
 
 
-torch.library.register_autograd("glmkern::linear_cross_entropy_fwd", _backward,
-                                setup_context=_setup_context)
+# dhidden, the gradient of the loss, stays in float32 until it is multiplied by the incoming
+# gradient, so that a loss scale acts before the rounding to half; empty unless hidden_grad.
+define_op("linear_cross_entropy_fwd", "(Tensor hidden, Tensor weight, Tensor labels,"
+          " Tensor? token_weight, int ignore_index, bool hidden_grad)"
+          " -> (Tensor loss, Tensor dhidden)", module="linear_cross_entropy",
+          reference=linear_cross_entropy_fwd_reference, fake=_fwd_fake, supports=supports_dtype,
+          setup_context=_setup_context, backward=_backward)

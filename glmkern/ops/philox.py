@@ -8,7 +8,7 @@ round(p * 2^32). Nothing is stored: the backward pass draws the same numbers aga
 import torch
 from torch import Tensor
 
-from glmkern.ops.checks import check
+from glmkern.ops.checks import check, check_device
 
 _ROUND_A, _ROUND_B = 0xD2511F53, 0xCD9E8D57
 _KEY_A, _KEY_B = 0x9E3779B9, 0xBB67AE85
@@ -54,10 +54,12 @@ def _multiply(factor: int, x: Tensor) -> tuple[Tensor, Tensor]:
     return high_product >> 16, ((high_product & 0xFFFF) << 16) | (low_product & 0xFFFF)
 
 
-def check_dropout(op: str, p: float, seed: Tensor | None) -> None:
-    """p is a probability below 1 and, where anything is dropped, seed is an int64 [2] tensor."""
+def check_dropout(op: str, x: Tensor, p: float, seed: Tensor | None) -> None:
+    """p is a probability below 1 and, where anything is dropped, seed is an int64 [2] tensor on
+    x's device."""
     check(0 <= p < 1, lambda: f"{op}: the dropout probability must be in [0, 1), not {p}")
     if p > 0:
         check(seed is not None and seed.shape == (2,) and seed.dtype == torch.int64,
               lambda: f"{op}: dropout needs seed, an int64 tensor [2] = (seed, offset), not "
               f"{'None' if seed is None else f'{seed.dtype} {list(seed.shape)}'}")
+        check_device(op, "seed", seed, "the input", x)

@@ -15,7 +15,13 @@ from torch import Tensor
 
 from glmkern.dispatch import define_op
 from glmkern.ops.checks import (
-    accumulate_dtype, check, check_device, check_floating, check_same, supports_dtype)
+    accumulate_dtype,
+    check,
+    check_device,
+    check_floating,
+    check_same,
+    supports_dtype,
+)
 from glmkern.ops.philox import check_dropout, keep_mask
 from glmkern.ops.sequences import complete_sequences, spans
 
@@ -51,7 +57,7 @@ def prefix_attention(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None = 
     _check_heads(op, q, k, v, prefix_k, prefix_v)
     check(q.shape[0] == k.shape[0] and q.shape[0] > 0, lambda: f"{op}: q has {q.shape[0]} tokens "
           f"and k {k.shape[0]}; both must have the same number, at least one")
-    check_dropout(op, prefix_dropout, seed)
+    check_dropout(op, q, prefix_dropout, seed)
     cu_seqlens, sequence_ids = complete_sequences(op, q, cu_seqlens, sequence_ids)
     if prefix_k is not None:
         prefix_k, prefix_v = prefix_k.contiguous(), prefix_v.contiguous()
@@ -85,11 +91,10 @@ def prefix_attention_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_l
         not fit.
     """
     op = "prefix_attention_decode"
-    check(q.dim() == 4 and k_cache.dim() == 4 and q.shape[0] == k_cache.shape[0],
-          lambda: f"{op}: q must be [B, S, N, C] and k_cache [B, L, G, C], not {tuple(q.shape)} "
-          f"and {tuple(k_cache.shape)}")
-    _check_heads(op, q.flatten(0, 1), k_cache.flatten(0, 1), v_cache.flatten(0, 1), prefix_k,
-                 prefix_v)
+    check(q.dim() == 4 and k_cache.dim() == 4 and q.shape[0] == k_cache.shape[0] > 0
+          and k_cache.shape == v_cache.shape, lambda: f"{op}: q must be [B, S, N, C] and the caches "
+          f"[B, L, G, C], not {tuple(q.shape)}, {tuple(k_cache.shape)} and {tuple(v_cache.shape)}")
+    _check_heads(op, q[0], k_cache[0], v_cache[0], prefix_k, prefix_v)
     if q_lens is None:
         q_lens = torch.full_like(cache_lens, q.shape[1])
     for name, lens in (("cache_lens", cache_lens), ("q_lens", q_lens)):
@@ -174,19 +179,21 @@ class _Prefix:
 
 
 class _Sequence:
-    """One sequence's rows by group, its softmax weights over prefix and tokens, [G, S * heads, P + S],
-    and the keys [G, P + S, C], values and dropout factor behind them. The kernels never form these;
-    the reference does, in both directions, and so needs neither out nor lse in the backward."""
+    """One sequence's softmax weights over prefix and tokens, [G, S * heads, P + L], its queries
+    [G, S * heads, C], the keys and values [G, P + L, C] and the factor that dropout put on the
+    prefix. The kernels never form the weights; the reference does, in both directions, and so needs
+    neither out nor lse in the backward.
 
-    def __init__(self, tokens, b, q, k, v, sequence_ids, prefix: _Prefix | None, scale):
+    Takes q [S, N, C], k and v [L, G, C], the last S of them the queries' own tokens.
+    """
+
+    def __init__(self, q, k, v, scale, prefix: _Prefix | None, sequence_id: Tensor | None = None):
         acc, groups = accumulate_dtype(q), k.shape[1]
-        queries, self.keys, self.values = (
-            _by_group(x[tokens].to(acc), groups) for x in (q, k, v))
+        queries, self.keys, self.values = (_by_group(x.to(acc), groups) for x in (q, k, v))
         self.queries, self.factor, self.prefix_length = queries * scale, None, 0
-        count = tokens.stop - tokens.start
-        self.scores = _causal_scores(self.queries, self.keys, count)
+        self.scores = _causal_scores(self.queries, self.keys, len(q))
         if prefix is not None:
-            keys, values, self.factor = prefix.of(sequence_ids[b:b + 1])
+            keys, values, self.factor = prefix.of(sequence_id)
             self.prefix_length = keys.shape[1]
             self.scores = torch.cat([self.queries @ keys.mT, self.scores], -1)
             self.keys = torch.cat([keys, self.keys], 1)
@@ -199,7 +206,8 @@ def prefix_attention_fwd_reference(q, k, v, prefix_k, prefix_v, cu_seqlens, sequ
     out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=accumulate_dtype(q))
     prefix = None if prefix_k is None else _Prefix(q, prefix_k, prefix_v, seed, p)
     for b, (start, end) in enumerate(spans("prefix_attention", cu_seqlens, len(q))):
-        one = _Sequence(slice(start, end), b, q, k, v, sequence_ids, prefix, scale)
+        one = _Sequence(q[start:end], k[start:end], v[start:end], scale, prefix,
+                        sequence_ids[b:b + 1])
         out[start:end] = _by_token(one.weights @ one.values, end - start)
         # The largest weight is exp(largest score - lse).
         row_lse = one.scores.amax(-1) - one.weights.amax(-1).log()
@@ -216,7 +224,8 @@ def prefix_attention_bwd_reference(dout, q, k, v, prefix_k, prefix_v, out, lse, 
     prefix_grad = prefix_grad and prefix is not None
     dprefix = [torch.zeros_like(x) for x in (prefix.keys, prefix.values)] if prefix_grad else []
     for b, (start, end) in enumerate(spans("prefix_attention", cu_seqlens, len(q))):
-        one = _Sequence(slice(start, end), b, q, k, v, sequence_ids, prefix, scale)
+        one = _Sequence(q[start:end], k[start:end], v[start:end], scale, prefix,
+                        sequence_ids[b:b + 1])
         dos = _by_group(dout[start:end].to(acc), k.shape[1])
         dweights = dos @ one.values.mT
         dscores = torch.ops.aten._softmax_backward_data(dweights, one.weights, -1, acc)
@@ -237,21 +246,15 @@ def prefix_attention_bwd_reference(dout, q, k, v, prefix_k, prefix_v, out, lse, 
 
 def prefix_attention_decode_reference(q, k_cache, v_cache, cache_lens, prefix_k, prefix_v, q_lens,
                                       scale) -> Tensor:
-    op = "prefix_attention_decode"
-    groups, acc = k_cache.shape[2], accumulate_dtype(q)
     out = torch.zeros_like(q)
     prefix = None if prefix_k is None else _Prefix(q, prefix_k, prefix_v, None, 0.0)
     for b, (new, length) in enumerate(zip(q_lens.tolist(), cache_lens.tolist(), strict=True)):
         check(0 < new <= min(length, q.shape[1]) and length <= k_cache.shape[1],
-              lambda b=b, new=new, length=length: f"{op}: row {b} has {new} of {q.shape[1]} queries "
-              f"and {length} of {k_cache.shape[1]} cache entries; 1 <= queries <= entries must hold")
-        qs = _by_group(q[b, :new].to(acc), groups) * scale
-        ks, vs = (x[b, :length].to(acc).transpose(0, 1) for x in (k_cache, v_cache))
-        scores = _causal_scores(qs, ks, new)
-        if prefix is not None:
-            scores = torch.cat([qs @ prefix.keys.mT, scores], -1)
-            vs = torch.cat([prefix.values, vs], 1)
-        out[b, :new] = _by_token(scores.softmax(-1) @ vs, new).to(q.dtype)
+              lambda b=b, new=new, length=length: f"prefix_attention_decode: row {b} has {new} of "
+              f"{q.shape[1]} queries and {length} of {k_cache.shape[1]} cache entries; 1 <= queries"
+              " <= entries must hold")
+        one = _Sequence(q[b, :new], k_cache[b, :length], v_cache[b, :length], scale, prefix)
+        out[b, :new] = _by_token(one.weights @ one.values, new).to(q.dtype)
     return out
 
 
@@ -271,12 +274,6 @@ def _decode_fake(q, k_cache, v_cache, cache_lens, prefix_k, prefix_v, q_lens, sc
     return q.new_empty(q.shape)
 
 
-# q, k, v (and dout) may be slices of one wider row: heads and channels are contiguous, tokens may
-# be further apart.
-define_op("prefix_attention_fwd", "(Tensor q, Tensor k, Tensor v, Tensor? prefix_k,"
-          " Tensor? prefix_v, Tensor cu_seqlens, Tensor sequence_ids, Tensor? seed, float scale,"
-          " float p) -> (Tensor out, Tensor lse)", module="prefix_attention",
-          reference=prefix_attention_fwd_reference, fake=_fwd_fake, supports=supports_dtype)
 # The token gradients are empty unless token_grad (the first layer needs none), the prefix's
 # unless prefix_grad.
 define_op("prefix_attention_bwd", "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor? prefix_k,"
@@ -307,5 +304,10 @@ def _backward(ctx, dout, _dlse):
     return *tokens, *prefix, None, None, None, None, None
 
 
-torch.library.register_autograd("glmkern::prefix_attention_fwd", _backward,
-                                setup_context=_setup_context)
+# q, k, v (and dout) may be slices of one wider row: heads and channels are contiguous, tokens may
+# be further apart.
+define_op("prefix_attention_fwd", "(Tensor q, Tensor k, Tensor v, Tensor? prefix_k,"
+          " Tensor? prefix_v, Tensor cu_seqlens, Tensor sequence_ids, Tensor? seed, float scale,"
+          " float p) -> (Tensor out, Tensor lse)", module="prefix_attention",
+          reference=prefix_attention_fwd_reference, fake=_fwd_fake, supports=supports_dtype,
+          setup_context=_setup_context, backward=_backward)

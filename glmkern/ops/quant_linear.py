@@ -13,8 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from glmkern.dispatch import define_op
-from glmkern.ops.checks import (
-    check, check_device, check_floating, check_same, supports_dtype)
+from glmkern.ops.checks import check, check_device, check_floating, check_same, supports_dtype
 
 
 class QuantizedWeight(NamedTuple):
@@ -34,6 +33,7 @@ class QuantizedWeight(NamedTuple):
         return rows, columns * 2 if self.bits == 4 else columns
 
 
+@torch.no_grad()
 def quantize(weight: Tensor, bits: int = 4) -> QuantizedWeight:
     """The official codes and scales, computed in the weight's own dtype, rounding half to even.
 
@@ -48,7 +48,8 @@ def quantize(weight: Tensor, bits: int = 4) -> QuantizedWeight:
         ValueError: bits, shape, dtype, or a value that is not finite.
     """
     check(bits in (4, 8), lambda: f"quantize: bits must be 4 or 8, not {bits}")
-    check(weight.dim() == 2, lambda: f"quantize: weight must be [N, K], not {tuple(weight.shape)}")
+    check(weight.dim() == 2 and weight.shape[1] > 0,
+          lambda: f"quantize: weight must be [N, K] with K > 0, not {tuple(weight.shape)}")
     check_floating("quantize", "weight", weight)
     check(bits == 8 or weight.shape[1] % 2 == 0, lambda: "quantize: 4 bits pack two columns in a "
           f"byte, so K must be even, not {weight.shape[1]}")
@@ -56,10 +57,12 @@ def quantize(weight: Tensor, bits: int = 4) -> QuantizedWeight:
     check(bool(torch.isfinite(largest).all()), lambda: "quantize: row "
           f"{int(torch.isfinite(largest).logical_not().nonzero()[0])} of the weight holds NaN or "
           "infinity")
-    scale = largest / (2 ** (bits - 1) - 1)
+    most = 2 ** (bits - 1) - 1
+    scale = largest / most
     # A zero scale would divide 0 by 0; any other divisor gives the code 0 that belongs there.
     divisor = torch.where(scale == 0, torch.ones_like(scale), scale)
-    codes = torch.round(weight / divisor.unsqueeze(1)).to(torch.int8)
+    # Clamped: a scale rounded down in bfloat16 makes the largest code one too many.
+    codes = torch.round(weight / divisor.unsqueeze(1)).clamp(-most, most).to(torch.int8)
     return QuantizedWeight(codes if bits == 8 else _pack(codes), scale, bits)
 
 
@@ -144,9 +147,6 @@ def _bwd_fake(dy, packed, scale, bits):
     return dy.new_empty(*dy.shape[:-1], packed.shape[1] * (2 if bits == 4 else 1))
 
 
-define_op("quant_linear_fwd", "(Tensor x, Tensor packed, Tensor scale, int bits, Tensor? bias)"
-          " -> Tensor", module="quant_linear", reference=quant_linear_fwd_reference,
-          fake=_fwd_fake, supports=supports_dtype)
 define_op("quant_linear_bwd", "(Tensor dy, Tensor packed, Tensor scale, int bits) -> Tensor",
           module="quant_linear", reference=quant_linear_bwd_reference, fake=_bwd_fake,
           supports=supports_dtype)
@@ -166,5 +166,7 @@ def _backward(ctx, dy):
     return dx, None, None, None, dbias
 
 
-torch.library.register_autograd("glmkern::quant_linear_fwd", _backward,
-                                setup_context=_setup_context)
+define_op("quant_linear_fwd", "(Tensor x, Tensor packed, Tensor scale, int bits, Tensor? bias)"
+          " -> Tensor", module="quant_linear", reference=quant_linear_fwd_reference,
+          fake=_fwd_fake, supports=supports_dtype,
+          setup_context=_setup_context, backward=_backward)

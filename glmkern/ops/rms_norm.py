@@ -108,11 +108,6 @@ def _bwd_fake(dy, x, weight, rstd, dresidual, weight_grad):
     return torch.empty_like(x), x.new_empty(weight.shape if weight_grad else 0)
 
 
-define_op("rms_norm_fwd", "(Tensor x, Tensor weight, float eps) -> (Tensor y, Tensor rstd)",
-          module="rms_norm", reference=rms_norm_fwd_reference, fake=_fwd_fake, supports=supports_dtype)
-define_op("add_rms_norm_fwd", "(Tensor x, Tensor residual, Tensor weight, float eps)"
-          " -> (Tensor y, Tensor h, Tensor rstd)", module="rms_norm",
-          reference=add_rms_norm_fwd_reference, fake=_add_fwd_fake, supports=supports_dtype)
 # dresidual, a gradient that reaches x by another way, is added before the one rounding;
 # dweight is empty unless weight_grad.
 define_op("rms_norm_bwd", "(Tensor dy, Tensor x, Tensor weight, Tensor rstd, Tensor? dresidual,"
@@ -147,6 +142,10 @@ def _add_backward(ctx, dy, dh, _drstd):
     return dx, dx, dweight if ctx.needs_input_grad[2] else None, None
 
 
-torch.library.register_autograd("glmkern::rms_norm_fwd", _backward, setup_context=_setup_context)
-torch.library.register_autograd("glmkern::add_rms_norm_fwd", _add_backward,
-                                setup_context=_add_setup_context)
+define_op("rms_norm_fwd", "(Tensor x, Tensor weight, float eps) -> (Tensor y, Tensor rstd)",
+          module="rms_norm", reference=rms_norm_fwd_reference, fake=_fwd_fake, supports=supports_dtype,
+          setup_context=_setup_context, backward=_backward)
+define_op("add_rms_norm_fwd", "(Tensor x, Tensor residual, Tensor weight, float eps)"
+          " -> (Tensor y, Tensor h, Tensor rstd)", module="rms_norm",
+          reference=add_rms_norm_fwd_reference, fake=_add_fwd_fake, supports=supports_dtype,
+          setup_context=_add_setup_context, backward=_add_backward)

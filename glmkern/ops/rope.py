@@ -78,8 +78,6 @@ def _fake(x, cos_sin, positions):
     return x.new_empty(x.shape)
 
 
-define_op("rope_fwd", "(Tensor x, Tensor cos_sin, Tensor positions) -> Tensor", module="rope",
-          reference=rope_fwd_reference, fake=_fake, supports=supports_dtype)
 define_op("rope_bwd", "(Tensor dy, Tensor cos_sin, Tensor positions) -> Tensor", module="rope",
           reference=rope_bwd_reference, fake=_fake, supports=supports_dtype)
 
@@ -92,4 +90,6 @@ def _backward(ctx, dy):
     return torch.ops.glmkern.rope_bwd(dy, *ctx.saved_tensors), None, None
 
 
-torch.library.register_autograd("glmkern::rope_fwd", _backward, setup_context=_setup_context)
+define_op("rope_fwd", "(Tensor x, Tensor cos_sin, Tensor positions) -> Tensor", module="rope",
+          reference=rope_fwd_reference, fake=_fake, supports=supports_dtype,
+          setup_context=_setup_context, backward=_backward)

@@ -42,7 +42,7 @@ def swiglu_bwd_reference(dy: Tensor, x: Tensor) -> Tensor:
     dx = torch.empty_like(x)
     dgate, dup = dx.chunk(2, -1)
     torch.mul(F.silu(gate), g, out=dup)
-    torch.ops.aten.silu_backward.grad_input(g * up, gate, grad_input=dgate)
+    dgate.copy_(torch.ops.aten.silu_backward(g * up, gate))
     return dx
 
 
@@ -54,8 +54,6 @@ def _bwd_fake(dy, x):
     return torch.empty_like(x)
 
 
-define_op("swiglu_fwd", "(Tensor x) -> Tensor", module="swiglu", reference=swiglu_fwd_reference,
-          fake=_fwd_fake, supports=supports_dtype)
 define_op("swiglu_bwd", "(Tensor dy, Tensor x) -> Tensor", module="swiglu",
           reference=swiglu_bwd_reference, fake=_bwd_fake, supports=supports_dtype)
 
@@ -68,4 +66,6 @@ def _backward(ctx, dy):
     return torch.ops.glmkern.swiglu_bwd(dy.contiguous(), *ctx.saved_tensors)
 
 
-torch.library.register_autograd("glmkern::swiglu_fwd", _backward, setup_context=_setup_context)
+define_op("swiglu_fwd", "(Tensor x) -> Tensor", module="swiglu", reference=swiglu_fwd_reference,
+          fake=_fwd_fake, supports=supports_dtype,
+          setup_context=_setup_context, backward=_backward)

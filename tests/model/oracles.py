@@ -1,9 +1,11 @@
 """Independent implementations that the model is compared with, and small random models."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor
 
 from glmkern.checkpoint import expected_shapes
@@ -34,6 +36,21 @@ def small_model(overrides: dict | None = None, *, pre_seq_len: int | None = 5,
     config = ChatGLMConfig.from_dict(SMALL | (overrides or {}))
     model = ChatGLM(config, pre_seq_len=pre_seq_len, prefix_projection=projection)
     model.load_base(random_weights(config).items(), dtype, "cpu")
+    return model.eval()
+
+
+def recorded_model(folder: Path, prefix: str | None = None, dtype: torch.dtype = torch.float32,
+                   weights: dict[str, Tensor] | None = None, **options) -> ChatGLM:
+    """The tiny model of the official record; `prefix` is None, "noproj" or "proj", `weights`
+    replace some of the recorded ones."""
+    model = ChatGLM(ChatGLMConfig.from_pretrained(folder), pre_seq_len=prefix and 8,
+                    prefix_projection=prefix == "proj", **options)
+    state = load_file(folder / "weights.safetensors") | (weights or {})
+    model.load_base(state.items(), dtype, "cpu")
+    if prefix:
+        state = load_file(folder / f"prefix_{prefix}.safetensors")
+        model.prefix_encoder.load_state_dict(
+            {k.removeprefix("transformer.prefix_encoder."): v for k, v in state.items()})
     return model.eval()
 
 

@@ -6,10 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from glmkern.model.chatglm import ChatGLM
 from glmkern.model.config import ChatGLMConfig
 from glmkern.model.rotary import rotary_table
-from tests.model.oracles import diffusers_twin, relative_error, twin_forward
+from tests.model.oracles import diffusers_twin, recorded_model, relative_error, twin_forward
 from tests.ops.numerics import ulp_of_max
 
 TOLERANCE = 1e-5
@@ -22,23 +21,14 @@ def record(golden):
 
     class Record:
         cases = json.loads((folder / "cases.json").read_text())
-        config = ChatGLMConfig.from_pretrained(folder)
 
         @staticmethod
         def read(name):
             return load_file(folder / f"{name}.safetensors")
 
-        @classmethod
-        def model(cls, prefix=None, dtype=torch.float32, **options):
-            """The recorded weights; `prefix` is None, "noproj" or "proj"."""
-            model = ChatGLM(cls.config, pre_seq_len=prefix and 8,
-                            prefix_projection=prefix == "proj", **options)
-            model.load_base(cls.read("weights").items(), dtype, "cpu")
-            if prefix:
-                state = cls.read(f"prefix_{prefix}")
-                model.prefix_encoder.load_state_dict(
-                    {k.removeprefix(PREFIX): v for k, v in state.items()})
-            return model.eval()
+        @staticmethod
+        def model(prefix=None, dtype=torch.float32, **options):
+            return recorded_model(folder, prefix, dtype, **options)
 
     return Record
 
@@ -146,8 +136,7 @@ def test_half_precision_is_as_near_to_float64_as_the_official_code(record, dtype
     case = record.read(f"lowp_{'fp16' if dtype == torch.float16 else 'bf16'}")
     # float64 over the rounded weights is what both halves approximate.
     rounded = {k: v.to(dtype) for k, v in record.read("weights").items()}
-    exact = record.model("noproj", torch.float64, rope_precision="float32")
-    exact.load_base(rounded.items(), torch.float64, "cpu")
+    exact = record.model("noproj", torch.float64, weights=rounded)
     exact_loss, exact_logits = call(exact, case)
     exact_loss.backward()
 

@@ -6,7 +6,13 @@ import torch.nn.functional as F
 
 from glmkern.checkpoint import to_glm_state
 from tests.model.oracles import (
-    SMALL, diffusers_twin, padded_batch, relative_error, small_model, twin_forward)
+    SMALL,
+    diffusers_twin,
+    padded_batch,
+    relative_error,
+    small_model,
+    twin_forward,
+)
 
 TOLERANCE = 1e-5
 SHAPES = {

@@ -74,6 +74,7 @@ def test_registration(p):
 
 @pytest.mark.parametrize(("arguments", "sentence"), [
     (dict(residual=torch.zeros(2, 4)), "residual must have x's shape"),
+    (dict(x=torch.zeros(3, 0), residual=torch.zeros(3, 0)), "a last dimension that is not empty"),
     (dict(bias=torch.zeros(2)), r"bias must have shape \[3\]"),
     (dict(bias=torch.zeros(3, dtype=torch.float64)), "bias is float64 but x is float32"),
     (dict(p=1.0), r"must be in \[0, 1\), not 1.0"),

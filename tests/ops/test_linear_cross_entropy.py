@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import glmkern
 from glmkern import ops
 from tests.ops.contract import check_compiles, check_registration
 from tests.ops.numerics import HALF_AND_SINGLE, matches_fp64
@@ -28,6 +29,7 @@ def labelled(tokens, classes):
 def test_against_fp64(tokens, width, classes, weighted, dtype, monkeypatch):
     # Several chunks, the last one ragged.
     monkeypatch.setattr(module, "CHUNK_ELEMENTS", 8 * classes)
+    monkeypatch.setattr(module, "LEAST_CHUNK_ROWS", 1)
     weight, labels = torch.randn(classes, width).to(dtype), labelled(tokens, classes)
     token_weight = torch.rand(tokens) if weighted else None
 
@@ -49,6 +51,22 @@ def test_only_labelled_rows_matter():
     expected = ops.linear_cross_entropy(hidden, weight, labels)
     hidden[labels == -100] = float("nan")
     assert ops.linear_cross_entropy(hidden, weight, labels) == expected
+
+
+def test_unlabelled_rows_get_no_logits(monkeypatch):
+    formed = []
+    matmul = torch.Tensor.__matmul__
+
+    def spy(a, b):
+        formed.append(matmul(a, b))
+        return formed[-1]
+
+    labels = torch.full((40,), -100)
+    labels[[3, 17, 39]] = 5
+    monkeypatch.setattr(torch.Tensor, "__matmul__", spy)
+    with glmkern.backend("reference"):
+        ops.linear_cross_entropy(torch.randn(40, 4), torch.randn(9, 4), labels)
+    assert sum(len(x) for x in formed if x.shape[-1] == 9) == 3
 
 
 def test_a_loss_scale_acts_before_rounding_to_half():
@@ -75,6 +93,7 @@ def test_registration():
     (dict(labels=torch.tensor([0, 5, 1, 2])), "labels run from 0 to 5, but the classes are 0 to 4"),
     (dict(labels=torch.tensor([0, -1, 1, 2])), "labels run from -1"),
     (dict(labels=torch.zeros(3, dtype=torch.int64)), r"labels must be int64 \[4\]"),
+    (dict(weight=torch.zeros(5, 3, requires_grad=True)), "pass weight.detach"),
     (dict(weight=torch.zeros(5, 2)), r"hidden must be \[T, H\] and weight \[V, H\]"),
     (dict(token_weight=torch.zeros(4, dtype=torch.float64)), r"token_weight must be float32 \[4\]"),
 ])

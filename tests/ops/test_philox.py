@@ -47,10 +47,15 @@ def test_share_of_kept_elements(p):
 @pytest.mark.parametrize("p", [-0.1, 1.0, 2.0])
 def test_probability_out_of_range(p):
     with pytest.raises(ValueError, match=r"must be in \[0, 1\), not"):
-        check_dropout("op", p, torch.tensor([0, 0]))
+        check_dropout("op", torch.zeros(1), p, torch.tensor([0, 0]))
 
 
 @pytest.mark.parametrize("seed", [None, torch.tensor([1]), torch.tensor([1.0, 2.0])])
 def test_seed_must_fit(seed):
     with pytest.raises(ValueError, match=r"dropout needs seed, an int64 tensor \[2\]"):
-        check_dropout("op", 0.5, seed)
+        check_dropout("op", torch.zeros(1), 0.5, seed)
+
+
+def test_seed_must_be_on_the_device_of_the_input():
+    with pytest.raises(ValueError, match="seed is on meta but the input is on cpu"):
+        check_dropout("op", torch.zeros(1), 0.5, torch.zeros(2, dtype=torch.int64, device="meta"))

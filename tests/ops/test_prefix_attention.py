@@ -7,7 +7,12 @@ from glmkern import ops
 from glmkern.ops.philox import keep_mask
 from tests.ops.contract import check_compiles, check_registration
 from tests.ops.numerics import (
-    FORWARD, HALF_AND_SINGLE, assert_close_to_fp64, matches_fp64, same_bits)
+    FORWARD,
+    HALF_AND_SINGLE,
+    assert_close_to_fp64,
+    matches_fp64,
+    same_bits,
+)
 
 SEED = torch.tensor([0xFACE_FEED_1234, 3])
 
@@ -198,6 +203,12 @@ def test_errors(arguments, sentence):
     call = dict(q=zeros(5, 4, 6), k=zeros(5, 2, 6), v=zeros(5, 2, 6)) | arguments
     with pytest.raises(ValueError, match=sentence):
         ops.prefix_attention(**call)
+
+
+def test_decode_caches_must_agree():
+    with pytest.raises(ValueError, match=r"the caches \[B, L, G, C\], not .* and \(5, 2, 2, 6\)"):
+        ops.prefix_attention_decode(zeros(2, 3, 4, 6), zeros(2, 5, 2, 6), zeros(5, 2, 2, 6),
+                                    torch.tensor([5, 5]))
 
 
 @pytest.mark.parametrize(("cache_lens", "q_lens"), [([6, 1], [1, 1]), ([3, 1], [1, 2]),

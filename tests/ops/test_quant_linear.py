@@ -60,6 +60,21 @@ def test_codes_survive_dequantising(bits):
     assert qweight.shape == (9, 34)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("dtype", "size"), [(torch.bfloat16, 1.0), (torch.float16, 1e-4)],
+                         ids=str)
+def test_a_rounded_scale_does_not_wrap_a_code(bits, dtype, size):
+    weight = (torch.randn(2000, 64) * size).to(dtype)
+    result = ops.dequantize(ops.quantize(weight, bits), torch.float32)
+    assert (result * weight >= 0).all()
+
+
+def test_quantising_keeps_no_graph():
+    weight = torch.nn.Linear(8, 3).weight
+    qweight = ops.quantize(weight)
+    assert weight.requires_grad and not qweight.scale.requires_grad
+
+
 def test_registration():
     packed, scale, bits = ops.quantize(torch.randn(5, 8))
     x, bias = torch.randn(3, 8, requires_grad=True), torch.randn(5, requires_grad=True)
