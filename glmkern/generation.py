@@ -88,7 +88,7 @@ def generate(model: ChatGLM, input_ids: Tensor, attention_mask: Tensor | None = 
 
 def choose(scores: Tensor, do_sample: bool, top_p: float, top_k: int, temperature: float,
            generator: torch.Generator | None = None) -> Tensor:
-    """One token a row from scores [B, V]: the most likely, or a draw after the warpers; int64 [B]."""
+    """int64 [B], one token a row of scores [B, V]: the likeliest, or a draw after the warpers."""
     if not do_sample:
         return scores.argmax(-1)
     probabilities = warp(scores, top_p, top_k, temperature).softmax(-1)

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import torch
 
-from ..errors import InputError
-from ..model.config import ChatGLMConfig
-from .files import read_tensors, require_float, weight_files
-from .prefix import prefix_name
-from .shapes import INV_FREQ, expected_shapes
+from glmkern.checkpoint.files import read_tensors, require_float, weight_files
+from glmkern.checkpoint.prefix import prefix_name
+from glmkern.checkpoint.shapes import INV_FREQ, expected_shapes
+from glmkern.errors import InputError
+from glmkern.model.config import ChatGLMConfig
 
 MAPPED_BYTES = 256 * 2**20
 

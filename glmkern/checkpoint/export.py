@@ -8,9 +8,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from ..model.config import ChatGLMConfig
-from .atomic import replaced
-from .shapes import expected_shapes
+from glmkern.checkpoint.atomic import replaced
+from glmkern.checkpoint.shapes import expected_shapes
+from glmkern.model.config import ChatGLMConfig
 
 # An older model's shards must not stay beside a single file, nor a single file beside shards.
 STALE = (

@@ -10,8 +10,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from ..errors import InputError
-from .folder import refuse_lfs_pointer
+from glmkern.checkpoint.folder import refuse_lfs_pointer
+from glmkern.errors import InputError
 
 # In the order transformers looks for them.
 LAYOUTS = (

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..errors import InputError
+from glmkern.errors import InputError
 
 # The organisation was renamed on the Hugging Face hub and has a third name on ModelScope.
 HUB_ORGANISATIONS = ("THUDM", "zai-org")

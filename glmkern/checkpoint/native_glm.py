@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from ..model.config import ChatGLMConfig
-from .shapes import EMBEDDING, FINAL_NORM, OUTPUT_LAYER, layer_prefix
+from glmkern.checkpoint.shapes import EMBEDDING, FINAL_NORM, OUTPUT_LAYER, layer_prefix
+from glmkern.model.config import ChatGLMConfig
 
 OUTSIDE_LAYERS = {
     EMBEDDING: "model.embed_tokens.weight",

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import torch
 
-from ..errors import InputError
-from ..model.config import ChatGLMConfig
-from .atomic import write_torch
-from .files import read_tensors, require_float, weight_files
+from glmkern.checkpoint.atomic import write_torch
+from glmkern.checkpoint.files import read_tensors, require_float, weight_files
+from glmkern.errors import InputError
+from glmkern.model.config import ChatGLMConfig
 
 OFFICIAL = "transformer.prefix_encoder."
 FLAT = ("embedding.weight",)

@@ -1,6 +1,6 @@
 """The official names of the base model's weights and the shape of each."""
 
-from ..model.config import ChatGLMConfig
+from glmkern.model.config import ChatGLMConfig
 
 EMBEDDING = "transformer.embedding.word_embeddings.weight"
 FINAL_NORM = "transformer.encoder.final_layernorm.weight"

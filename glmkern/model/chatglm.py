@@ -183,7 +183,8 @@ class ChatGLM(nn.Module):
                 hidden, self.transformer.output_layer.weight, batch.labels,
                 token_weight=batch.token_weight, ignore_index=IGNORE_INDEX)
 
-    def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options) -> Tensor:
+    def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None,
+                 **options) -> Tensor:
         """Continues a left-padded batch of prompts; see glmkern.generation.generate."""
         from glmkern.generation import generate
         return generate(self, input_ids, attention_mask, **options)
@@ -193,10 +194,11 @@ class ChatGLM(nn.Module):
         if self.recompute not in RECOMPUTE:
             raise ValueError(f"recompute must be one of {', '.join(RECOMPUTE)}, not "
                              f"{self.recompute!r}")
+        drops_prefix = self.training and self.prefix_encoder is not None
         run = Pass(self.cos_sin, batch.positions, batch.cu_seqlens, batch.sequence_ids, seed,
                    dropout_offset, recompute=self.recompute,
-                   prefix_dropout=self._active(self.prefix_dropout, self.prefix_encoder is not None),
-                   hidden_dropout=self._active(self.config.hidden_dropout))
+                   prefix_dropout=self.prefix_dropout if drops_prefix else 0.0,
+                   hidden_dropout=self.config.hidden_dropout if self.training else 0.0)
         prefix = self.prefix()
         return self.encode(batch.input_ids, lambda layer, x: layer(x, *prefix[layer.index], run))
 
@@ -233,9 +235,6 @@ class ChatGLM(nn.Module):
                 raise ValueError(f"no token carries a label (all are {IGNORE_INDEX}), so there is "
                                  "no loss; leave such batches out")
             _check_range("labels", labels, self.config.padded_vocab_size)
-
-    def _active(self, p: float, present: bool = True) -> float:
-        return p if self.training and present else 0.0
 
 
 def _check_range(name: str, x: Tensor, end: int) -> None:

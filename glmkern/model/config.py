@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import InputError
+from glmkern.errors import InputError
 
 if TYPE_CHECKING:
     import torch
@@ -145,7 +145,7 @@ class ChatGLMConfig:
         Raises InputError, naming the file, where it is missing, broken or not of this family.
         """
         # The door from the model to files; imported here because checkpoint builds on this module.
-        from ..checkpoint.folder import resolve_folder
+        from glmkern.checkpoint.folder import resolve_folder
 
         path = resolve_folder(name_or_path) / "config.json"
         try:
@@ -185,7 +185,7 @@ class ChatGLMConfig:
 
     def save(self, folder: str | Path) -> Path:
         """Write config.json into the folder, atomically; returns its path."""
-        from ..checkpoint.atomic import write_text
+        from glmkern.checkpoint.atomic import write_text
 
         path = Path(folder) / "config.json"
         write_text(path, self.to_json())

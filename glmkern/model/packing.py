@@ -14,7 +14,7 @@ IGNORE_INDEX = -100
 
 
 class Row(Protocol):
-    """One sequence: input_ids and labels of one length, not shifted, -100 where there is no loss."""
+    """One sequence: input_ids and, not shifted, as many labels; -100 where there is no loss."""
 
     input_ids: Sequence[int]
     labels: Sequence[int]

@@ -30,4 +30,4 @@ class PrefixEncoder(nn.Module):
         rows = self.embedding.weight if self.trans is None else self.trans(self.embedding.weight)
         segments = rows.view(-1, 2 * self.layers, self.groups, self.channels).transpose(0, 1)
         segments = segments.contiguous().unbind(0)  # 2L of [P, G, C]
-        return list(zip(segments[::2], segments[1::2]))
+        return list(zip(segments[::2], segments[1::2], strict=True))

@@ -80,7 +80,7 @@ def linear_cross_entropy_fwd_reference(hidden, weight, labels, token_weight, ign
     loss = torch.zeros((), dtype=acc, device=hidden.device)
     dhidden = hidden.new_zeros(hidden.shape if hidden_grad else 0, dtype=acc)
     chunk = max(CHUNK_ELEMENTS // weight.shape[0], LEAST_CHUNK_ROWS)
-    for rows, w in zip(labelled.split(chunk), row_weight.split(chunk)):
+    for rows, w in zip(labelled.split(chunk), row_weight.split(chunk), strict=True):
         logits = (hidden[rows] @ weight.T).to(acc)  # [chunk, V]
         logits.sub_(logits.amax(1, keepdim=True))
         picked = labels[rows].unsqueeze(1)

@@ -48,7 +48,7 @@ def philox4x32(seed: Tensor, counter: Tensor, sequence_ids: Tensor) -> Tensor:
 
 
 def _multiply(factor: int, x: Tensor) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of factor * x; split in 16-bit halves since int64 has no 64-bit carry."""
+    """High and low 32 bits of factor * x, from 16-bit halves: int64 can't hold the product."""
     low_product = factor * (x & 0xFFFF)
     high_product = factor * (x >> 16) + (low_product >> 16)
     return high_product >> 16, ((high_product & 0xFFFF) << 16) | (low_product & 0xFFFF)

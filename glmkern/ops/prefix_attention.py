@@ -92,8 +92,9 @@ def prefix_attention_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_l
     """
     op = "prefix_attention_decode"
     check(q.dim() == 4 and k_cache.dim() == 4 and q.shape[0] == k_cache.shape[0] > 0
-          and k_cache.shape == v_cache.shape, lambda: f"{op}: q must be [B, S, N, C] and the caches "
-          f"[B, L, G, C], not {tuple(q.shape)}, {tuple(k_cache.shape)} and {tuple(v_cache.shape)}")
+          and k_cache.shape == v_cache.shape, lambda: f"{op}: q must be [B, S, N, C] and the "
+          f"caches [B, L, G, C], not {tuple(q.shape)}, {tuple(k_cache.shape)} and "
+          f"{tuple(v_cache.shape)}")
     _check_heads(op, q[0], k_cache[0], v_cache[0], prefix_k, prefix_v)
     if q_lens is None:
         q_lens = torch.full_like(cache_lens, q.shape[1])
@@ -175,7 +176,7 @@ class _Prefix:
         keep = keep_mask(self.seed, sequence_id, 2 * prefix * groups * channels, self.p)
         factor = keep.view(2, prefix, groups, channels).transpose(1, 2).to(self.keys) / (1 - self.p)
         return tuple((x * f).to(self.dtype).to(x.dtype)
-                     for x, f in zip((self.keys, self.values), factor)) + (factor,)
+                     for x, f in zip((self.keys, self.values), factor, strict=True)) + (factor,)
 
 
 class _Sequence:

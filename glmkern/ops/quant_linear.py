@@ -1,6 +1,6 @@
 """Linear layers over weights of 4 or 8 bits, in ChatGLM2's per-row symmetric format.
 
-    scale[n] = max_k |w[n, k]| / (2^(bits-1) - 1),   code = round(w / scale),   weight := code * scale
+    scale[n] = max_k |w[n, k]| / (2^(bits-1) - 1),  code = round(w / scale),  weight := code * scale
 
 Four bits: byte j of a row holds column 2j in its high and 2j + 1 in its low nibble, both two's
 complement. The weight is frozen: a linear is differentiable in x alone, dx = dy @ weight.

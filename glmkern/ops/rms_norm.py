@@ -3,7 +3,7 @@
     y = x * rsqrt(mean(x^2) + eps) * weight        (Zhang and Sennrich, 2019)
 
 ChatGLM2's order: everything in fp32, one rounding to the input's dtype at the end. With
-r = rsqrt(mean(x^2) + eps) and g = dy * weight, the gradient is dx = r * (g - x * r^2 * mean(g * x)).
+r = rsqrt(mean(x^2) + eps) and g = dy * weight, dx = r * (g - x * r^2 * mean(g * x)).
 """
 
 import torch
@@ -143,8 +143,8 @@ def _add_backward(ctx, dy, dh, _drstd):
 
 
 define_op("rms_norm_fwd", "(Tensor x, Tensor weight, float eps) -> (Tensor y, Tensor rstd)",
-          module="rms_norm", reference=rms_norm_fwd_reference, fake=_fwd_fake, supports=supports_dtype,
-          setup_context=_setup_context, backward=_backward)
+          module="rms_norm", reference=rms_norm_fwd_reference, fake=_fwd_fake,
+          supports=supports_dtype, setup_context=_setup_context, backward=_backward)
 define_op("add_rms_norm_fwd", "(Tensor x, Tensor residual, Tensor weight, float eps)"
           " -> (Tensor y, Tensor h, Tensor rstd)", module="rms_norm",
           reference=add_rms_norm_fwd_reference, fake=_add_fwd_fake, supports=supports_dtype,

@@ -39,10 +39,11 @@ def spans(op: str, cu_seqlens: Tensor, tokens: int) -> list[tuple[int, int]]:
     ends = cu_seqlens.tolist()
     check(ends[0] == 0 and ends[-1] == tokens, lambda: f"{op}: cu_seqlens must run from 0 to the "
           f"number of tokens, {tokens}, not from {ends[0]} to {ends[-1]}")
-    for b, (start, end) in enumerate(zip(ends, ends[1:])):
+    result = list(zip(ends[:-1], ends[1:], strict=True))
+    for b, (start, end) in enumerate(result):
         check(start < end, lambda b=b, start=start, end=end: f"{op}: sequence {b} is empty "
               f"(cu_seqlens goes from {start} to {end}); leave it out of the batch")
-    return list(zip(ends, ends[1:]))
+    return result
 
 
 def values_are_checked(x: Tensor) -> bool:

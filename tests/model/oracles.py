@@ -59,7 +59,8 @@ def diffusers_twin(model: ChatGLM) -> torch.nn.Module:
     from diffusers.pipelines.kolors.text_encoder import ChatGLMConfig as TheirConfig
     from diffusers.pipelines.kolors.text_encoder import ChatGLMModel
     values = model.config.to_dict() | {"use_cache": False}
-    values = {k: v for k, v in values.items() if k not in ("model_type", "torch_dtype", "max_length")}
+    for theirs_differ in ("model_type", "torch_dtype", "max_length"):
+        del values[theirs_differ]
     if model.prefix_encoder is not None:
         values |= {"pre_seq_len": len(model.prefix_encoder.embedding.weight),
                    "prefix_projection": model.prefix_encoder.trans is not None}

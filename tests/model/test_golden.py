@@ -108,7 +108,7 @@ def test_left_padding(record, name):
 
 
 @pytest.mark.parametrize("prefix", ["noproj", "proj"])
-def test_recorded_dropout_mask(record, prefix):
+def test_recorded_dropout_mask(record, prefix, monkeypatch):
     """The recorded masks differ from row to row, so each row runs with its own masked prefix."""
     name = f"prefix_{prefix}_dropout"
     case, model = record.read(name), record.model(prefix)
@@ -116,11 +116,10 @@ def test_recorded_dropout_mask(record, prefix):
     labelled = (case["labels"][:, 1:] != -100).sum(1)
     total = 0
     for b in range(len(keep)):
-        def masked(segments=model.prefix_encoder.forward(), keep=keep[b]):
-            factors = (keep.transpose(0, 1) / 0.9).unbind(0)
-            return [(k * factors[2 * i], v * factors[2 * i + 1])
-                    for i, (k, v) in enumerate(segments)]
-        model.prefix = masked
+        factors = (keep[b].transpose(0, 1) / 0.9).unbind(0)
+        masked = [(k * factors[2 * i], v * factors[2 * i + 1])
+                  for i, (k, v) in enumerate(model.prefix_encoder())]
+        monkeypatch.setattr(model, "prefix", lambda masked=masked: masked)
         loss, logits = call(model, {k: v[b:b + 1] for k, v in case.items()
                                     if k in ("input_ids", "attention_mask", "position_ids",
                                              "labels")})

@@ -126,7 +126,7 @@ def _check_all(draws: Sequence[Comparison]) -> None:
             error = _checked_error(name, result, exact, same_precision)
             allowed = factor * theirs + ulp_of_max(exact, result.dtype)
             assert error <= allowed, f"{name}: error {error:.3g} against float64, allowed " \
-                f"{allowed:.3g} ({factor:g} x {theirs:.3g} of PyTorch in {result.dtype}, plus an ulp)"
+                f"{allowed:.3g} ({factor:g} x {theirs:.3g} of PyTorch in {result.dtype}, + ulp)"
 
 
 def _checked_error(name: str, result: Tensor, exact: Tensor, same_precision: Tensor) -> float:
