@@ -81,15 +81,11 @@ def linear_cross_entropy_fwd_reference(hidden, weight, labels, token_weight, ign
     dhidden = hidden.new_zeros(hidden.shape if hidden_grad else 0, dtype=acc)
     chunk = max(CHUNK_ELEMENTS // weight.shape[0], LEAST_CHUNK_ROWS)
     for rows, w in zip(labelled.split(chunk), row_weight.split(chunk), strict=True):
-        logits = (hidden[rows] @ weight.T).to(acc)  # [chunk, V]
-        logits.sub_(logits.amax(1, keepdim=True))
+        log_softmax = (hidden[rows] @ weight.T).to(acc).log_softmax(1)  # [chunk, V]
         picked = labels[rows].unsqueeze(1)
-        label_logit = logits.gather(1, picked)
-        exponentials = logits.exp_()
-        total = exponentials.sum(1, keepdim=True)
-        loss += (w * (total.log() - label_logit).squeeze(1)).sum()
+        loss -= (w * log_softmax.gather(1, picked).squeeze(1)).sum()
         if hidden_grad:
-            softmax = exponentials.div_(total)
+            softmax = log_softmax.exp_()
             softmax.scatter_add_(1, picked, softmax.new_full(picked.shape, -1.0))
             # The row's weight comes after the product: a small one would underflow in half.
             dhidden[rows] = (softmax.to(weight.dtype) @ weight).to(acc) * w.unsqueeze(1)

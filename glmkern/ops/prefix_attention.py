@@ -152,10 +152,9 @@ def _causal_scores(queries: Tensor, keys: Tensor, tokens: int) -> Tensor:
     """queries [G, S * heads, C] of S = `tokens`, keys [G, L, C], the last S of them those tokens':
     scores [G, S * heads, L], -inf where a key comes later than its query."""
     scores = queries @ keys.mT
-    length = keys.shape[1]
-    later = torch.ones(tokens, length, dtype=torch.bool, device=keys.device)
-    later = later.triu(length - tokens + 1).unsqueeze(1)  # [S, 1, L]
-    scores.view(len(keys), tokens, -1, length).masked_fill_(later, float("-inf"))
+    later = torch.ones(tokens, tokens, dtype=torch.bool, device=keys.device).triu(1).unsqueeze(1)
+    by_token = scores.view(len(keys), tokens, -1, keys.shape[1])  # [G, S, heads, L]
+    by_token[..., -tokens:].masked_fill_(later, float("-inf"))
     return scores
 
 
@@ -192,13 +191,12 @@ class _Sequence:
         acc, groups = accumulate_dtype(q), k.shape[1]
         queries, self.keys, self.values = (_by_group(x.to(acc), groups) for x in (q, k, v))
         self.queries, self.factor, self.prefix_length = queries * scale, None, 0
-        self.scores = _causal_scores(self.queries, self.keys, len(q))
         if prefix is not None:
             keys, values, self.factor = prefix.of(sequence_id)
             self.prefix_length = keys.shape[1]
-            self.scores = torch.cat([self.queries @ keys.mT, self.scores], -1)
             self.keys = torch.cat([keys, self.keys], 1)
             self.values = torch.cat([values, self.values], 1)
+        self.scores = _causal_scores(self.queries, self.keys, len(q))
         self.weights = self.scores.softmax(-1)
 
 
