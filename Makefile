@@ -1,0 +1,48 @@
+# make test    virtual environment, install, native build, tests     (TESTS=tests/ops for some)
+# make demo    the same without the tests' packages, then tunes a prefix in about a minute
+# make bench   kernels against the machine's limits, a training step against its peer: some minutes,
+#              on a machine that does nothing else; writes bench/results
+# make lint    ruff
+#
+# Needs Python >= 3.10 and a C++ compiler. PYTHON=python3.12 picks another Python for a new .venv.
+
+PYTHON ?= python3
+TESTS ?= tests
+VENV := .venv
+PIP := $(VENV)/bin/python -m pip install --disable-pip-version-check --quiet
+BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
+
+# Every pip, the one of the isolated build too, installs these versions and no others.
+export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
+
+.PHONY: test demo bench lint
+
+test: $(VENV)/.installed-test
+	$(VENV)/bin/python -m pytest -q $(TESTS)
+
+demo: $(VENV)/.installed
+	$(VENV)/bin/python -m glmkern demo
+
+bench: $(VENV)/.installed-test
+	$(VENV)/bin/python -m bench.bench_rms_norm
+	$(VENV)/bin/python -m bench.bench_train
+
+lint: $(VENV)/.installed-test
+	$(PIP) ruff
+	$(VENV)/bin/ruff check .
+
+# torch comes first: the native libraries are built against the one that is there.
+$(VENV)/.torch: constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python >= 3.10 is needed")'
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.torch $(BUILD_INPUTS)
+	GLMKERN_BUILD=native $(PIP) --editable .
+	touch $@
+
+$(VENV)/.installed-test: $(VENV)/.torch $(BUILD_INPUTS)
+	GLMKERN_BUILD=native $(PIP) --editable '.[test,eval]'
+	touch $(VENV)/.installed $@

@@ -1,0 +1,94 @@
+// Kernels that test the emulation: block_sum BLOCKS | shuffle | race | half COUNT | bfloat16 COUNT,
+// or the name of a mistake.
+#include <string>
+
+#include "cuda/launch.cuh"
+#include "cuda/reduce.cuh"
+#include "cuda/vec.cuh"
+#include "program.h"
+
+namespace {
+
+using namespace glmkern;
+
+void sum_kernel(const float* x, float* sums) {
+  __shared__ float partial[kMaxWarps];
+  const float sum = block_sum(x[blockIdx.x * blockDim.x + threadIdx.x], partial);
+  if (threadIdx.x == blockDim.x - 1) sums[blockIdx.x] = sum;
+}
+
+void shuffle_kernel(const float* x, float* down, float* exchanged, float* broadcast) {
+  const float mine = x[threadIdx.x];
+  down[threadIdx.x] = __shfl_down_sync(0xffffffffu, mine, 3);
+  exchanged[threadIdx.x] = __shfl_xor_sync(0xffffffffu, mine, 1);
+  broadcast[threadIdx.x] = __shfl_sync(0xffffffffu, mine, 7);
+}
+
+template <class T>
+void convert_kernel(const float* x, T* narrow, float* wide) {
+  const unsigned i = blockIdx.x;
+  narrow[i] = from_float<T>(x[i]);
+  wide[i] = to_float(narrow[i]);
+}
+
+void barrier_in_a_branch() {
+  if (threadIdx.x < 32) __syncthreads();
+}
+
+void shuffle_in_a_branch() {
+  if (threadIdx.x < 16) __shfl_xor_sync(0xffffffffu, 1.0f, 1);
+}
+
+// Two sums in a row through one buffer: a fast warp's second overwrites a slow one's first.
+void race_kernel(const float* x, float* sums) {
+  __shared__ float partial[kMaxWarps];
+  const float first = block_sum(x[threadIdx.x], partial);
+  const float second = block_sum(0.0f, partial);
+  sums[threadIdx.x] = first + second;
+}
+
+void nothing() {}
+
+template <class T>
+void convert(int count) {
+  HostTensor x(count * 4, 0), narrow(count * sizeof(T), 0), wide(count * 4, 0);
+  x.read();
+  launch("convert", convert_kernel<T>, count, 1, nullptr, static_cast<const float*>(x.floats()),
+         static_cast<T*>(narrow.data()), wide.floats());
+  narrow.write(), wide.write();
+}
+
+void run(const std::string& name, int count) {
+  if (name == "block_sum") {
+    HostTensor x(count * 256 * 4, 0), sums(count * 4, 0);
+    launch("sum", sum_kernel, count, 256, nullptr, static_cast<const float*>(x.read().floats()),
+           sums.floats());
+    sums.write();
+  } else if (name == "race") {
+    HostTensor x(256, 0), sums(256, 0);
+    launch("race", race_kernel, 1, 64, nullptr, static_cast<const float*>(x.read().floats()),
+           sums.floats());
+    sums.write();
+  } else if (name == "shuffle") {
+    HostTensor x(256, 0), down(256, 0), exchanged(256, 0), broadcast(256, 0);
+    launch("shuffle", shuffle_kernel, 1, 64, nullptr, static_cast<const float*>(x.read().floats()),
+           down.floats(), exchanged.floats(), broadcast.floats());
+    down.write(), exchanged.write(), broadcast.write();
+  } else if (name == "half") {
+    convert<__half>(count);
+  } else if (name == "bfloat16") {
+    convert<__nv_bfloat16>(count);
+  } else if (name == "barrier_in_a_branch") {
+    launch("barrier", barrier_in_a_branch, 1, 64, nullptr);
+  } else if (name == "shuffle_in_a_branch") {
+    launch("shuffle", shuffle_in_a_branch, 1, 32, nullptr);
+  } else {
+    launch("nothing", nothing, 1, 2048, nullptr);
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  return run_program([&] { run(argv[1], argc > 2 ? atoi(argv[2]) : 0); });
+}

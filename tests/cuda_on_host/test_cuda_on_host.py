@@ -1,0 +1,57 @@
+"""The emulation itself: it must run what a GPU runs, and refuse what a GPU hangs on."""
+
+import subprocess
+
+import pytest
+import torch
+
+from tests.cuda_on_host.host import HERE, compile_program, run
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory):
+    return compile_program(HERE / "emulation.cpp", [], tmp_path_factory.mktemp("host"))
+
+
+def test_a_block_sums_over_its_threads(program):
+    x = torch.randn(3, 256)
+    (sums,) = run(program, ["block_sum", 3], [x], [((3,), torch.float32)])
+    torch.testing.assert_close(sums, x.sum(1))
+
+
+def test_shuffles(program):
+    x = torch.arange(64, dtype=torch.float32)
+    down, xor, broadcast = run(program, ["shuffle"], [x], [((64,), torch.float32)] * 3)
+    lanes = x.view(2, 32)
+    assert down.view(2, 32)[:, :29].equal(lanes[:, 3:]) and down[29:32].equal(x[29:32])
+    assert xor.equal(x.view(-1, 2).flip(1).flatten())
+    assert broadcast.equal(lanes[:, 7:8].expand(2, 32).flatten())
+
+
+def test_a_race_shows(program):
+    """Without a barrier between two uses of a buffer, some thread of a block gets a wrong sum."""
+    x = torch.rand(64) + 1
+    (sums,) = run(program, ["race"], [x], [((64,), torch.float32)])
+    right = (sums - x.sum()).abs() < 1e-3
+    assert right.any() and not right.all()
+
+
+@pytest.mark.parametrize("dtype, name", [(torch.float16, "half"), (torch.bfloat16, "bfloat16")])
+def test_conversions_round_to_nearest_even(program, dtype, name):
+    every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)
+    every = every[~every.isnan()]
+    neighbours = every.float()[:-1].add(every.float()[1:]).div(2)  # ties, and what is near them
+    x = torch.cat([every.float(), neighbours, torch.randn(5000) * torch.randn(5000).mul(9).exp()])
+    x = x[~x.isnan()]
+    narrow, wide = run(program, [name, len(x)], [x], [(x.shape, dtype), (x.shape, torch.float32)])
+    assert narrow.view(torch.int16).equal(x.to(dtype).view(torch.int16))
+    assert wide.equal(x.to(dtype).float())
+
+
+@pytest.mark.parametrize("mistake, message", [
+    ("barrier_in_a_branch", "thread 0 waits at __syncthreads; thread 32 has ended"),
+    ("shuffle_in_a_branch", "thread 0 waits for its warp; thread 16 has ended"),
+    ("too_many_threads", "invalid configuration argument")])
+def test_mistakes_are_named(program, mistake, message):
+    done = subprocess.run([program, mistake], capture_output=True, text=True)
+    assert done.returncode == 1 and message in done.stderr
