@@ -5,7 +5,8 @@ import torch
 
 from tests.cuda_on_host.host import HERE, compile_program, run
 from tests.ops import formulas
-from tests.ops.numerics import HALF_AND_SINGLE, matches_fp64, moderate, same_bits
+from tests.ops.formulas import add_rms_norm_inputs
+from tests.ops.numerics import HALF_AND_SINGLE, matches_fp64, same_bits
 
 EPS = 1e-5
 
@@ -58,13 +59,6 @@ def differentiable(program, splits, offset=0):
     return AddRmsNorm.apply
 
 
-def draw(rows, hidden, dtype):
-    """x, residual and weight; no row of x + residual is near zero: errors grow with 1 / rms."""
-    x = moderate((rows, hidden))
-    residual = x.sign() * moderate(x.shape).abs()
-    return [t.to(dtype).requires_grad_() for t in (x, residual, moderate((hidden,)))]
-
-
 # 16-byte accesses with 1, 2, 4 and 8 vectors a thread and from cache; single elements for odd rows.
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
 @pytest.mark.parametrize("rows, hidden, splits", [
@@ -72,18 +66,18 @@ def draw(rows, hidden, dtype):
     (3, 4099, 2), (2, 6000, 1), (2, 8200, 2)], ids=str)
 def test_against_fp64(program, rows, hidden, splits, dtype):
     matches_fp64(differentiable(program, splits), formulas.add_rms_norm,
-                 lambda: draw(rows, hidden, dtype))
+                 lambda: add_rms_norm_inputs((rows, hidden), dtype))
 
 
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
 def test_unaligned_tensors(program, dtype):
     matches_fp64(differentiable(program, 2, offset=dtype.itemsize), formulas.add_rms_norm,
-                 lambda: draw(3, 64, dtype))
+                 lambda: add_rms_norm_inputs((3, 64), dtype))
 
 
 @pytest.mark.parametrize("hidden", [17, 64, 9000])
 def test_the_optional_parts_change_nothing_else(program, hidden):
-    x, other, weight = (t.detach() for t in draw(4, hidden, torch.float16))
+    x, other, weight = (torch.randn(s).half() for s in ((4, hidden), (4, hidden), hidden))
     y, _, rstd = forward(program, x, None, weight)
     with_zero, h, rstd_with_zero = forward(program, x, torch.zeros_like(x), weight)
     assert same_bits(y, with_zero) and same_bits(rstd, rstd_with_zero) and same_bits(h, x)
@@ -104,7 +98,7 @@ def test_no_rows(program):
     (3, 17, 2, 0), (2, 64, 1, 0), (2, 64, 1, 4), (1, 2052, 1, 0), (1, 9000, 1, 0)])
 def test_sanitizers_find_nothing(sanitized, rows, hidden, splits, offset):
     for dtype in HALF_AND_SINGLE:
-        x, residual, weight = (t.detach() for t in draw(rows, hidden, dtype))
+        x, residual, weight = add_rms_norm_inputs((rows, hidden), dtype)
         _, h, rstd = forward(sanitized, x, residual, weight, offset)
         dx, _ = backward(sanitized, residual, h, weight, rstd, x, splits, offset)
         assert dx.isfinite().all()

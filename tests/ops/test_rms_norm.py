@@ -13,6 +13,7 @@ import glmkern
 from glmkern import ops
 from tests.ops import formulas
 from tests.ops.contract import check_compiles, check_registration
+from tests.ops.formulas import add_rms_norm_inputs, rms_norm_inputs
 from tests.ops.numerics import HALF_AND_SINGLE, matches_fp64, poisoned_memory, same_bits
 
 SHAPES = [(1, 1), (63, 1), (3, 3), (1, 17), (63, 64), (2, 3, 100), (3, 4096), (5, 4099), (100, 17)]
@@ -34,16 +35,11 @@ def threads():
     torch.set_num_threads(before)
 
 
-def draw(shape, dtype, count=1):
-    """`count` tensors of `shape` and a weight."""
-    return [torch.randn(s).to(dtype).requires_grad_() for s in [shape] * count + [shape[-1:]]]
-
-
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_against_fp64(backend, shape, dtype):
-    matches_fp64(ops.rms_norm, formulas.rms_norm, lambda: draw(shape, dtype))
-    matches_fp64(ops.add_rms_norm, formulas.add_rms_norm, lambda: draw(shape, dtype, 2))
+    matches_fp64(ops.rms_norm, formulas.rms_norm, lambda: rms_norm_inputs(shape, dtype))
+    matches_fp64(ops.add_rms_norm, formulas.add_rms_norm, lambda: add_rms_norm_inputs(shape, dtype))
 
 
 @pytest.mark.parametrize("eps", [1e-12, 1e-5, 0.1])
@@ -56,7 +52,7 @@ def test_eps(backend, eps):
 
 
 def test_the_gradient_of_a_frozen_weight_is_not_computed(backend):
-    x, weight = draw((5, 12), torch.float32)
+    x, weight = rms_norm_inputs((5, 12), torch.float32)
     weight = weight.detach()
     y = ops.rms_norm(x, weight)
     dx, = torch.autograd.grad(y, x, torch.ones_like(y))
@@ -70,21 +66,21 @@ def test_the_gradient_of_a_frozen_weight_is_not_computed(backend):
 
 
 def test_no_rows(backend):
-    x, residual, weight = draw((2, 0, 12), torch.float32, 2)
+    x, residual, weight = add_rms_norm_inputs((2, 0, 12), torch.float32)
     y, h = ops.add_rms_norm(x, residual, weight)
     assert y.shape == h.shape == (2, 0, 12)
     assert same_bits(torch.autograd.grad(y.sum(), weight)[0], torch.zeros(12))
 
 
 def test_inputs_with_strides(backend):
-    x, residual, weight = (t.detach() for t in draw((6, 10), torch.float32, 2))
+    x, residual, weight = torch.randn(6, 10), torch.randn(6, 10), torch.randn(10)
     expected = ops.add_rms_norm(x.t().contiguous(), residual.t().contiguous(), weight[:6])
     result = ops.add_rms_norm(x.t(), residual.t(), weight[:6])
     assert all(map(same_bits, result, expected))
 
 
 def test_float64():
-    inputs = [t.double() for t in draw((4, 7), torch.float32, 2)]
+    inputs = [t.double() for t in add_rms_norm_inputs((4, 7), torch.float32)]
     assert torch.autograd.gradcheck(ops.add_rms_norm, [t.detach().requires_grad_() for t in inputs])
     with pytest.raises(RuntimeError, match="'cpu' is forced, but cannot serve rms_norm_fwd: "
                                            "float64 has no kernel"), glmkern.backend("cpu"):
@@ -108,7 +104,7 @@ def test_every_half_survives_and_sums_round_to_even(dtype):
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
 @pytest.mark.parametrize("shape", [(700, 65), (63, 4099), (3, 4096)], ids=str)
 def test_the_same_bits_on_every_run_and_number_of_threads(threads, shape, dtype):
-    inputs = draw(shape, dtype, 2)
+    inputs = add_rms_norm_inputs(shape, dtype)
     upstream = [torch.randn(shape).to(dtype) for _ in range(2)]
 
     def run(count):
@@ -124,7 +120,7 @@ def test_the_same_bits_on_every_run_and_number_of_threads(threads, shape, dtype)
 
 def test_a_large_output_has_the_bits_of_its_pieces():
     """Outputs beyond the caches are stored past them, by other instructions."""
-    x, residual, weight = (t.detach() for t in draw((1100, 4096), torch.float32, 2))
+    x, residual, weight = torch.randn(1100, 4096), torch.randn(1100, 4096), torch.randn(4096)
     with glmkern.backend("cpu"), poisoned_memory():
         whole = torch.ops.glmkern.add_rms_norm_fwd(x, residual, weight, 1e-5)
         parts = [torch.ops.glmkern.add_rms_norm_fwd(a, b, weight, 1e-5)
@@ -139,7 +135,7 @@ def test_a_large_output_has_the_bits_of_its_pieces():
 
 
 def test_registration(backend):
-    x, residual, weight = draw((2, 3, 10), torch.float32, 2)
+    x, residual, weight = add_rms_norm_inputs((2, 3, 10), torch.float32)
     library = torch.ops.glmkern
     check_registration(library.rms_norm_fwd.default, (x, weight, 1e-5))
     check_registration(library.add_rms_norm_fwd.default, (x, residual, weight, 1e-5))
@@ -150,9 +146,9 @@ def test_registration(backend):
 
 
 def test_compiles(backend):
-    check_compiles(ops.rms_norm, [draw((n, 12), torch.float32) for n in (5, 8)])
+    check_compiles(ops.rms_norm, [rms_norm_inputs((n, 12), torch.float32) for n in (5, 8)])
     check_compiles(lambda *inputs: sum(ops.add_rms_norm(*inputs)),
-                   [draw((n, 12), torch.float32, 2) for n in (5, 8)])
+                   [add_rms_norm_inputs((n, 12), torch.float32) for n in (5, 8)])
 
 
 @pytest.mark.parametrize(("arguments", "sentence"), [

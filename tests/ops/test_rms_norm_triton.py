@@ -10,6 +10,7 @@ import glmkern
 from glmkern import ops
 from glmkern.triton_kernels import rms_norm as kernels
 from glmkern.triton_kernels.tiles import row_tile
+from tests.ops.formulas import add_rms_norm_inputs, rms_norm_inputs
 from tests.ops.numerics import (
     HALF_AND_SINGLE,
     matches_fp64,
@@ -40,17 +41,16 @@ def formula(x, weight):
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_rms_norm(shape, dtype, device):
-    x, weight = (random(s, dtype, device, requires_grad=True) for s in (shape, shape[-1:]))
-    matches_fp64(lambda x, w: ops.rms_norm(x, w, EPS), formula, (x, weight))
+    matches_fp64(lambda x, w: ops.rms_norm(x, w, EPS), formula,
+                 lambda: rms_norm_inputs(shape, dtype, device=device))
 
 
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_add_rms_norm(shape, dtype, device):
-    x, residual, weight = (random(s, dtype, device, requires_grad=True)
-                           for s in (shape, shape, shape[-1:]))
     matches_fp64(lambda x, r, w: ops.add_rms_norm(x, r, w, EPS),
-                 lambda x, r, w: (formula(x + r, w), x + r), (x, residual, weight))
+                 lambda x, r, w: (formula(x + r, w), x + r),
+                 lambda: add_rms_norm_inputs(shape, dtype, device=device))
 
 
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
@@ -80,8 +80,8 @@ def test_frozen_weight(shape, device):
 def test_partials_of_many_rows(shape, device, monkeypatch):
     """A program that sums the weight gradient of several tiles, the last program of fewer."""
     monkeypatch.setattr(kernels, "MAX_PARTIALS", 4)
-    x, weight = (random(s, torch.float32, device, requires_grad=True) for s in (shape, shape[-1:]))
-    matches_fp64(lambda x, w: ops.rms_norm(x, w, EPS), formula, (x, weight))
+    matches_fp64(lambda x, w: ops.rms_norm(x, w, EPS), formula,
+                 lambda: rms_norm_inputs(shape, torch.float32, device=device))
 
 
 def test_same_bits_every_time(device):
