@@ -32,7 +32,7 @@ def swiglu(x: Tensor) -> Tensor:
 
 def swiglu_fwd_reference(x: Tensor) -> Tensor:
     gate, up = x.to(accumulate_dtype(x)).chunk(2, -1)
-    return (F.silu(gate) * up).to(x.dtype)
+    return F.silu(gate).mul_(up).to(x.dtype)
 
 
 def swiglu_bwd_reference(dy: Tensor, x: Tensor) -> Tensor:
@@ -42,7 +42,11 @@ def swiglu_bwd_reference(dy: Tensor, x: Tensor) -> Tensor:
     dx = torch.empty_like(x)
     dgate, dup = dx.chunk(2, -1)
     torch.mul(F.silu(gate), g, out=dup)
-    dgate.copy_(torch.ops.aten.silu_backward(g * up, gate))
+    product = g * up
+    if x.dtype == acc:
+        torch.ops.aten.silu_backward.grad_input(product, gate, grad_input=dgate)
+    else:  # in half the CUDA kernel would round the product first
+        dgate.copy_(torch.ops.aten.silu_backward(product, gate))
     return dx
 
 
