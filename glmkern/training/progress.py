@@ -28,7 +28,8 @@ class Progress:
         self._start = time.monotonic()
         self._bar = tqdm(total=max_steps, disable=not show_bar, unit="step", dynamic_ncols=True,
                          mininterval=0.1 if sys.stderr.isatty() else 10)
-        self._log = log_file.open("w", encoding="utf-8") if log_file else None
+        self._log_file = log_file
+        self._log = None  # opened with the first line: a run that fails before leaves no file
 
     def step(self, loss: float, learning_rate: float, tokens: int) -> None:
         """Count one optimiser step over `tokens` tokens."""
@@ -45,8 +46,10 @@ class Progress:
     def log(self, logs: dict[str, float], state: TrainerState) -> None:
         """Print the official log line of a window of steps, and append it to the log file."""
         self.write(str(logs))
-        if self._log is None:
+        if self._log_file is None:
             return
+        if self._log is None:
+            self._log = self._log_file.open("w", encoding="utf-8")
         elapsed = time.monotonic() - self._start
         remaining = elapsed / state.global_step * (state.max_steps - state.global_step)
         on_gpu = self.device.type == "cuda"

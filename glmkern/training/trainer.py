@@ -202,7 +202,8 @@ class Trainer:
         cures = [f"lower --learning_rate (now {self.args.learning_rate:g})"]
         if self.model.dtype == torch.float16:
             cures.append("compute with --model_dtype bfloat16 or float32")
-        cures.append("check these rows and the --ptuning_checkpoint, if there is one")
+        cures.append("check these rows, the weights of the base and, if there is one, of the "
+                     "--ptuning_checkpoint")
         return " or ".join(cures)
 
     def _log_and_save_after_step(self) -> None:

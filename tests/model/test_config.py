@@ -231,7 +231,7 @@ def test_a_file_that_is_not_utf8(tmp_path):
 def test_reading_and_saving_does_not_import_torch(folder, tmp_path):
     path = folder({"num_layers": 3, "torch_dtype": "float16"})
     program = (
-        "import sys; from glmkern.model import ChatGLMConfig;"
+        "import sys; from glmkern.model.config import ChatGLMConfig;"
         f"ChatGLMConfig.from_pretrained({str(path)!r}).save({str(tmp_path / 'out')!r});"
         "assert 'torch' not in sys.modules"
     )
