@@ -1,0 +1,343 @@
+"""The official flow through the command line: from a data file to its files, and what stops it."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import glmkern
+from glmkern import cli
+from glmkern.checkpoint import expected_shapes, read_prefix
+from glmkern.model.config import ChatGLMConfig
+from glmkern.training.arguments import ModelArguments
+from glmkern.training.run import load_model
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+PREFIX_LENGTH = 4
+
+
+@pytest.fixture(scope="module")
+def base(shared, tmp_path_factory) -> Path:
+    """A folder in the official layout: the real tokenizer over a very small random base."""
+    folder = tmp_path_factory.mktemp("base")
+    config = ChatGLMConfig(
+        num_layers=2, padded_vocab_size=64896, hidden_size=8, ffn_hidden_size=16, kv_channels=4,
+        num_attention_heads=2, seq_length=256, multi_query_attention=True, multi_query_group_num=1,
+        add_qkv_bias=True, eos_token_id=2, pad_token_id=0, extra={"original_rope": True})
+    config.save(folder)
+    generator = torch.Generator().manual_seed(0)
+    save_file({name: torch.ones(shape) if "norm" in name else
+               0.3 * torch.randn(shape, generator=generator)
+               for name, shape in expected_shapes(config).items()}, folder / "model.safetensors")
+    shutil.copy(shared / "data" / "tokenizer" / "tokenizer.model", folder)
+    return folder
+
+
+@pytest.fixture
+def rows(shared, tmp_path) -> Path:
+    """Twelve rows of AdvertiseGen, two of them without an answer."""
+    lines = (shared / "data" / "advertisegen" / "train.json").read_text().split("\n")[:12]
+    records = [json.loads(line) for line in lines]
+    records[3]["summary"] = records[7]["summary"] = ""
+    path = tmp_path / "train.json"
+    path.write_text("\n".join(json.dumps(record, ensure_ascii=False) for record in records))
+    return path
+
+
+@pytest.fixture
+def flags(base, rows, tmp_path) -> dict[str, object]:
+    """The published train.sh, made small."""
+    return {
+        "do_train": True, "train_file": str(rows), "preprocessing_num_workers": 10,
+        "prompt_column": "content", "response_column": "summary", "overwrite_cache": True,
+        "model_name_or_path": str(base), "output_dir": str(tmp_path / "out"),
+        "overwrite_output_dir": True, "max_source_length": 24, "max_target_length": 16,
+        "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1,
+        "gradient_accumulation_steps": 4, "predict_with_generate": True, "max_steps": 4,
+        "logging_steps": 2, "save_steps": 2, "learning_rate": "2e-2",
+        "pre_seq_len": PREFIX_LENGTH, "disable_tqdm": True,
+    }
+
+
+def command(flags: dict[str, object]) -> list[str]:
+    argv = []
+    for name, value in flags.items():
+        argv += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    return argv
+
+
+def prefix(folder: Path) -> torch.Tensor:
+    return read_prefix(folder)["embedding.weight"]
+
+
+def refused(argv: list[str], capsys, status: int = 2) -> str:
+    """The one line on stderr of a command that ends with `status`."""
+    assert cli.main(argv) == status
+    captured = capsys.readouterr()
+    line, end = captured.err.split("\n")
+    assert end == "" and line.startswith("glmkern: ")
+    return line.removeprefix("glmkern: ")
+
+
+# The official flow
+
+def test_official_run(flags, tmp_path, capsys):
+    assert cli.main(command(flags)) == 0
+    out = tmp_path / "out"
+    assert {path.name for path in out.iterdir()} == {
+        "checkpoint-2", "checkpoint-4", "trainer_state.json", "trainer_log.jsonl",
+        "train_results.json", "all_results.json"}
+    last = out / "checkpoint-4"
+    assert {path.name for path in last.iterdir()} == {
+        "pytorch_model.bin", "config.json", "generation_config.json", "tokenizer.model",
+        "tokenizer_config.json", "special_tokens_map.json", "optimizer.pt", "scheduler.pt",
+        "rng_state.pth", "trainer_state.json", "glmkern.json"}
+
+    stored = torch.load(last / "pytorch_model.bin", weights_only=True)
+    assert {name: (value.dtype, tuple(value.shape)) for name, value in stored.items()} == {
+        "transformer.prefix_encoder.embedding.weight": (torch.float32, (PREFIX_LENGTH, 16))}
+    config = json.loads((last / "config.json").read_text())
+    assert (config["pre_seq_len"], config["prefix_projection"]) == (PREFIX_LENGTH, False)
+    assert json.loads((last / "special_tokens_map.json").read_text()) == {}
+    assert json.loads((last / "generation_config.json").read_text()) == {
+        "_from_model_config": True, "eos_token_id": 2, "pad_token_id": 0}
+    kept = json.loads((last / "glmkern.json").read_text())
+    assert kept["learning_rate"] == 0.02 and kept["version"] == glmkern.__version__
+
+    results = json.loads((out / "train_results.json").read_text())
+    assert results.keys() == {"epoch", "train_loss", "train_runtime", "train_samples",
+                              "train_samples_per_second", "train_steps_per_second"}
+    assert results["train_samples"] == 10 and results["epoch"] == 1.6
+    assert json.loads((out / "all_results.json").read_text()) == results
+    state = json.loads((out / "trainer_state.json").read_text())
+    assert state["global_step"] == 4 and state["num_train_epochs"] == 2
+    assert state["total_flos"] > 0
+    assert [log["step"] for log in state["log_history"]] == [2, 4, 4]
+
+    text = capsys.readouterr().out
+    assert "--preprocessing_num_workers has no effect" in text
+    assert "12 rows read, 2 of them left out" in text
+    assert "of 10 prompts cut" in text and "of 10 responses cut" in text
+    assert "padding avoided: " in text and "of the official 41 tokens a row" in text
+    assert "  Num examples = 10\n" in text and "  Total optimization steps = 4\n" in text
+    assert f"  Number of trainable parameters = {PREFIX_LENGTH * 16}\n" in text
+    assert "***** train metrics *****\n  epoch                    =" in text
+
+
+def test_example_dump(flags, capsys):
+    assert cli.main(command({**flags, "max_steps": 1, "max_source_length": 64})) == 0
+    lines = {line.split(" ", 1)[0]: line.split(" ", 1)[1]
+             for line in capsys.readouterr().out.split("\n") if " " in line}
+    ids, labels = json.loads(lines["input_ids"]), json.loads(lines["label_ids"])
+    assert ids[:2] == [64790, 64792] and ids[-1] == 2 and len(ids) == len(labels)
+    assert lines["inputs"].startswith("[Round 1]")
+    learned = labels.index(next(label for label in labels if label != -100))
+    assert labels[:learned] == [-100] * learned and labels[learned:] == ids[learned:]
+    # The response of the first row, cut to 16 tokens.
+    assert lines["labels"].strip().startswith("宽松的阔腿裤")
+
+
+def test_flags_of_the_rows(flags, rows, capsys):
+    """--history_column, --source_prefix and --no_ignore_pad_token_for_loss reach the rows."""
+    records = [json.loads(line) for line in rows.read_text().split("\n")]
+    rows.write_text(json.dumps([{**record, "past": [["甲", "乙"]]} for record in records]))
+    argv = command({**flags, "max_steps": 1, "max_source_length": 100, "history_column": "past",
+                    "source_prefix": "前缀"})
+    assert cli.main([*argv, "--no_ignore_pad_token_for_loss"]) == 0
+    text = capsys.readouterr().out
+    assert "inputs 前缀[Round 1]\n\n问：甲\n\n答：乙\n\n[Round 2]\n\n问：" in text
+    labels = json.loads(text.split("label_ids ")[1].split("\n")[0])
+    assert len(labels) == 100 + 16 + 1 and labels[0] == 0 == labels[-1]
+
+
+def test_padding_avoided_is_exact(flags, capsys):
+    assert cli.main(command({**flags, "max_steps": 1, "max_source_length": 200,
+                             "per_device_train_batch_size": 10, "max_target_length": 39,
+                             "gradient_accumulation_steps": 1})) == 0
+    text = capsys.readouterr().out
+    tokens = int(text.split(" in all\n")[0].split("; ")[-1].replace(",", ""))
+    assert f"padding avoided: {1 - tokens / (10 * 240):.0%} of the official 240" in text
+
+
+def test_every_spelling_gives_the_same_run(flags, tmp_path):
+    folders = [tmp_path / name for name in ("bare", "verb", "file", "dashes")]
+    bare = command({**flags, "output_dir": folders[0]})
+    assert cli.main(bare) == 0
+    assert cli.main(["train", *command({**flags, "output_dir": folders[1]})[1:]]) == 0
+    config = tmp_path / "flags.json"
+    config.write_text(json.dumps({**flags, "output_dir": str(folders[2])}))
+    assert cli.main([str(config)]) == 0
+    dashes = [f"--{name.replace('_', '-')}={value}"
+              for name, value in {**flags, "output_dir": folders[3]}.items()]
+    assert cli.main(dashes) == 0
+    ends = [prefix(folder / "checkpoint-4") for folder in folders]
+    assert all(torch.equal(end, ends[0]) for end in ends[1:])
+
+
+def test_warm_start_from_a_checkpoint(flags, tmp_path):
+    assert cli.main(command(flags)) == 0
+    first = prefix(tmp_path / "out" / "checkpoint-4")
+    again = {**flags, "output_dir": tmp_path / "again", "learning_rate": 0, "max_steps": 1,
+             "save_steps": 1, "ptuning_checkpoint": tmp_path / "out" / "checkpoint-4"}
+    assert cli.main(command(again)) == 0
+    assert torch.equal(prefix(tmp_path / "again" / "checkpoint-1"), first)
+
+
+def test_projection_and_own_flags(flags, tmp_path):
+    own = {"prefix_projection": True, "prefix_dropout": 0, "recompute": "layer",
+           "tokens_per_pack": 0, "rope_precision": "model", "model_dtype": "bfloat16"}
+    assert cli.main(command({**flags, **own})) == 0
+    state = read_prefix(tmp_path / "out" / "checkpoint-4")
+    assert state.keys() == {"embedding.weight", "trans.0.weight", "trans.0.bias",
+                            "trans.2.weight", "trans.2.bias"}
+    config = json.loads((tmp_path / "out" / "checkpoint-4" / "config.json").read_text())
+    assert config["prefix_projection"] is True
+
+
+def test_model_flags_reach_the_model(base):
+    args = ModelArguments(pre_seq_len=3, prefix_projection=True, prefix_dropout=0.25,
+                          recompute="mlp", rope_precision="model")
+    model = load_model(base, args, torch.device("cpu"), torch.float16)
+    assert (model.prefix_dropout, model.recompute, model.rope_precision) == (0.25, "mlp", "model")
+    assert model.dtype == torch.float16
+    assert model.prefix_encoder.embedding.weight.shape == (3, 16)
+    assert model.prefix_encoder.trans is not None
+
+
+def test_recompute_changes_no_bit(flags, tmp_path):
+    ends = []
+    for recompute in ("none", "mlp", "layer"):
+        folder = tmp_path / recompute
+        assert cli.main(command({**flags, "output_dir": folder, "recompute": recompute})) == 0
+        ends.append(prefix(folder / "checkpoint-4"))
+    assert torch.equal(ends[0], ends[1]) and torch.equal(ends[0], ends[2])
+
+
+def test_deterministic_runs_have_the_same_bits(flags, tmp_path):
+    ends = []
+    try:
+        for name in ("one", "two"):
+            run = {**flags, "output_dir": tmp_path / name, "deterministic": True}
+            assert cli.main(command(run)) == 0
+            assert torch.are_deterministic_algorithms_enabled()
+            ends.append(prefix(tmp_path / name / "checkpoint-4"))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(*ends)
+
+
+def test_max_train_samples(flags, tmp_path, capsys):
+    assert cli.main(command({**flags, "max_train_samples": 5})) == 0
+    results = json.loads((tmp_path / "out" / "train_results.json").read_text())
+    assert results["train_samples"] == 4  # of five rows read, one is empty
+    assert "5 rows read, 1 of them left out" in capsys.readouterr().out
+
+
+def test_torchrun_with_one_process(flags, tmp_path):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nnodes=1",
+                "--nproc-per-node=1", "-m", "glmkern"]
+    done = subprocess.run([*launcher, *command({**flags, "max_steps": 1, "save_steps": 1})],
+                          cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "checkpoint-1" / "pytorch_model.bin").is_file()
+
+
+# What goes wrong
+
+@pytest.mark.parametrize("changes, words", [
+    ({"train_file": "missing.json"}, "missing.json cannot be read"),
+    ({"prompt_column": "question"}, "has no column 'question'"),
+    ({"model_name_or_path": "missing/base"}, "missing/base"),
+    ({"ptuning_checkpoint": "missing"}, "there is no prefix checkpoint missing"),
+    ({"max_target_length": 128, "max_source_length": 1024, "source_prefix": "长" * 300},
+     "but the base has 256 positions; lower --max_source_length"),
+    ({"pre_seq_len": 0}, "--pre_seq_len is 0"),
+    ({"fp16": True}, "--fp16 needs a GPU"),
+    ({"quantization_bit": 4}, "--quantization_bit 4 is refused"),
+    ({"dataloader_drop_last": True, "per_device_train_batch_size": 11}, "do not fill a micro"),
+])
+def test_bad_input_is_one_sentence_and_leaves_nothing(flags, tmp_path, capsys, changes, words):
+    if torch.cuda.is_available() and "fp16" in changes:
+        changes = {**changes, "no_cuda": True}
+    assert words in refused(command({**flags, **changes}), capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_wrong_prefix_length(flags, tmp_path, capsys):
+    assert cli.main(command(flags)) == 0
+    capsys.readouterr()
+    wrong = {**flags, "ptuning_checkpoint": tmp_path / "out" / "checkpoint-4", "pre_seq_len": 5,
+             "output_dir": tmp_path / "again"}
+    assert "holds 4 virtual tokens, but pre_seq_len is 5" in refused(command(wrong), capsys)
+    assert not (tmp_path / "again").exists()
+
+
+def test_broken_line(flags, rows, capsys):
+    with rows.open("a") as file:
+        file.write('\n{"content": ')
+    assert "line 13" in refused(command(flags), capsys)
+
+
+def test_lfs_pointers(flags, base, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(base, copy)
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+    (copy / "tokenizer.model").write_text(pointer)
+    broken = command({**flags, "model_name_or_path": copy})
+    assert "tokenizer.model is a Git LFS pointer" in refused(broken, capsys)
+    shutil.copy(base / "tokenizer.model", copy)
+    (copy / "model.safetensors").write_text(pointer)
+    assert "LFS pointer" in refused(broken, capsys)
+
+
+def test_unsupported_configuration(flags, base, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(base, copy)
+    config = json.loads((copy / "config.json").read_text())
+    config["multi_query_attention"] = False
+    (copy / "config.json").write_text(json.dumps(config))
+    unfit = command({**flags, "model_name_or_path": copy})
+    assert "with multi_query_attention False" in refused(unfit, capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_output_folder_that_cannot_be_made(flags, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    inside = command({**flags, "output_dir": tmp_path / "file" / "out"})
+    assert "cannot make --output_dir" in refused(inside, capsys)
+
+
+def test_output_folder_in_use(flags, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    del flags["overwrite_output_dir"]
+    assert "pass --overwrite_output_dir" in refused(command(flags), capsys)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["notes.txt"]
+
+
+def test_without_a_prefix(flags, capsys):
+    del flags["pre_seq_len"]
+    assert "only prefixes are trained here" in refused(command(flags), capsys)
+
+
+def test_failed_run(flags, base, tmp_path, capsys):
+    """A base with a NaN in it fails at the first step, and no checkpoint is left."""
+    from safetensors.torch import load_file
+
+    copy = tmp_path / "copy"
+    shutil.copytree(base, copy)
+    weights = load_file(copy / "model.safetensors")
+    weights["transformer.encoder.final_layernorm.weight"][0] = float("nan")
+    save_file(weights, copy / "model.safetensors")
+    whole_step = {**flags, "model_name_or_path": copy, "gradient_accumulation_steps": 10}
+    line = refused(command(whole_step), capsys, status=1)
+    assert line.startswith("step 1: the loss is nan (rows ")
+    # Counted in the file, where the fourth and the eighth are empty.
+    named = line.split("(rows ")[1].split(")")[0].split(", ")
+    assert sorted(map(int, named)) == [0, 1, 2, 4, 5, 6, 8, 9, 10, 11]
+    assert not any((tmp_path / "out").iterdir())
