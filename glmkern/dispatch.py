@@ -28,7 +28,7 @@ NATIVE_LIBRARIES = {"cpu": "_native.so", "cuda": "_native_cuda.so"}
 _forced: str | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Op:
     """One registered op: `name` is `<op>_fwd` or `<op>_bwd`, `module` the file name all its
     implementations share, `supports` a predicate over the op's arguments for the kernels."""
@@ -99,9 +99,7 @@ def why_not(op: Op, name: str, device: str, args: tuple | None = None) -> str | 
     """None where backend `name` serves `op` on `device` (with `args`, if given), or the reason."""
     if name == "reference":
         return None
-    reason = why_unavailable(name, device)
-    if reason is None and name not in op.implementations:
-        reason = _find_implementation(op, name)
+    reason = why_unavailable(name, device) or _find_implementation(op, name)
     if reason is None and args is not None:
         reason = op.supports(*args)
     return reason
@@ -170,6 +168,7 @@ def _is_cut_short(path: Path) -> bool:
     return path.stat().st_size < offset + entry_size * entries
 
 
+@cache  # every call of an op asks, and looking for a module reads the disk
 def _find_implementation(op: Op, name: str) -> str | None:
     """Looks for the kernel once the backend is known to run; None if found, or the reason."""
     if name == "triton":

@@ -20,8 +20,7 @@ class Cache:
         self.keys = torch.zeros(shape, dtype=model.dtype, device=model.device)
         self.values = torch.zeros_like(self.keys)
         self.lens = torch.zeros(rows, dtype=torch.int64, device=model.device)
-        self.prefix = [(None, None) if k is None else (k.contiguous(), v.contiguous())
-                       for k, v in model.prefix()]
+        self.prefix = model.prefix()
 
 
 @torch.no_grad()
@@ -68,7 +67,7 @@ def generate(model: ChatGLM, input_ids: Tensor, attention_mask: Tensor | None = 
     pad = next(x for x in (pad_token_id, model.config.pad_token_id, 0) if x is not None)
 
     rows, steps = len(input_ids), max_length - input_ids.shape[1]
-    cache = Cache(model, rows, input_ids.shape[1] + steps)
+    cache = Cache(model, rows, max_length)
     hidden = _advance(model, cache, batch.input_ids, batch.positions, batch.cu_seqlens.diff())
     last = hidden[batch.cu_seqlens[1:].long() - 1]  # [B, H]
     one_each = torch.ones(rows, dtype=torch.int64, device=device)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from glmkern import ops
 from glmkern.model.config import ChatGLMConfig
-from glmkern.model.layer import RECOMPUTE, Layer, Pass
+from glmkern.model.layer import RECOMPUTE, Layer, Pass, dropout_seeds
 from glmkern.model.modules import FrozenNorm, frozen
 from glmkern.model.packing import IGNORE_INDEX, PackedBatch, unpad
 from glmkern.model.prefix import PrefixEncoder
@@ -149,11 +149,12 @@ class ChatGLM(nn.Module):
         self._check_batch(batch, labels is not None)
         seed = int(torch.randint(2**62, ())) if self.training else 0
         with torch.autocast(self.device.type, enabled=False):
-            hidden = self._hidden(batch.to(self.device), 0, seed)
+            batch = batch.to(self.device)
+            hidden = self._hidden(batch, 0, seed)
             weight = self.transformer.output_layer.weight
             loss = None
             if labels is not None:
-                loss = ops.linear_cross_entropy(hidden, weight, batch.labels.to(self.device))
+                loss = ops.linear_cross_entropy(hidden, weight, batch.labels)
             logits = F.linear(hidden, weight)
             padded = logits.new_zeros(input_ids.numel(), len(weight))
             padded = padded.index_copy(0, places.to(self.device), logits)
@@ -195,8 +196,11 @@ class ChatGLM(nn.Module):
             raise ValueError(f"recompute must be one of {', '.join(RECOMPUTE)}, not "
                              f"{self.recompute!r}")
         drops_prefix = self.training and self.prefix_encoder is not None
-        run = Pass(self.cos_sin, batch.positions, batch.cu_seqlens, batch.sequence_ids, seed,
-                   dropout_offset, recompute=self.recompute,
+        seeds = None
+        if self.training:
+            seeds = dropout_seeds(seed, dropout_offset, self.config.num_layers, self.device)
+        run = Pass(self.cos_sin, batch.positions, batch.cu_seqlens, batch.sequence_ids, seeds,
+                   recompute=self.recompute,
                    prefix_dropout=self.prefix_dropout if drops_prefix else 0.0,
                    hidden_dropout=self.config.hidden_dropout if self.training else 0.0)
         prefix = self.prefix()

@@ -18,6 +18,8 @@ from glmkern.model.config import ChatGLMConfig
 from glmkern.model.modules import FrozenLinear, FrozenNorm
 
 RECOMPUTE = ("none", "mlp", "layer")
+# Where a layer drops: elements of the prefix, of the attention's output, of the MLP's output.
+PREFIX_SITE, ATTENTION_SITE, MLP_SITE = range(SITES := 3)
 
 kernels = torch.ops.glmkern
 
@@ -27,19 +29,28 @@ class Pass:
     """What all layers of one forward pass share. Decoding needs only cos_sin and positions.
 
     cos_sin: [positions, C / 4, 2]; positions: int64 [T]; cu_seqlens: int32 [B+1]; sequence_ids:
-    int64 [B]; seed: the run's dropout seed; offset: step * num_layers, the first layer's dropout
-    offset; prefix_dropout, hidden_dropout: probabilities, 0 outside training.
+    int64 [B]; seeds: int64 [SITES, layers, 2], see dropout_seeds; prefix_dropout, hidden_dropout:
+    probabilities, 0 outside training.
     """
 
     cos_sin: Tensor
     positions: Tensor
     cu_seqlens: Tensor | None = None
     sequence_ids: Tensor | None = None
-    seed: int = 0
-    offset: int = 0
+    seeds: Tensor | None = None
     prefix_dropout: float = 0.0
     hidden_dropout: float = 0.0
     recompute: str = "none"
+
+
+def dropout_seeds(seed: int, offset: int, layers: int, device: torch.device) -> Tensor:
+    """(seed, offset) of every dropout of a forward pass, int64 [SITES, layers, 2].
+
+    A layer's offset is `offset` (step * layers) plus its index; its site stands in bits that this
+    sum never reaches.
+    """
+    offsets = torch.arange(layers) + offset + (torch.arange(SITES).unsqueeze(1) << 48)
+    return torch.stack([torch.full_like(offsets, seed), offsets], -1).to(device)
 
 
 class Attention(nn.Module):
@@ -150,11 +161,11 @@ def _run_backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
     token_grad, prefix_grad = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:3])
 
     dh = _mlp_backward(layer, dy.contiguous(), saved, run)
-    da = _dropout_backward(layer, dh, run, site=1)
+    da = _dropout_backward(layer, dh, run, site=ATTENTION_SITE)
     dout = layer.self_attention.dense.project_back(da).view_as(saved.out)
     dq, dk, dv, dprefix_k, dprefix_v = kernels.prefix_attention_bwd(
         dout, saved.q, saved.k, saved.v, prefix_k, prefix_v, saved.out, saved.lse,
-        run.cu_seqlens, run.sequence_ids, _seed(layer, run, 0, x.device), _scale(layer),
+        run.cu_seqlens, run.sequence_ids, _seed(layer, run, PREFIX_SITE), _scale(layer),
         run.prefix_dropout, token_grad, prefix_grad)
     dx = None
     if token_grad:
@@ -171,7 +182,7 @@ def _run_forward(layer: Layer, x: Tensor, prefix_k: Tensor | None, prefix_v: Ten
     def attend(q, k, v):
         return kernels.prefix_attention_fwd(
             q, k, v, prefix_k, prefix_v, run.cu_seqlens, run.sequence_ids,
-            _seed(layer, run, 0, x.device), _scale(layer), run.prefix_dropout)
+            _seed(layer, run, PREFIX_SITE), _scale(layer), run.prefix_dropout)
 
     return _run_block(layer, x, run, attend, until_gate_up)
 
@@ -187,14 +198,14 @@ def _run_block(layer: Layer, x: Tensor, run: Pass, attend: Callable,
     if run.hidden_dropout == 0:
         normalised, h, stats2 = norm.run_added(dense.project(out.flatten(1)), residual)
     else:
-        h = _add_projected(layer, dense, out.flatten(1), residual, run, site=1)
+        h = _add_projected(layer, dense, out.flatten(1), residual, run, site=ATTENTION_SITE)
         normalised, stats2 = norm.run(h)
     gate_up = layer.mlp.dense_h_to_4h.project(normalised)
     saved = _Saved(stats1, q, k, v, out, lse, h, stats2, gate_up)
     if until_gate_up:
         return None, saved
     y = _add_projected(layer, layer.mlp.dense_4h_to_h, kernels.swiglu_fwd(gate_up),
-                       normalised if layer.residual_after_norm else h, run, site=2)
+                       normalised if layer.residual_after_norm else h, run, site=MLP_SITE)
     return y, saved
 
 
@@ -203,7 +214,7 @@ def _mlp_backward(layer: Layer, dy: Tensor, saved: _Saved, run: Pass) -> Tensor:
     gate_up = saved.gate_up
     if gate_up is None:
         gate_up = layer.mlp.dense_h_to_4h.project(layer.post_attention_layernorm.run(saved.h)[0])
-    dm = _dropout_backward(layer, dy, run, site=2)
+    dm = _dropout_backward(layer, dy, run, site=MLP_SITE)
     dgate_up = kernels.swiglu_bwd(layer.mlp.dense_4h_to_h.project_back(dm), gate_up)
     dnormalised = layer.mlp.dense_h_to_4h.project_back(dgate_up)
     return _norm_backward(layer, layer.post_attention_layernorm, dnormalised, dy, saved.h,
@@ -224,23 +235,20 @@ def _add_projected(layer: Layer, linear: FrozenLinear, x: Tensor, residual: Tens
     p = run.hidden_dropout
     return kernels.bias_dropout_add_fwd(
         linear.project(x, with_bias=False), linear.bias, residual, p,
-        _seed(layer, run, site, x.device), run.cu_seqlens, run.sequence_ids)
+        _seed(layer, run, site), run.cu_seqlens, run.sequence_ids)
 
 
 def _dropout_backward(layer: Layer, dy: Tensor, run: Pass, site: int) -> Tensor:
     if run.hidden_dropout == 0:
         return dy
     return kernels.bias_dropout_add_bwd(
-        dy, run.hidden_dropout, _seed(layer, run, site, dy.device), run.cu_seqlens,
+        dy, run.hidden_dropout, _seed(layer, run, site), run.cu_seqlens,
         run.sequence_ids, False)[0]
 
 
-def _seed(layer: Layer, run: Pass, site: int, device: torch.device) -> Tensor | None:
-    """(seed, offset) of a dropout in this layer: site 0 is the prefix, 1 the attention's output, 2
-    the MLP's. The site stands in bits that step * num_layers + layer never reaches."""
-    if (run.prefix_dropout if site == 0 else run.hidden_dropout) == 0:
-        return None
-    return torch.tensor([run.seed, run.offset + layer.index + (site << 48)], device=device)
+def _seed(layer: Layer, run: Pass, site: int) -> Tensor | None:
+    """(seed, offset) of one dropout in this layer, or None outside training."""
+    return None if run.seeds is None else run.seeds[site, layer.index]
 
 
 def _scale(layer: Layer) -> float:
