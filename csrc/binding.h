@@ -19,6 +19,11 @@ inline void require(bool condition, const std::string& sentence) {
   if (!condition) throw std::runtime_error(sentence);
 }
 
+// For values that only the caller can mend, a ValueError in Python.
+inline void require_value(bool condition, const std::string& sentence) {
+  if (!condition) throw std::invalid_argument(sentence);
+}
+
 inline DType dtype_of(const char* op, const Tensor& tensor) {
   switch (tensor.scalar_type()) {
     case ScalarType::Float: return DType::kFloat;

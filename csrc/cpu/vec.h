@@ -49,7 +49,18 @@ inline void with_dtype(DType dtype, F f) {
 
 inline Vec as_float(Bits bits) { return reinterpret_cast<Vec>(bits); }
 inline Bits as_bits(Vec v) { return reinterpret_cast<Bits>(v); }
-inline Vec broadcast(float x) { return Vec{} + x; }
+inline Vec largest(Vec a, Vec b) { return a > b ? a : b; }
+
+// Written out: a zero vector plus x would cost an addition, as -0.0f + 0.0f is not -0.0f.
+inline Vec broadcast(float x) {
+#if defined(__AVX512F__)
+  return _mm512_set1_ps(x);
+#elif defined(__AVX2__)
+  return _mm256_set1_ps(x);
+#else
+  return Vec{x, x, x, x};
+#endif
+}
 
 // widen: the stored form of kLanes elements to floats. narrow: back, rounded to nearest even.
 // The unmasked 512-bit intrinsics warn of an uninitialised value inside GCC 12's header.
@@ -228,6 +239,25 @@ inline void end_streaming() {
 template <class T>
 inline Vec round_to(Vec v) {
   return widen(T{}, narrow(T{}, v));
+}
+
+// e^x to about one ulp: 2^n e^r with |r| <= ln(2) / 2, the polynomial of Cephes' expf. Below -87.33,
+// where results would be subnormal, it is 0; above 88.37 it is e^88.37, still finite.
+inline Vec exp(Vec x) {
+  constexpr float kLog2E = 1.44269504f, kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
+  constexpr float kRound = 0x1.8p23f;  // added and taken away it rounds to an integer
+  const Vec bounded = x > 88.37f ? broadcast(88.37f) : x;
+  const Vec shifted = bounded * kLog2E + kRound;
+  const Vec n = shifted - kRound;
+  const Vec r = (bounded - n * kLn2High) - n * kLn2Low;
+  Vec series = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  series = series * r + 8.3334519073e-3f;
+  series = series * r + 4.1665795894e-2f;
+  series = series * r + 1.6666665459e-1f;
+  series = series * r + 5.0000001201e-1f;
+  const Vec fraction = series * (r * r) + r + 1.0f;
+  const Vec power = as_float((as_bits(shifted) - as_bits(broadcast(kRound)) + 127) << 23);
+  return x < -87.33f ? Vec{} : fraction * power;
 }
 
 inline float sum_lanes(Vec v) {

@@ -1,4 +1,4 @@
-"""Where the tests of Triton kernels, `test_<op>_triton.py`, run.
+"""What the tests of ops share, and where those of Triton kernels, `test_<op>_triton.py`, run.
 
 On a machine with a GPU they run on it. Elsewhere each file runs as one test, in a process of its
 own under TRITON_INTERPRET=1: the variable must be set before the first import of Triton, and would
@@ -13,7 +13,26 @@ from unittest import mock
 import pytest
 import torch
 
+import glmkern
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@pytest.fixture(params=["cpu", "reference"])
+def backend(request):
+    """Runs a test with the C++ kernels and with the reference; the module's OP names the op."""
+    state = glmkern.backends("cpu").rows[request.module.OP, request.param]
+    assert state in ("chosen", "available"), state
+    with glmkern.backend(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def threads():
+    """Sets the number of threads for the rest of the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

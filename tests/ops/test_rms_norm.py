@@ -1,10 +1,5 @@
 """rms_norm and add_rms_norm, reference and C++: numbers, registration, determinism, errors."""
 
-import os
-import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,23 +11,8 @@ from tests.ops.contract import check_compiles, check_registration
 from tests.ops.formulas import add_rms_norm_inputs, rms_norm_inputs
 from tests.ops.numerics import HALF_AND_SINGLE, matches_fp64, poisoned_memory, same_bits
 
+OP = "rms_norm_fwd"
 SHAPES = [(1, 1), (63, 1), (3, 3), (1, 17), (63, 64), (2, 3, 100), (3, 4096), (5, 4099), (100, 17)]
-
-
-@pytest.fixture(params=["cpu", "reference"])
-def backend(request):
-    state = glmkern.backends("cpu").rows["rms_norm_fwd", request.param]
-    assert state in ("chosen", "available"), state
-    with glmkern.backend(request.param):
-        yield request.param
-
-
-@pytest.fixture
-def threads():
-    """Sets the number of threads for the rest of the test."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
@@ -184,46 +164,3 @@ def test_the_kernels_guard_direct_calls(position, wrong, sentence):
     arguments[position] = wrong
     with pytest.raises(RuntimeError, match=f"^rms_norm_bwd: {sentence}$"):
         torch.ops.glmkern_cpu.rms_norm_bwd(*arguments)
-
-
-def run_python(*arguments, cwd=None, **environment):
-    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False,
-                          cwd=cwd, env={**os.environ, **environment})
-
-
-@pytest.mark.parametrize("isa", ["default", "avx2", "avx512"])
-def test_every_instruction_set(isa):
-    """The other tests of the kernels again, in a process that must use `isa`."""
-    if os.environ.get("GLMKERN_CPU_ISA") or torch.ops.glmkern_cpu.isa() == isa:
-        return  # this process's own, or a child: the tests around this one have covered it
-    child = run_python("-m", "pytest", "-q", __file__, "-k", "fp64 or half or bits",
-                       GLMKERN_CPU_ISA=isa)
-    refused = f"GLMKERN_CPU_ISA is {isa}, but this chip runs at most" in child.stdout
-    assert child.returncode == 0 or refused, child.stdout
-    chosen = run_python("-c", "import glmkern, torch; glmkern.backends('cpu');"
-                              "print(torch.ops.glmkern_cpu.isa())", GLMKERN_CPU_ISA=isa)
-    assert refused or chosen.stdout.strip() == isa
-
-
-def test_an_unknown_instruction_set_is_refused():
-    child = run_python("-c", "import glmkern; glmkern.backends('cpu')", GLMKERN_CPU_ISA="sse9")
-    assert child.returncode == 1
-    assert 'GLMKERN_CPU_ISA is "sse9"; it can be default, avx2 or avx512' in child.stderr
-
-
-@pytest.mark.parametrize("damage", ["cut", "garbage", "empty"])
-def test_a_damaged_library_leaves_the_reference(tmp_path, damage):
-    package = tmp_path / "glmkern"
-    source = Path(glmkern.__file__).parent
-    shutil.copytree(source, package, ignore=shutil.ignore_patterns("__pycache__", "demo"))
-    library = (source / "_native.so").read_bytes()
-    damaged = {"cut": library[:len(library) // 2], "garbage": b"not a library", "empty": b""}
-    (package / "_native.so").write_bytes(damaged[damage])
-    code = """if True:
-        import glmkern, torch
-        assert glmkern.ops.rms_norm(torch.ones(2, 4), torch.ones(4)).shape == (2, 4)
-        rows = glmkern.backends("cpu").rows
-        print(rows["rms_norm_fwd", "reference"], "|", rows["rms_norm_fwd", "cpu"])"""
-    child = run_python("-c", code, cwd=tmp_path)
-    assert child.returncode == 0, child.stderr
-    assert child.stdout.startswith("chosen | _native.so could not be loaded: "), child.stdout
