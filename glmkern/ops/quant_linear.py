@@ -4,6 +4,8 @@
 
 Four bits: byte j of a row holds column 2j in its high and 2j + 1 in its low nibble, both two's
 complement. The weight is frozen: a linear is differentiable in x alone, dx = dy @ weight.
+
+A dense weight in half precision, or in x's own, goes the same way: it is used as it is stored.
 """
 
 from typing import NamedTuple
@@ -78,12 +80,14 @@ def dequantize(qweight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
     return (_codes(packed, bits).to(wide) * scale.to(wide).unsqueeze(1)).to(dtype)
 
 
-def quant_linear(x: Tensor, qweight: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
+def quant_linear(x: Tensor, qweight: QuantizedWeight | Tensor,
+                 bias: Tensor | None = None) -> Tensor:
     """x @ weight.T + bias over a quantised weight.
 
     Args:
         x: [..., K], float32, float16, bfloat16 or float64.
-        qweight: weight [N, K]; the scale may have another floating dtype than x.
+        qweight: weight [N, K]; the scale may have another floating dtype than x. Or a dense weight
+            [N, K] in x's dtype or narrower: a float32 x takes a float16 or bfloat16 weight.
         bias: [N] in x's dtype, or None.
 
     Returns:
@@ -94,8 +98,12 @@ def quant_linear(x: Tensor, qweight: QuantizedWeight, bias: Tensor | None = None
     """
     op = "quant_linear"
     check_floating(op, "x", x)
-    _check_qweight(op, qweight)
-    check_device(op, "the packed weight", qweight.packed, "x", x)
+    if isinstance(qweight, Tensor):
+        _check_dense(op, qweight, x)
+        qweight = QuantizedWeight(qweight.contiguous(), None, 8 * qweight.element_size())
+    else:
+        _check_qweight(op, qweight)
+    check_device(op, "the weight", qweight.packed, "x", x)
     rows, columns = qweight.shape
     check(x.dim() >= 1 and x.shape[-1] == columns, lambda: f"{op}: x's last dimension must be the "
           f"weight's K = {columns}, but x is {tuple(x.shape)}")
@@ -120,6 +128,16 @@ def _check_qweight(op: str, qweight: QuantizedWeight) -> None:
     check_device(op, "scale", scale, "packed", packed)
 
 
+def _check_dense(op: str, weight: Tensor, x: Tensor) -> None:
+    check(weight.dim() == 2, lambda: f"{op}: a dense weight must be [N, K], not "
+          f"{list(weight.shape)}")
+    check(not weight.requires_grad, lambda: f"{op}: the weight is frozen here and gets no gradient;"
+          " pass weight.detach()")
+    check(weight.is_floating_point() and torch.promote_types(weight.dtype, x.dtype) == x.dtype,
+          lambda: f"{op}: a dense weight must have x's dtype or a narrower one, but it is "
+          f"{weight.dtype} and x is {x.dtype}")
+
+
 def _pack(codes: Tensor) -> Tensor:
     return (codes[:, ::2] << 4) | (codes[:, 1::2] & 0xF)
 
@@ -131,12 +149,25 @@ def _codes(packed: Tensor, bits: int) -> Tensor:
     return torch.stack([packed >> 4, (packed << 4) >> 4], -1).flatten(1)
 
 
+def _weight(packed: Tensor, scale: Tensor | None, bits: int, dtype: torch.dtype) -> Tensor:
+    """[N, K] in `dtype`."""
+    if scale is None:
+        return packed.to(dtype)
+    return dequantize(QuantizedWeight(packed, scale, bits), dtype)
+
+
 def quant_linear_fwd_reference(x, packed, scale, bits, bias) -> Tensor:
-    return F.linear(x, dequantize(QuantizedWeight(packed, scale, bits), x.dtype), bias)
+    return F.linear(x, _weight(packed, scale, bits, x.dtype), bias)
 
 
 def quant_linear_bwd_reference(dy, packed, scale, bits) -> Tensor:
-    return dy @ dequantize(QuantizedWeight(packed, scale, bits), dy.dtype)
+    return dy @ _weight(packed, scale, bits, dy.dtype)
+
+
+def _supports(x, packed, scale, bits, bias=None) -> str | None:
+    if packed.dtype == torch.float64:
+        return "a float64 weight has no kernel"
+    return supports_dtype(x)
 
 
 def _fwd_fake(x, packed, scale, bits, bias):
@@ -147,9 +178,9 @@ def _bwd_fake(dy, packed, scale, bits):
     return dy.new_empty(*dy.shape[:-1], packed.shape[1] * (2 if bits == 4 else 1))
 
 
-define_op("quant_linear_bwd", "(Tensor dy, Tensor packed, Tensor scale, int bits) -> Tensor",
+define_op("quant_linear_bwd", "(Tensor dy, Tensor packed, Tensor? scale, int bits) -> Tensor",
           module="quant_linear", reference=quant_linear_bwd_reference, fake=_bwd_fake,
-          supports=supports_dtype)
+          supports=_supports)
 
 
 def _setup_context(ctx, inputs, output):
@@ -166,7 +197,8 @@ def _backward(ctx, dy):
     return dx, None, None, None, dbias
 
 
-define_op("quant_linear_fwd", "(Tensor x, Tensor packed, Tensor scale, int bits, Tensor? bias)"
+# bits counts those of a stored weight: 16 or 32 for a dense one, which has no scale.
+define_op("quant_linear_fwd", "(Tensor x, Tensor packed, Tensor? scale, int bits, Tensor? bias)"
           " -> Tensor", module="quant_linear", reference=quant_linear_fwd_reference,
-          fake=_fwd_fake, supports=supports_dtype,
+          fake=_fwd_fake, supports=_supports,
           setup_context=_setup_context, backward=_backward)

@@ -9,11 +9,12 @@ import torch.nn.functional as F
 import glmkern
 from glmkern import ops
 from tests.ops.contract import check_compiles, check_registration
-from tests.ops.numerics import HALF_AND_SINGLE, matches_fp64
+from tests.ops.numerics import HALF_AND_SINGLE, matches_fp64, poisoned_memory, same_bits
 
 # The package's attribute of that name is the function.
 module = sys.modules["glmkern.ops.linear_cross_entropy"]
-SHAPES = [(1, 1, 2), (5, 3, 7), (17, 64, 100), (63, 33, 257)]  # T, H, V
+OP = "linear_cross_entropy_fwd"
+SHAPES = [(1, 1, 2), (5, 3, 7), (17, 64, 100), (63, 33, 257), (700, 20, 150)]  # T, H, V
 
 
 def labelled(tokens, classes):
@@ -26,8 +27,8 @@ def labelled(tokens, classes):
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize(("tokens", "width", "classes"), SHAPES)
-def test_against_fp64(tokens, width, classes, weighted, dtype, monkeypatch):
-    # Several chunks, the last one ragged.
+def test_against_fp64(backend, tokens, width, classes, weighted, dtype, monkeypatch):
+    # Several chunks of the reference, the last one ragged.
     monkeypatch.setattr(module, "CHUNK_ELEMENTS", 8 * classes)
     monkeypatch.setattr(module, "LEAST_CHUNK_ROWS", 1)
     weight, labels = torch.randn(classes, width).to(dtype), labelled(tokens, classes)
@@ -45,12 +46,47 @@ def test_against_fp64(tokens, width, classes, weighted, dtype, monkeypatch):
                  formula, lambda: [torch.randn(tokens, width).to(dtype).requires_grad_()])
 
 
-def test_only_labelled_rows_matter():
+def test_only_labelled_rows_matter(backend):
     hidden, weight = torch.randn(6, 4), torch.randn(9, 4)
     labels = torch.tensor([-100, 3, -100, 8, 0, -100])
     expected = ops.linear_cross_entropy(hidden, weight, labels)
     hidden[labels == -100] = float("nan")
     assert ops.linear_cross_entropy(hidden, weight, labels) == expected
+
+
+@pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
+def test_the_same_bits_on_every_run_and_number_of_threads(threads, dtype):
+    hidden, weight = torch.randn(500, 70).to(dtype), torch.randn(300, 70).to(dtype)
+    labels = labelled(500, 300)
+
+    def run(count):
+        threads(count)
+        with poisoned_memory(), glmkern.backend("cpu"):
+            loss, dhidden = torch.ops.glmkern.linear_cross_entropy_fwd(
+                hidden, weight, labels, None, -100, True)
+            scaled = torch.ops.glmkern.linear_cross_entropy_bwd(torch.tensor(3.0), dhidden, dtype)
+            return loss, dhidden, scaled
+
+    first = run(1)
+    for count in (1, 2, 3):
+        assert all(map(same_bits, first, run(count)))
+
+
+@pytest.mark.parametrize("size", [1e3, 1e-3])
+def test_logits_far_from_and_near_zero(backend, size):
+    weight, labels = torch.randn(30, 8) * size, labelled(9, 30)
+    matches_fp64(lambda h: ops.linear_cross_entropy(h, weight, labels),
+                 lambda h: F.cross_entropy(h @ weight.to(h.dtype).T, labels),
+                 lambda: [torch.randn(9, 8).requires_grad_()])
+
+
+def test_without_gradient(backend):
+    hidden, weight, labels = torch.randn(9, 8), torch.randn(30, 8), labelled(9, 30)
+    loss, dhidden = torch.ops.glmkern.linear_cross_entropy_fwd(hidden, weight, labels, None, -100,
+                                                               False)
+    assert dhidden.shape == (0,)
+    with_gradient = ops.linear_cross_entropy(hidden.requires_grad_(), weight, labels)
+    assert same_bits(loss, with_gradient.detach())
 
 
 def test_unlabelled_rows_get_no_logits(monkeypatch):
@@ -69,7 +105,7 @@ def test_unlabelled_rows_get_no_logits(monkeypatch):
     assert sum(len(x) for x in formed if x.shape[-1] == 9) == 3
 
 
-def test_a_loss_scale_acts_before_rounding_to_half():
+def test_a_loss_scale_acts_before_rounding_to_half(backend):
     hidden = torch.randn(8, 16).half().requires_grad_()
     weight, labels = (torch.randn(50, 16) * 1e-3).half(), torch.randint(50, (8,))
     tiny = torch.full((8,), 1e-6)
@@ -97,7 +133,7 @@ def test_registration():
     (dict(weight=torch.zeros(5, 2)), r"hidden must be \[T, H\] and weight \[V, H\]"),
     (dict(token_weight=torch.zeros(4, dtype=torch.float64)), r"token_weight must be float32 \[4\]"),
 ])
-def test_errors(arguments, sentence):
+def test_errors(backend, arguments, sentence):
     call = dict(hidden=torch.zeros(4, 3), weight=torch.zeros(5, 3),
                 labels=torch.tensor([0, 1, 2, 3])) | arguments
     with pytest.raises(ValueError, match=sentence):

@@ -5,11 +5,15 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
+import glmkern
 from glmkern import ops
 from tests.ops.contract import check_compiles, check_registration
-from tests.ops.numerics import HALF_AND_SINGLE, matches_fp64, same_bits
+from tests.ops.numerics import HALF_AND_SINGLE, matches_fp64, poisoned_memory, same_bits
 
-SHAPES = [(1, 1, 2), (3, 5, 8), (17, 33, 100), (63, 7, 514)]  # M, N, K
+OP = "quant_linear_fwd"
+SHAPES = [(1, 1, 2), (1, 140, 1030), (2, 35, 66), (3, 5, 8), (4, 129, 300), (15, 131, 258),
+          (17, 33, 100), (63, 7, 514), (192, 70, 136), (511, 37, 130)]  # M, N, K
+FLOATING = {16: torch.float16, 32: torch.float32}  # a dense weight's dtype by its bits
 
 
 def test_known_nibbles():
@@ -22,7 +26,7 @@ def test_known_nibbles():
 
 @pytest.mark.parametrize("file", ["linear_fp16", "linear_fp32"])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_official_record(golden, file, bits):
+def test_official_record(backend, golden, file, bits):
     recorded = load_file(golden / "quant" / f"{file}.safetensors")
     qweight = ops.quantize(recorded["weight"], bits)
     assert same_bits(qweight.packed, recorded["packed4" if bits == 4 else "q8"])
@@ -42,14 +46,77 @@ def test_official_record(golden, file, bits):
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
 @pytest.mark.parametrize(("m", "n", "k"), SHAPES)
-def test_against_fp64(m, n, k, dtype, bits):
+def test_against_fp64(backend, m, n, k, dtype, bits):
     qweight = ops.quantize((torch.randn(n, k) * 0.02).half(), bits)
+    matches_fp64(lambda x, b: ops.quant_linear(x, qweight, b),
+                 lambda x, b: F.linear(x, ops.dequantize(qweight, x.dtype), b),
+                 lambda: inputs(m, n, k, dtype))
 
-    def formula(x, bias):
-        return F.linear(x, ops.dequantize(qweight, x.dtype), bias)
 
-    matches_fp64(lambda x, b: ops.quant_linear(x, qweight, b), formula,
-                 lambda: [torch.randn(s).to(dtype).requires_grad_() for s in ((m, k), (n,))])
+@pytest.mark.parametrize(("dtype", "stored"), [
+    (torch.float32, torch.float16), (torch.float32, torch.bfloat16),
+    (torch.float32, torch.float32), (torch.float16, torch.float16),
+    (torch.bfloat16, torch.bfloat16)], ids=str)
+@pytest.mark.parametrize(("m", "n", "k"), [*SHAPES, (5, 17, 33), (1, 9, 131)])
+def test_dense_against_fp64(backend, m, n, k, dtype, stored):
+    weight = (torch.randn(n, k) * 0.02).to(stored)
+    matches_fp64(lambda x, b: ops.quant_linear(x, weight, b),
+                 lambda x, b: F.linear(x, weight.to(x.dtype), b), lambda: inputs(m, n, k, dtype))
+
+
+def inputs(m, n, k, dtype):
+    """x and bias."""
+    return [torch.randn(shape).to(dtype).requires_grad_() for shape in ((m, k), (n,))]
+
+
+@pytest.mark.parametrize("bits", [4, 8, 16, 32])
+@pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
+def test_the_same_bits_on_every_run_and_number_of_threads(threads, dtype, bits):
+    weight = torch.randn(300, 260)
+    packed, scale, bits = ops.quantize(weight, bits) if bits <= 8 else (
+        weight.to(FLOATING[bits]), None, bits)
+    tensors = {m: (torch.randn(m, 260).to(dtype), torch.randn(m, 300).to(dtype))
+               for m in (1, 3, 15, 300)}
+
+    def run(count):
+        threads(count)
+        with poisoned_memory(), glmkern.backend("cpu"):
+            return [y for x, dy in tensors.values() for y in (
+                torch.ops.glmkern.quant_linear_fwd(x, packed, scale, bits, None),
+                torch.ops.glmkern.quant_linear_bwd(dy, packed, scale, bits))]
+
+    first = run(1)
+    for count in (1, 2, 3):
+        assert all(map(same_bits, first, run(count)))
+
+
+def test_rows_do_not_depend_on_each_other():
+    """A row's result has the same bits in a batch of 300 as in one of 20, and backward alone."""
+    qweight = ops.quantize(torch.randn(150, 200))
+    x, dy = torch.randn(300, 200), torch.randn(300, 150)
+    with glmkern.backend("cpu"):
+        y = torch.ops.glmkern.quant_linear_fwd(x, *qweight, None)
+        assert same_bits(y[80:100], torch.ops.glmkern.quant_linear_fwd(x[80:100], *qweight, None))
+        dx = torch.ops.glmkern.quant_linear_bwd(dy, *qweight)
+        assert same_bits(dx[7:8], torch.ops.glmkern.quant_linear_bwd(dy[7:8], *qweight))
+
+
+def test_gradients_far_below_the_smallest_half():
+    """The scale is multiplied in float32: dy * scale in half would underflow."""
+    qweight = ops.quantize((torch.randn(64, 128) * 0.02).half())
+    dy = (torch.randn(5, 64) * 1e-5).half()
+    with glmkern.backend("cpu"):
+        dx = torch.ops.glmkern.quant_linear_bwd(dy, *qweight)
+    exact = dy.double() @ ops.dequantize(qweight, torch.float64)
+    assert (dx.double() - exact).abs().max() <= 2 ** -25  # half a subnormal's step
+
+
+@pytest.mark.parametrize("lead", [(), (0,), (2, 3)])
+def test_leading_dimensions(backend, lead):
+    qweight = ops.quantize(torch.randn(5, 8))
+    x = torch.randn(*lead, 8)
+    expected = F.linear(x, ops.dequantize(qweight, torch.float32))
+    torch.testing.assert_close(ops.quant_linear(x, qweight), expected)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -81,6 +148,8 @@ def test_registration():
     check_registration(torch.ops.glmkern.quant_linear_fwd.default, (x, packed, scale, bits, bias))
     check_registration(torch.ops.glmkern.quant_linear_bwd.default,
                        (torch.randn(3, 5), packed, scale, bits))
+    check_registration(torch.ops.glmkern.quant_linear_fwd.default,
+                       (x, torch.randn(5, 8).half(), None, 16, bias))
     check_compiles(
         lambda x, b: ops.quant_linear(x, ops.QuantizedWeight(packed, scale, bits), b),
         [[torch.randn(n, 8, requires_grad=True), bias] for n in (3, 6)])
@@ -111,3 +180,32 @@ def test_linear_errors(change, sentence):
     with pytest.raises(ValueError, match=sentence):
         ops.quant_linear(call["x"], ops.QuantizedWeight(call["packed"], call["scale"],
                                                         call["bits"]), call["bias"])
+
+
+@pytest.mark.parametrize(("weight", "sentence"), [
+    (torch.zeros(5, 8, dtype=torch.float64), "must have x's dtype or a narrower one, but it is "),
+    (torch.zeros(5, 8, dtype=torch.int64), "must have x's dtype or a narrower one"),
+    (torch.zeros(8), r"a dense weight must be \[N, K\], not \[8\]"),
+    (torch.zeros(5, 8, requires_grad=True), "pass weight.detach"),
+    (torch.zeros(5, 7), "must be the weight's K = 7"),
+])
+def test_dense_errors(weight, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        ops.quant_linear(torch.zeros(3, 8), weight)
+
+
+@pytest.mark.parametrize(("position", "wrong", "sentence"), [
+    (0, torch.zeros(2, 7), "x's last dimension must be 8"),
+    (1, torch.zeros(8, 5, dtype=torch.int8).t(), "the packed weight is not contiguous"),
+    (1, torch.zeros(5, 8, dtype=torch.int32), "serves weights of int8 codes"),
+    (2, torch.zeros(4), "scale must have 5 elements, not 4"),
+    (2, None, "codes need their scale"),
+    (4, torch.zeros(4), "bias must have 5 elements, not 4"),
+])
+def test_the_kernels_guard_direct_calls(position, wrong, sentence):
+    glmkern.backends("cpu")
+    call = [torch.zeros(2, 8), torch.zeros(5, 8, dtype=torch.int8), torch.zeros(5), 8, None]
+    call[position] = wrong
+    with pytest.raises(RuntimeError, match=f"^quant_linear_fwd.* {sentence}|^quant_linear_fwd "
+                                           f"{sentence}"):
+        torch.ops.glmkern_cpu.quant_linear_fwd(*call)

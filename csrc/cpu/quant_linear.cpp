@@ -1,0 +1,237 @@
+// quant_linear on the CPU. Both directions read the one packed weight: a block of it is decoded
+// into panels of kTileCols columns, and the tiles of all rows use them from the cache. Forward the
+// columns of the result are the weight's rows, so words are transposed on their way; backward they
+// are its columns, and lane L of vector j stands for column L * kPerWord + j until the end.
+#include "quant_linear.h"
+
+#include <algorithm>
+
+#include "scratch.h"
+#include "tile.h"
+#include "weight_codes.h"
+
+namespace glmkern::CPU_ISA {
+namespace {
+
+constexpr int kVecs = kColumnBlock / kLanes;       // of a column block
+constexpr int kPanels = kColumnBlock / kTileCols;  // of a column block
+constexpr int64_t kPanelSize = kDepthBlock * kTileCols;
+
+// Where vector `vec` of the columns lies in row `depth` of the decoded panels.
+inline float* in_panels(float* panels, int64_t depth, int vec) {
+  return panels + vec / kTileVecs * kPanelSize + depth * kTileCols + vec % kTileVecs * kLanes;
+}
+
+// Weight rows column, column + 1, ... as columns; terms first_depth, first_depth + 1, ... of them.
+template <class Codes>
+void decode_forward(const QuantLinear& a, int64_t first_depth, int64_t depth, int64_t column,
+                    float* panels) {
+  const int vecs = std::min<int64_t>(kVecs, (a.n - column + kTileCols - 1) / kTileCols * kTileVecs);
+  for (int vec = 0; vec < vecs; vec++) {
+    const int64_t first_row = column + vec * kLanes;
+    for (int64_t d = 0; d < depth; d += kLanes * Codes::kPerWord) {
+      const int64_t byte = (first_depth + d) / Codes::kPerWord * 4;
+      Bits block[kLanes];
+      for (int r = 0; r < kLanes; r++) {
+        const int64_t row = std::min(first_row + r, a.n - 1);
+        block[r] = load_words(a.weight + row * a.row_bytes + byte, a.row_bytes - byte);
+      }
+      transpose(block);
+#pragma GCC unroll 16
+      for (int w = 0; w < kLanes; w++) {
+#pragma GCC unroll 8
+        for (int j = 0; j < Codes::kPerWord; j++) {
+          store(in_panels(panels, d + w * Codes::kPerWord + j, vec), Codes::unpack(block[w], j),
+                Full{});
+        }
+      }
+    }
+  }
+}
+
+template <class Codes>
+void decode_backward(const QuantLinear& a, int64_t first_depth, int64_t depth, int64_t column,
+                     float* panels) {
+  for (int64_t d = 0; d < depth; d++) {
+    const int64_t row = first_depth + d;
+    const Vec scale = broadcast(a.scale != nullptr ? a.scale[row] : 1.0f);
+    for (int v = 0; v < kVecs / Codes::kPerWord; v++) {
+      const int64_t byte = column / Codes::kPerWord * 4 + v * kLanes * 4;
+      const Bits words = load_words(a.weight + row * a.row_bytes + byte, a.row_bytes - byte);
+#pragma GCC unroll 8
+      for (int j = 0; j < Codes::kPerWord; j++) {
+        store(in_panels(panels, d, v * Codes::kPerWord + j), Codes::unpack(words, j) * scale,
+              Full{});
+      }
+    }
+  }
+}
+
+// sums [panel][rows][kTileCols] to y [rows, columns], rounded once.
+template <class T>
+void store_forward(const QuantLinear& a, int64_t begin, int64_t end, int64_t column,
+                   const float* sums) {
+  const int64_t columns = std::min(kColumnBlock, a.n - column);
+  const T* bias = static_cast<const T*>(a.bias);
+  for (int64_t row = begin; row < end; row++) {
+    T* y = static_cast<T*>(a.y) + row * a.n + column;
+    for_each_vec(columns, [&](int64_t i, auto lanes) {
+      const float* tile = sums + (i / kTileCols * (end - begin) + row - begin) * kTileCols;
+      Vec v = load(tile + i % kTileCols, Full{});
+      if (a.scale != nullptr) v *= load(a.scale + column + i, lanes);
+      if (bias != nullptr) v += load(bias + column + i, lanes);
+      store(y + i, v, lanes);
+    });
+  }
+}
+
+template <class T>
+void store_backward(const QuantLinear& a, int64_t begin, int64_t end, int64_t column, int per_word,
+                    const float* sums) {
+  const int64_t columns = std::min(kColumnBlock, a.k - column);
+  for (int64_t row = begin; row < end; row++) {
+    float ordered[kColumnBlock];
+    for (int vec = 0; vec < kVecs; vec++) {
+      const float* tile = sums + (vec / kTileVecs * (end - begin) + row - begin) * kTileCols;
+      const float* lanes = tile + vec % kTileVecs * kLanes;
+      float* target = ordered + vec / per_word * per_word * kLanes + vec % per_word;
+      for (int lane = 0; lane < kLanes; lane++) target[lane * per_word] = lanes[lane];
+    }
+    T* y = static_cast<T*>(a.y) + row * a.k + column;
+    for_each_vec(columns, [&](int64_t i, auto lanes) {
+      store(y + i, load(ordered + i, Full{}), lanes);
+    });
+  }
+}
+
+template <class Codes>
+void multiply_block(const QuantLinear& a, int64_t begin, int64_t end, int64_t column,
+                    const float* packed) {
+  const int64_t rows = end - begin;
+  float* panels = thread_scratch(kPanels * kPanelSize + rows * kColumnBlock);
+  float* sums = panels + kPanels * kPanelSize;
+  const Strips strips(rows);
+  const int64_t used = a.backward ? kColumnBlock : std::min(kColumnBlock, a.n - column);
+  for (int64_t d = 0; d < a.depth(); d += kDepthBlock) {
+    const int64_t depth = std::min(kDepthBlock, a.depth() - d);
+    (a.backward ? decode_backward<Codes> : decode_forward<Codes>)(a, d, depth, column, panels);
+    for (int64_t panel = 0; panel * kTileCols < used; panel++) {
+      for (int64_t s = 0; s < strips.count; s++) {
+        const int64_t height = strips.height(s), top = strips.begin(s);
+        const Operand x{packed + d * rows + top * depth, 1, height};
+        tile_of<kTileVecs>(height)(x, panels + panel * kPanelSize, kTileCols, depth,
+                                   sums + (panel * rows + top) * kTileCols, kTileCols, d > 0);
+      }
+    }
+  }
+  with_dtype(a.dtype, [&](auto element) {
+    using T = decltype(element);
+    if (a.backward) {
+      store_backward<T>(a, begin, end, column, Codes::kPerWord, sums);
+    } else {
+      store_forward<T>(a, begin, end, column, sums);
+    }
+  });
+}
+
+// One or a few rows of x: nothing is reused but x itself, so weights go from memory to registers.
+template <class Codes, class T, int kRows>
+void few_rows(const QuantLinear& a, const float* arranged, int64_t begin, int64_t end) {
+  constexpr int kSums = kRows == 1 ? 4 : 1;  // a row: as many as hide the latency of additions
+  constexpr int64_t kAhead = 2048;           // bytes: farther than the hardware prefetches
+  const int64_t length = padded_depth(a.k);
+  const T* bias = static_cast<const T*>(a.bias);
+  for (int64_t n = begin; n < end; n++) {
+    const uint8_t* row = a.weight + n * a.row_bytes;
+    Vec sums[kRows][kSums] = {};
+    const float* x = arranged;
+    for (int64_t byte = 0; byte < a.row_bytes; byte += 4 * kLanes) {
+      __builtin_prefetch(row + byte + kAhead);
+      const Bits words = load_words(row + byte, a.row_bytes - byte);
+#pragma GCC unroll 8
+      for (int j = 0; j < Codes::kPerWord; j++) {
+        const Vec w = Codes::unpack_scaled(words, j);
+#pragma GCC unroll 4
+        for (int m = 0; m < kRows; m++) {
+          sums[m][j % kSums] += w * load(x + m * length + j * kLanes, Full{});
+        }
+      }
+      x += Codes::kPerWord * kLanes;
+    }
+    for (int m = 0; m < kRows; m++) {
+      Vec sum = sums[m][0];
+      for (int i = 1; i < kSums; i++) sum += sums[m][i];
+      float y = sum_lanes(sum);
+      if (a.scale != nullptr) y *= a.scale[n];
+      if (bias != nullptr) y += load(bias + n, Tail{1})[0];
+      store(static_cast<T*>(a.y) + m * a.n + n, broadcast(y), Tail{1});
+    }
+  }
+}
+
+}  // namespace
+
+void quant_linear_pack(const QuantLinear& a, int64_t begin, int64_t end, int64_t block,
+                       float* packed) {
+  const int64_t rows = end - begin, first = block * kDepthBlock;
+  const int64_t depth = std::min(kDepthBlock, a.depth() - first);
+  const Strips strips(rows);
+  with_dtype(a.dtype, [&](auto element) {
+    using T = decltype(element);
+    for (int64_t s = 0; s < strips.count; s++) {
+      const int64_t height = strips.height(s), top = strips.begin(s);
+      float* strip = packed + first * rows + top * depth;  // [depth][height]
+      for (int64_t i = 0; i < height; i++) {
+        const T* x = static_cast<const T*>(a.x) + (begin + top + i) * a.depth() + first;
+        float row[kDepthBlock];
+        for_each_vec(depth, [&](int64_t d, auto lanes) {
+          store(row + d, load(x + d, lanes), Full{});
+        });
+        for (int64_t d = 0; d < depth; d++) strip[d * height + i] = row[d];
+      }
+    }
+  });
+}
+
+void quant_linear_block(const QuantLinear& a, int64_t begin, int64_t end, int64_t block,
+                        const float* packed) {
+  with_codes(a.format, [&](auto codes) {
+    multiply_block<decltype(codes)>(a, begin, end, block * kColumnBlock, packed);
+  });
+}
+
+void quant_linear_arrange(const QuantLinear& a, float* arranged) {
+  const int64_t length = padded_depth(a.k);
+  with_dtype(a.dtype, [&](auto element) {
+    using T = decltype(element);
+    with_codes(a.format, [&](auto codes) {
+      using Codes = decltype(codes);
+      constexpr int64_t kPerWord = Codes::kPerWord, kWords = kLanes * kPerWord;
+      for (int64_t m = 0; m < a.rows; m++) {
+        const T* x = static_cast<const T*>(a.x) + m * a.k;
+        float* row = arranged + m * length;
+        std::fill_n(row, length, 0.0f);
+        for (int64_t i = 0; i < a.k; i++) {
+          const int64_t lane = i % kWords / kPerWord, j = i % kPerWord;
+          row[i / kWords * kWords + j * kLanes + lane] =
+              load(x + i, Tail{1})[0] / Codes::scale_of(j);
+        }
+      }
+    });
+  });
+}
+
+void quant_linear_few(const QuantLinear& a, const float* arranged, int64_t begin, int64_t end) {
+  with_dtype(a.dtype, [&](auto element) {
+    using T = decltype(element);
+    with_codes(a.format, [&](auto codes) {
+      using Codes = decltype(codes);
+      constexpr decltype(&few_rows<Codes, T, 1>) kernels[kFewRows] = {
+          few_rows<Codes, T, 1>, few_rows<Codes, T, 2>, few_rows<Codes, T, 3>,
+          few_rows<Codes, T, 4>};
+      kernels[a.rows - 1](a, arranged, begin, end);
+    });
+  });
+}
+
+}  // namespace glmkern::CPU_ISA
