@@ -9,8 +9,10 @@ that whatever else the machine does hits both sides. `main` is the command line 
 """
 
 import argparse
+import ctypes
 import itertools
 import json
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -68,6 +70,16 @@ def available_backends(op: str, device: str) -> list[str]:
     states = glmkern.backends(device).rows
     return [name for (row_op, name), state in states.items()
             if row_op == op and state in ("available", "chosen")]
+
+
+def keep_freed_memory() -> None:
+    """Lets glibc keep what it frees, up to 1 GiB, in blocks of up to 32 MiB. Otherwise it returns a
+    large result's pages to the system whenever they lie at the end of the heap, and the next call,
+    whosever it is, pays some thousand page faults."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(-3, 32 * 2 ** 20)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, 2 ** 30)       # M_TRIM_THRESHOLD
 
 
 def measure(works: Sequence[Work], device: str, rounds: int = ROUNDS) -> list[Row]:
@@ -168,9 +180,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run_and_report(name: str, works: Callable[[str], list[Work]], args: argparse.Namespace,
                    **more: object) -> None:
     """Measures, prints the table and writes it with `more` to bench/results/<name>.json and .md,
-    beside what the file holds of the other kind of device."""
+    beside what the file holds of the other kind of device. A forced instruction set has files of
+    its own, <name>_<isa>: compare it with a matrix product that is limited in the same way,
+
+        GLMKERN_CPU_ISA=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 python -m bench.bench_<name>
+    """
+    if os.environ.get("GLMKERN_CPU_ISA"):
+        name += f"_{os.environ['GLMKERN_CPU_ISA']}"
     if args.threads:
         torch.set_num_threads(args.threads)
+    keep_freed_memory()
     rows = measure(works(args.device), args.device, args.rounds)
     run = {"machine": machine(args.device), "rounds": args.rounds,
            "rows": [vars(row) for row in rows], **more}

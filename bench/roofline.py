@@ -7,12 +7,15 @@ speed changes by the minute and the datasheet's is never reached. T_roof of a pi
 max(bytes / bandwidth, flops / rate).
 """
 
+import os
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from glmkern import dispatch
 
 # 24 MB a tensor on a CPU: past the last-level caches of small machines, and below 32 MB, from where
 # on malloc maps fresh pages for every result, whose faults would swamp what is measured. 256 MB a
@@ -56,7 +59,13 @@ def machine(device: str) -> dict[str, str]:
             "memory": f"{properties.total_memory / 2 ** 30:.0f} GiB", "cuda": torch.version.cuda}
     return words | {
         "cpu": _cpu_model(), "threads": str(torch.get_num_threads()),
-        "isa": torch.backends.cpu.get_cpu_capability()}
+        "torch's instructions": torch.backends.cpu.get_cpu_capability(),
+        "kernels'": torch.ops.glmkern_cpu.isa() if _has_cpu_kernels() else "none",
+        **{name: os.environ[name] for name in ("MKL_ENABLE_INSTRUCTIONS",) if name in os.environ}}
+
+
+def _has_cpu_kernels() -> bool:
+    return dispatch.why_unavailable("cpu", "cpu") is None
 
 
 def _cpu_model() -> str:

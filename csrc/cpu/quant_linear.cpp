@@ -8,6 +8,7 @@
 
 #include "scratch.h"
 #include "tile.h"
+#include "transpose.h"
 #include "weight_codes.h"
 
 namespace glmkern::CPU_ISA {

@@ -1,9 +1,12 @@
 // rms_norm on the CPU, row by row. The first pass brings a row into the L1 cache (16 KB at 4,096
 // floats) and sums, the second reads it from there, so that memory sees every element once. The
-// second pass also prefetches the next row: its own work is mostly waiting for stores.
+// second pass also prefetches the next row: its own work is mostly waiting for stores. It runs from
+// the row's end to its start: a load waits for a store just before it at the same offset in another
+// page, which in ascending order would be every load where the result lies one cache line further
+// in its page than an input (13 to 18 % of the time).
 #include "rms_norm.h"
 
-#include "vec.h"
+#include "column_sums.h"
 
 namespace glmkern::CPU_ISA {
 namespace {
@@ -16,6 +19,14 @@ const T* row_of(const void* base, int64_t row, int64_t hidden) {
 template <class T>
 T* row_of(void* base, int64_t row, int64_t hidden) {
   return static_cast<T*>(base) + row * hidden;
+}
+
+// f(i, lanes) for every vector of n elements, the last one first.
+template <class F>
+void for_each_vec_descending(int64_t n, F f) {
+  int64_t i = n / kLanes * kLanes;
+  if (i < n) f(i, Tail{static_cast<int>(n - i)});
+  while (i > 0) f(i -= kLanes, Full{});
 }
 
 template <class T, bool kResidual>
@@ -39,9 +50,10 @@ void forward(const RmsNormForward& a, int64_t begin, int64_t end) {
     const float rstd = 1.0f / __builtin_sqrtf(squares / hidden + a.eps);
     a.rstd[row] = rstd;
     const T* normalised = kResidual ? h : x;
-    for_each_vec(hidden, [&](int64_t i, auto lanes) {
-      prefetch(x + hidden + i);
-      if constexpr (kResidual) prefetch(residual + hidden + i);
+    for_each_vec_descending(hidden, [&](int64_t i, auto lanes) {
+      const int64_t ahead = 2 * hidden - 1 - i;  // the next row in ascending order
+      prefetch(x + ahead);
+      if constexpr (kResidual) prefetch(residual + ahead);
       const Vec v = load(normalised + i, lanes) * rstd * load(weight + i, lanes);
       streaming ? stream(y + i, v, lanes) : store(y + i, v, lanes);
     });
@@ -64,10 +76,11 @@ void backward(const RmsNormBackward& a, int64_t begin, int64_t end, float* parti
       return load(dy + i, lanes) * load(weight + i, lanes) * load(x + i, lanes);
     });
     const float slope = rstd * rstd * (dot / hidden);
-    for_each_vec(hidden, [&](int64_t i, auto lanes) {
-      prefetch(dy + hidden + i);
-      prefetch(x + hidden + i);
-      if constexpr (kResidual) prefetch(dresidual + hidden + i);
+    for_each_vec_descending(hidden, [&](int64_t i, auto lanes) {
+      const int64_t ahead = 2 * hidden - 1 - i;
+      prefetch(dy + ahead);
+      prefetch(x + ahead);
+      if constexpr (kResidual) prefetch(dresidual + ahead);
       const Vec upstream = load(dy + i, lanes), v = load(x + i, lanes);
       if constexpr (kWeightGrad) {
         store(partial + i, load(partial + i, lanes) + upstream * (v * rstd), lanes);
@@ -89,18 +102,6 @@ void backward(const RmsNormBackward& a, int64_t begin, int64_t end, float* parti
   kernel(a, begin, end, partial);
 }
 
-template <class T>
-void dweight(const RmsNormBackward& a, int64_t begin, int64_t end) {
-  T* result = static_cast<T*>(a.dweight) + begin;
-  for_each_vec(end - begin, [&](int64_t i, auto lanes) {
-    Vec sums[4] = {};
-    for (int64_t split = 0; split < a.splits; split++) {
-      sums[split % 4] += load(a.partial + split * a.hidden + begin + i, lanes);
-    }
-    store(result + i, (sums[0] + sums[1]) + (sums[2] + sums[3]), lanes);
-  });
-}
-
 }  // namespace
 
 void rms_norm_fwd(const RmsNormForward& a, int64_t begin, int64_t end) {
@@ -115,7 +116,10 @@ void rms_norm_bwd(const RmsNormBackward& a, int64_t begin, int64_t end, float* p
 }
 
 void rms_norm_dweight(const RmsNormBackward& a, int64_t begin, int64_t end) {
-  with_dtype(a.dtype, [&](auto element) { dweight<decltype(element)>(a, begin, end); });
+  with_dtype(a.dtype, [&](auto element) {
+    sum_splits(a.partial, a.splits, a.hidden, static_cast<decltype(element)*>(a.dweight), begin,
+               end);
+  });
 }
 
 }  // namespace glmkern::CPU_ISA

@@ -4,8 +4,6 @@
 //   unpack_scaled(words, j) the same times scale_of(j), a power of two, in fewer instructions
 #pragma once
 
-#include <utility>
-
 #include "../quant_linear.h"
 #include "vec.h"
 
@@ -97,25 +95,6 @@ inline Bits load_words(const uint8_t* p, int64_t bytes) {
     std::memcpy(&words, p, bytes);
   }
   return words;
-}
-
-template <int kStep, int... kLane>
-inline void exchange(Bits& a, Bits& b, std::integer_sequence<int, kLane...>) {
-  const Bits first = a;
-  a = __builtin_shufflevector(first, b, ((kLane & kStep) ? kLanes + kLane - kStep : kLane)...);
-  b = __builtin_shufflevector(first, b, ((kLane & kStep) ? kLanes + kLane : kLane + kStep)...);
-}
-
-// Lane i of vector j to lane j of vector i: first within blocks of two lanes, then of four, ...
-template <int kStep = 1>
-inline void transpose(Bits (&block)[kLanes]) {
-#pragma GCC unroll 16
-  for (int i = 0; i < kLanes; i++) {
-    if (!(i & kStep)) {
-      exchange<kStep>(block[i], block[i + kStep], std::make_integer_sequence<int, kLanes>{});
-    }
-  }
-  if constexpr (2 * kStep < kLanes) transpose<2 * kStep>(block);
 }
 
 }  // namespace

@@ -101,22 +101,14 @@ class Layer(nn.Module):
 
     def _rotated(self, normalised: Tensor, run: Pass) -> tuple[Tensor, Tensor, Tensor]:
         """q [T, N, C] and k [T, G, C], rotated, and v [T, G, C]."""
-        qkv = self.self_attention.query_key_value.project(normalised)
-        heads = qkv.unflatten(1, (-1, self.channels))
-        if self.interleaved:  # q, k, v of one head side by side
-            q, k, v = heads.unflatten(1, (-1, 3)).unbind(2)
-            heads = torch.cat([q, k, v], 1)
-        qk = kernels.rope_fwd(heads[:, :self.heads + self.groups], run.cos_sin, run.positions)
-        # A copy of v lets the whole of qkv go; v is the smallest of the three.
-        return *qk.split([self.heads, self.groups], 1), heads[:, -self.groups:].contiguous()
+        linear = self.self_attention.query_key_value
+        return kernels.qkv_rope_fwd(linear.project(normalised, with_bias=False), linear.bias,
+                                    run.cos_sin, run.positions, self.heads, self.groups,
+                                    self.interleaved)
 
     def _qkv_gradient(self, dq: Tensor, dk: Tensor, dv: Tensor, run: Pass) -> Tensor:
         """The gradient of query_key_value's output from those of the rotated q, k and of v."""
-        dqk = kernels.rope_bwd(torch.cat([dq, dk], 1), run.cos_sin, run.positions)
-        if not self.interleaved:
-            return torch.cat([dqk, dv], 1).flatten(1)
-        dq, dk = dqk.chunk(2, 1)
-        return torch.stack([dq, dk, dv], 2).flatten(1)
+        return kernels.qkv_rope_bwd(dq, dk, dv, run.cos_sin, run.positions, self.interleaved)
 
 
 class _Saved(NamedTuple):

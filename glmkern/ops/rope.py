@@ -45,20 +45,60 @@ def rope(x: Tensor, cos_sin: Tensor, positions: Tensor) -> Tensor:
 
 def rope_fwd_reference(x: Tensor, cos_sin: Tensor, positions: Tensor) -> Tensor:
     _check_positions(positions, cos_sin)
-    cos, sin = cos_sin[positions].to(accumulate_dtype(x)).unsqueeze(1).unbind(-1)  # [T, 1, R]
-    return _rotate(x, cos, sin)
+    return _rotate(x, x.new_empty(x.shape), *_angles(x, cos_sin, positions))
 
 
 def rope_bwd_reference(dy: Tensor, cos_sin: Tensor, positions: Tensor) -> Tensor:
-    cos, sin = cos_sin[positions].to(accumulate_dtype(dy)).unsqueeze(1).unbind(-1)
-    return _rotate(dy, cos, -sin)
+    _check_positions(positions, cos_sin)
+    cos, sin = _angles(dy, cos_sin, positions)
+    return _rotate(dy, dy.new_empty(dy.shape), cos, -sin)
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def qkv_rope_fwd_reference(qkv: Tensor, bias: Tensor | None, cos_sin: Tensor, positions: Tensor,
+                           heads: int, groups: int,
+                           interleaved: bool) -> tuple[Tensor, Tensor, Tensor]:
+    _check_positions(positions, cos_sin)
+    wide = qkv.to(accumulate_dtype(qkv))
+    if bias is not None:
+        wide = wide + bias
+    q, k, v = _split_qkv(wide, heads, groups, interleaved)
+    angles = _angles(qkv, cos_sin, positions)
+    return (*(_rotate(x, x.new_empty(x.shape, dtype=qkv.dtype), *angles) for x in (q, k)),
+            v.to(qkv.dtype, copy=True, memory_format=torch.contiguous_format))
+
+
+def qkv_rope_bwd_reference(dq: Tensor, dk: Tensor, dv: Tensor, cos_sin: Tensor, positions: Tensor,
+                           interleaved: bool) -> Tensor:
+    _check_positions(positions, cos_sin)
+    heads, groups = dq.shape[1], dk.shape[1]
+    dqkv = dq.new_empty(dq.shape[0], (heads + 2 * groups) * dq.shape[2])
+    parts = _split_qkv(dqkv, heads, groups, interleaved)
+    cos, sin = _angles(dq, cos_sin, positions)
+    _rotate(dq, parts[0], cos, -sin)
+    _rotate(dk, parts[1], cos, -sin)
+    parts[2].copy_(dv)
+    return dqkv
+
+
+def _split_qkv(qkv: Tensor, heads: int, groups: int,
+               interleaved: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Views q [T, heads, C], k and v [T, groups, C] of qkv [T, (heads + 2 groups) * C]; where
+    `interleaved`, q, k and v of one head lie side by side."""
+    if interleaved:
+        return qkv.unflatten(1, (heads, 3, -1)).unbind(2)
+    return qkv.unflatten(1, (heads + 2 * groups, -1)).split([heads, groups, groups], 1)
+
+
+def _angles(x: Tensor, cos_sin: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin of every token's angles, [T, 1, R] in the dtype that x is rotated in."""
+    return cos_sin[positions].to(accumulate_dtype(x)).unsqueeze(1).unbind(-1)
+
+
+def _rotate(x: Tensor, y: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Writes x [T, heads, C], rotated, to y, and returns y."""
     width = 2 * cos.shape[-1]
     pairs = x[..., :width].to(cos.dtype).unflatten(-1, (-1, 2))  # [T, heads, R, 2]
     even, odd = pairs.unbind(-1)
-    y = x.new_empty(x.shape)
     rotated = y[..., :width].unflatten(-1, (-1, 2))
     rotated[..., 0] = even * cos - odd * sin
     rotated[..., 1] = odd * cos + even * sin
@@ -78,8 +118,21 @@ def _fake(x, cos_sin, positions):
     return x.new_empty(x.shape)
 
 
+def _qkv_fwd_fake(qkv, bias, cos_sin, positions, heads, groups, interleaved):
+    channels = qkv.shape[1] // (heads + 2 * groups)
+    return tuple(qkv.new_empty(qkv.shape[0], n, channels) for n in (heads, groups, groups))
+
+
+def _qkv_bwd_fake(dq, dk, dv, cos_sin, positions, interleaved):
+    return dq.new_empty(dq.shape[0], (dq.shape[1] + 2 * dk.shape[1]) * dq.shape[2])
+
+
+def _supports(x, cos_sin, *_):
+    return supports_dtype(x) or supports_dtype(cos_sin)
+
+
 define_op("rope_bwd", "(Tensor dy, Tensor cos_sin, Tensor positions) -> Tensor", module="rope",
-          reference=rope_bwd_reference, fake=_fake, supports=supports_dtype)
+          reference=rope_bwd_reference, fake=_fake, supports=_supports)
 
 
 def _setup_context(ctx, inputs, output):
@@ -91,5 +144,17 @@ def _backward(ctx, dy):
 
 
 define_op("rope_fwd", "(Tensor x, Tensor cos_sin, Tensor positions) -> Tensor", module="rope",
-          reference=rope_fwd_reference, fake=_fake, supports=supports_dtype,
+          reference=rope_fwd_reference, fake=_fake, supports=_supports,
           setup_context=_setup_context, backward=_backward)
+
+# For a layer's own backward: what follows and precedes the product with query_key_value's weight,
+# in one pass. qkv [T, (heads + 2 groups) * C], whose rows may be slices of wider ones, plus bias
+# becomes rotated q [T, heads, C] and k and a copy of v [T, groups, C]; the backward makes the
+# gradient of qkv from theirs. `interleaved`: see _split_qkv.
+define_op("qkv_rope_bwd", "(Tensor dq, Tensor dk, Tensor dv, Tensor cos_sin, Tensor positions,"
+          " bool interleaved) -> Tensor", module="rope", reference=qkv_rope_bwd_reference,
+          fake=_qkv_bwd_fake, supports=lambda dq, dk, dv, cos_sin, *_: _supports(dq, cos_sin))
+define_op("qkv_rope_fwd", "(Tensor qkv, Tensor? bias, Tensor cos_sin, Tensor positions, int heads,"
+          " int groups, bool interleaved) -> (Tensor q, Tensor k, Tensor v)", module="rope",
+          reference=qkv_rope_fwd_reference, fake=_qkv_fwd_fake,
+          supports=lambda qkv, bias, cos_sin, *_: _supports(qkv, cos_sin))

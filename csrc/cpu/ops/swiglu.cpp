@@ -1,0 +1,41 @@
+// swiglu on the CPU: how its elements are shared between threads, and its registration.
+#include "../swiglu.h"
+
+#include <algorithm>
+
+#include "../../swiglu_binding.h"
+#include "../parallel.h"
+
+namespace glmkern {
+namespace {
+
+struct Swiglu {
+  static void forward(const SwigluForward& a, const Tensor&) {
+    const auto kernel = GLMKERN_PICK_KERNEL(swiglu_fwd);
+    share(a.rows * a.width, [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
+  }
+
+  static void backward(const SwigluBackward& a, const Tensor&) {
+    const auto kernel = GLMKERN_PICK_KERNEL(swiglu_bwd);
+    share(a.rows * a.width, [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
+  }
+
+ private:
+  // f(begin, end) over pieces of whole cache lines, so that no two threads write to the same one.
+  template <class F>
+  static void share(int64_t elements, F f) {
+    constexpr int64_t kLine = 64;
+    for_each_row(ceil_div(elements, kLine), kLine, [&](int64_t begin, int64_t end) {
+      f(begin * kLine, std::min(elements, end * kLine));
+    });
+  }
+};
+
+}  // namespace
+}  // namespace glmkern
+
+STABLE_TORCH_LIBRARY_IMPL(glmkern_cpu, CPU, m) {
+  using glmkern::Swiglu;
+  m.impl("swiglu_fwd", TORCH_BOX(&glmkern::swiglu_fwd<Swiglu>));
+  m.impl("swiglu_bwd", TORCH_BOX(&glmkern::swiglu_bwd<Swiglu>));
+}

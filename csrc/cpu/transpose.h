@@ -1,0 +1,33 @@
+// A square of numbers in registers, transposed.
+#pragma once
+
+#include <utility>
+
+#include "vec.h"
+
+namespace glmkern::CPU_ISA {
+namespace {
+
+// Swaps the lanes of `a` that have the bit kStep with those of `b` that have it not.
+template <int kStep, class V, int... kLane>
+inline void exchange(V& a, V& b, std::integer_sequence<int, kLane...>) {
+  const V first = a;
+  a = __builtin_shufflevector(first, b, ((kLane & kStep) ? kLanes + kLane - kStep : kLane)...);
+  b = __builtin_shufflevector(first, b, ((kLane & kStep) ? kLanes + kLane : kLane + kStep)...);
+}
+
+// Lane i of vector j to lane j of vector i, V being Vec or Bits: first within blocks of two lanes,
+// then of four, ...
+template <int kStep = 1, class V>
+inline void transpose(V (&square)[kLanes]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; i++) {
+    if (!(i & kStep)) {
+      exchange<kStep>(square[i], square[i + kStep], std::make_integer_sequence<int, kLanes>{});
+    }
+  }
+  if constexpr (2 * kStep < kLanes) transpose<2 * kStep>(square);
+}
+
+}  // namespace
+}  // namespace glmkern::CPU_ISA
