@@ -3,6 +3,7 @@
 # make bench   kernels against the machine's limits, a training step against its peer: some minutes,
 #              on a machine that does nothing else; writes bench/results
 # make lint    ruff
+# make sanitize   the ops' C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer
 #
 # Needs Python >= 3.10 and a C++ compiler. PYTHON=python3.12 picks another Python for a new .venv.
 
@@ -16,7 +17,7 @@ BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
 
-.PHONY: test demo bench lint
+.PHONY: test demo bench lint sanitize
 
 test: $(VENV)/.installed-test
 	$(VENV)/bin/python -m pytest -q $(TESTS)
@@ -25,12 +26,22 @@ demo: $(VENV)/.installed
 	$(VENV)/bin/python -m glmkern demo
 
 bench: $(VENV)/.installed-test
+	$(PIP) bitsandbytes
 	$(VENV)/bin/python -m bench.bench_rms_norm
+	$(VENV)/bin/python -m bench.bench_bias_dropout
+	$(VENV)/bin/python -m bench.bench_rope
+	$(VENV)/bin/python -m bench.bench_swiglu
+	$(VENV)/bin/python -m bench.bench_prefix_attention
+	$(VENV)/bin/python -m bench.bench_quant_linear
+	$(VENV)/bin/python -m bench.bench_linear_cross_entropy
 	$(VENV)/bin/python -m bench.bench_train
 
 lint: $(VENV)/.installed-test
 	$(PIP) ruff
 	$(VENV)/bin/ruff check .
+
+sanitize: $(VENV)/.installed-test
+	$(VENV)/bin/python -m tests.sanitize
 
 # torch comes first: the native libraries are built against the one that is there.
 $(VENV)/.torch: constraints.txt

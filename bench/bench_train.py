@@ -1,12 +1,18 @@
-"""One training step, forward and backward of the prefix, beside GlmForCausalLM + PEFT.
+"""One training step, forward and backward of the prefix, beside other software.
 
-    python -m bench.bench_train                 prints the table and writes bench/results/
-    python -m bench.bench_train --profile       where our step's time goes
+    python -m bench.bench_train                     prints the tables and writes bench/results/
+    python -m bench.bench_train --workload int4     only these rows, to the screen
+    python -m bench.bench_train --profile           where our step's time goes
 
-The model has ChatGLM2's shape at a size every machine holds: hidden 1024, 8 layers, 8 heads of 128
-in 2 groups, ffn 3424, vocabulary 8192; 4 rows of 128 tokens, a label at every token, prefix 128, no
-dropout, float32. Before anything is timed, loss and prefix gradient of all must be equal. Time is
-taken in interleaved rounds of one process, peak memory in one process each.
+Three workloads on one model (train_models.py), 4 rows each:
+
+    float32         128 tokens a row, a label at every token; beside GlmForCausalLM + PEFT
+    int4            the same over 4-bit linears; beside the two schemes of peers.py
+    AdvertiseGen    prompts and responses as long as in the real data, labels on the responses:
+                    ours packed, the peer padded as officially and padded to the longest row
+
+Before anything is timed, loss and prefix gradient of all must be equal. Time is taken in
+interleaved rounds of one process, peak memory in one process each.
 
 The fraction is of the float32 matrix product rate, counting useful flops: 2 a weight and token for
 every linear forward and again backward (no weight gradient is due, and no token gradient below the
@@ -14,123 +20,78 @@ first layer's attention), and 4 C a score of attention, 2.5 times that backward.
 """
 
 import argparse
-import functools
+import ctypes
 import gc
 import json
 import resource
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from bench.harness import Work, add_arguments, run_and_report
+from bench.harness import RESULTS, Work, add_arguments, run_and_report
+from bench.train_models import (
+    OFFICIAL_WITHOUT_CHECKPOINTING,
+    OURS,
+    PREFIX,
+    WORKLOADS,
+    check_equal_work,
+    make_model,
+)
 from glmkern import ChatGLM, ChatGLMConfig
-from glmkern.checkpoint import expected_shapes
-from glmkern.model.packing import unpad
 
-ROWS, LENGTH, PREFIX = 4, 128, 128
-TOLERANCE = 1e-5
-PEERS = {f"GlmForCausalLM + PEFT, {attention}": attention for attention in ("eager", "sdpa")}
-OURS = "glmkern"
-
-
-def make_model() -> ChatGLM:
-    """The model with random weights, in training mode."""
-    config = ChatGLMConfig(
-        num_layers=8, padded_vocab_size=8192, hidden_size=1024, ffn_hidden_size=3424,
-        kv_channels=128, num_attention_heads=8, multi_query_attention=True, multi_query_group_num=2,
-        add_qkv_bias=True, seq_length=512, torch_dtype="float32")
-    model = ChatGLM(config, pre_seq_len=PREFIX)
-    torch.manual_seed(0)
-    model.load_base(((name, torch.ones(shape) if "layernorm" in name else torch.randn(shape) / 32)
-                     for name, shape in expected_shapes(config).items()), torch.float32, "cpu")
-    model.prefix_dropout = 0.0
-    return model.train()
+# The official scheme without checkpointing, measured apart from this code on this model and rows.
+OFFICIAL_SECONDS, OFFICIAL_GEMM_RATE = 3.34, 140e9
+# Ops that are matrix products, or little beside.
+PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "quant_linear_fwd", "quant_linear_bwd",
+            "linear_cross_entropy_fwd"}
 
 
-@dataclass(frozen=True)
-class Step:
-    """One implementation: `run` makes a step and returns its loss, `gradient` then gives the
-    prefix's gradient [P, L * 2 * G * C] in ChatGLM2's layout."""
-
-    run: Callable[[], Tensor]
-    gradient: Callable[[], Tensor]
-
-
-def make_step(name: str, model: ChatGLM, ids: Tensor) -> Step:
-    return _our_step(model, ids) if name == OURS else _peer_step(model, ids, PEERS[name])
-
-
-def _our_step(model: ChatGLM, ids: Tensor) -> Step:
-    batch, _ = unpad(ids, labels=ids)
-    prefix = model.prefix_encoder.embedding.weight
-
-    def run() -> Tensor:
-        prefix.grad = None
-        loss = model.loss(batch)
-        loss.backward()
-        return loss.detach()
-
-    return Step(run, lambda: prefix.grad)
+def works(names: Sequence[str]) -> list[Work]:
+    model = make_model()
+    found = []
+    for name in names:
+        workload = WORKLOADS[name]
+        steps = {each: workload.make_step(each, model) for each in workload.steps}
+        check_equal_work(steps)
+        shape = (len(workload.lengths), max(map(sum, workload.lengths)))
+        found += [Work(name, each, shape, torch.float32, 0, flops(model.config, workload.lengths),
+                       step.run, peer=each != OURS) for each, step in steps.items()]
+    return found
 
 
-def _peer_step(model: ChatGLM, ids: Tensor, attention: str) -> Step:
-    from bench import peers  # transformers and PEFT must not weigh on our own peak memory
-
-    peer = peers.glm_with_peft(model, attention).train()
-    prefix = peers.prefix_of(peer)
-    turn_back = functools.partial(peers.rotate_keys, positions=-len(prefix), cos_sin=model.cos_sin,
-                                  config=model.config)
-
-    def run() -> Tensor:
-        prefix.grad = None
-        loss = peer(input_ids=ids, labels=ids).loss
-        loss.backward()
-        return loss.detach()
-
-    return Step(run, lambda: turn_back(prefix.grad))
-
-
-def check_equal_work(steps: dict[str, Step]) -> None:
-    """Loss and prefix gradient of every implementation are the same, to TOLERANCE max-norm."""
-    loss, gradient = steps[OURS].run(), steps[OURS].gradient()
-    for name in PEERS:
-        errors = [relative_error(steps[name].run(), loss),
-                  relative_error(steps[name].gradient(), gradient)]
-        if max(errors) > TOLERANCE:
-            raise RuntimeError(f"{name} does other work than {OURS}: relative difference of the "
-                               f"loss {errors[0]:.1e}, of the prefix gradient {errors[1]:.1e}")
-
-
-def relative_error(a: Tensor, b: Tensor) -> float:
-    return ((a - b).abs().max() / b.abs().max()).item()
-
-
-def flops(config: ChatGLMConfig) -> int:
-    """Useful flops of one step."""
-    output = 2 * config.hidden_size * config.padded_vocab_size * ROWS * (LENGTH - 1)
-    scores = ROWS * config.num_attention_heads * (LENGTH * (LENGTH + 1) // 2 + LENGTH * PREFIX)
+def flops(config: ChatGLMConfig, lengths: Sequence[tuple[int, int]]) -> int:
+    """Useful flops of one step over rows of (tokens of the prompt, tokens learned)."""
+    tokens = [sum(row) for row in lengths]
+    # The first token of a row has nothing before it that could predict it.
+    predicted = sum(min(learned, row - 1) for (_, learned), row in zip(lengths, tokens,
+                                                                       strict=True))
+    output = 2 * config.hidden_size * config.padded_vocab_size * predicted
+    scores = config.num_attention_heads * sum(n * (n + 1) // 2 + n * PREFIX for n in tokens)
     attention = int(3.5 * 4 * config.kv_channels * scores) * config.num_layers
-    return linear_flops(config, ROWS * LENGTH) + 2 * output + attention
+    return linear_flops(config, sum(tokens)) + 2 * output + attention
 
 
 def linear_flops(config: ChatGLMConfig, tokens: int) -> int:
     """Of the four linears of every layer, forward and backward."""
     in_qkv = config.hidden_size * config.qkv_size
-    weights = in_qkv + config.hidden_size * (config.query_size + 3 * config.ffn_hidden_size)
-    return 2 * tokens * (2 * config.num_layers * weights - in_qkv)
+    return 2 * tokens * (2 * linear_weights(config) - in_qkv)
 
 
-def peak_memory(name: str) -> dict[str, float]:
+def linear_weights(config: ChatGLMConfig) -> int:
+    return config.num_layers * config.hidden_size * (
+        config.qkv_size + config.query_size + 3 * config.ffn_hidden_size)
+
+
+def peak_memory(workload: str, implementation: str) -> dict[str, float]:
     """MiB resident in this process once the model is there, and at the peak of two steps."""
     model = make_model()
-    step = make_step(name, model, token_ids(model.config))
+    step = WORKLOADS[workload].make_step(implementation, model)
     del model
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # the dense weights' memory goes back to the system
     # Linux: from here on the high-water mark starts again.
     Path("/proc/self/clear_refs").write_text("5")
     before = _resident_mib()
@@ -144,51 +105,80 @@ def _resident_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def measure_memory(name: str) -> dict:
+def measure_memory(workload: str, implementation: str) -> dict:
     """peak_memory in a process of its own."""
-    command = [sys.executable, "-m", "bench.bench_train", "--memory", name]
+    command = [sys.executable, "-m", "bench.bench_train", "--memory", workload, implementation]
     printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-    return {"implementation": name, **json.loads(printed.splitlines()[-1])}
+    return {"implementation": f"{workload}: {implementation}",
+            **json.loads(printed.splitlines()[-1])}
 
 
-def profile(model: ChatGLM) -> str:
-    step = make_step(OURS, model, token_ids(model.config))
+def checks(run: dict, config: ChatGLMConfig) -> str:
+    """What two rows together must show, from a run's results."""
+    rows = {(row["name"], row["implementation"]): row for row in run["rows"]}
+    peaks = {row["implementation"]: row["peak_mib"] for row in run["memory"]}
+    official = rows["int4", OFFICIAL_WITHOUT_CHECKPOINTING]
+    seconds = official["median_ms"] / 1e3
+    rate = flops(config, WORKLOADS["int4"].lengths) / (seconds * official["fraction"])
+    expected = OFFICIAL_SECONDS * OFFICIAL_GEMM_RATE / rate
+    saved = (peaks[f"float32: {OURS}"] - peaks[f"int4: {OURS}"]) * 2 ** 20
+    ours = {name: rows[name, OURS]["median_ms"] for name in WORKLOADS}
+    text = (f"{OFFICIAL_WITHOUT_CHECKPOINTING}: {seconds:.2f} s a step at {rate / 1e9:.0f} GFLOP/s,"
+            f" {seconds / expected:.2f} of the {expected:.2f} s that {OFFICIAL_SECONDS} s at "
+            f"{OFFICIAL_GEMM_RATE / 1e9:.0f} GFLOP/s amount to\n"
+            f"int4 saves {saved / linear_weights(config):.2f} bytes a linear weight at the peak\n")
+    for (name, implementation), row in rows.items():
+        if implementation != OURS:
+            text += f"{name}: {row['median_ms'] / ours[name]:.2f}x as fast as {implementation}\n"
+    return text
+
+
+def profile(model: ChatGLM, workload: str, steps: int = 5) -> str:
+    """The ops of our step: calls, own time, and the shares of the step without and with the ops
+    that they call. Marked are products, and whatever else takes more than 3 %."""
+    step = WORKLOADS[workload].make_step(OURS, model)
     step.run()
-    with torch.profiler.profile() as profiler:
-        for _ in range(5):
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        for _ in range(steps):
             step.run()
-    return profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=30,
-                                         max_name_column_width=40)
-
-
-def token_ids(config: ChatGLMConfig) -> Tensor:
-    return torch.randint(config.padded_vocab_size, (ROWS, LENGTH),
-                         generator=torch.Generator().manual_seed(1))
-
-
-def works(device: str) -> list[Work]:
-    model = make_model()
-    ids = token_ids(model.config)
-    steps = {name: make_step(name, model, ids) for name in (OURS, *PEERS)}
-    check_equal_work(steps)
-    return [Work("training step", name, (ROWS, LENGTH), torch.float32, 0, flops(model.config),
-                 step.run, peer=name in PEERS) for name, step in steps.items()]
+    events = sorted(profiler.key_averages(), key=lambda event: -event.self_cpu_time_total)
+    total = sum(event.self_cpu_time_total for event in events)
+    text = f"\n{workload}: {total / steps / 1e3:.0f} ms a step\n" \
+        f"{'op':44}{'calls':>7}{'own ms':>9}{'own %':>7}{'all %':>7}\n"
+    for event in events:
+        own, inside = event.self_cpu_time_total / total, event.cpu_time_total / total
+        if own < 1e-3 and not event.key.startswith("glmkern"):
+            continue
+        product = event.key.rpartition("::")[2] in PRODUCTS
+        mark = " product" if product else " > 3 %" if own > 0.03 else ""
+        milliseconds = event.self_cpu_time_total / steps / 1e3
+        text += (f"{event.key[:43]:44}{event.count // steps:7}{milliseconds:9.1f}{100 * own:7.1f}"
+                 f"{100 * inside:7.1f}{mark}\n")
+    return text
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.set_defaults(device="cpu")
     add_arguments(parser)
+    parser.add_argument("--workload", choices=WORKLOADS, help="only this one's times, printed")
     parser.add_argument("--profile", action="store_true", help="only profile our step")
-    parser.add_argument("--memory", choices=(OURS, *PEERS), help=argparse.SUPPRESS)
+    parser.add_argument("--memory", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.profile:
-        print(profile(make_model()))
+        model = make_model()
+        print(*(profile(model, name) for name in ("float32", "int4")))
     elif args.memory:
-        print(json.dumps(peak_memory(args.memory)))
+        print(json.dumps(peak_memory(*args.memory)))
+    elif args.workload:
+        args.json = args.json or Path("/dev/null")
+        run_and_report("train", lambda device: works([args.workload]), args)
     else:
-        memory = [measure_memory(name) for name in (OURS, *PEERS)]
-        run_and_report("train", works, args, memory=memory)
+        memory = [measure_memory(name, implementation)
+                  for name, workload in WORKLOADS.items() for implementation in workload.steps]
+        run_and_report("train", lambda device: works(list(WORKLOADS)), args, memory=memory)
+        results = json.loads((args.json or RESULTS / "train.json").read_text())
+        print(checks(results["cpu"], make_model().config))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """The native library as a whole: its instruction sets, and what happens when it is damaged."""
 
 import os
+import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -33,6 +35,37 @@ def test_every_instruction_set(isa):
     chosen = run_python("-c", "import glmkern, torch; glmkern.backends('cpu');"
                               "print(torch.ops.glmkern_cpu.isa())", GLMKERN_CPU_ISA=isa)
     assert refused or chosen.stdout.strip() == isa
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="no x86 instructions")
+def test_instructions_stay_in_their_instruction_set():
+    """Also not in an inline function of a shared header: a linker keeps one of its copies, and
+    that may be the one that was compiled for AVX-512."""
+    avx = re.compile(r"\tv\w+ ")
+    avx512 = re.compile(r"%zmm|%k[0-7]\b|%[xy]mm(1[6-9]|2\d|3[01])\b")
+    seen, guilty = set(), set()
+    for function, instruction in disassembly(Path(glmkern.__file__).with_name("_native.so")):
+        isa = re.search(r"glmkern::(DEFAULT|AVX2|AVX512)::", function)
+        isa = isa.group(1) if isa else "DEFAULT"
+        seen.add(isa)
+        if avx512.search(instruction) and isa != "AVX512":
+            guilty.add(f"AVX-512 in {function}")
+        elif avx.search(instruction) and isa == "DEFAULT":
+            guilty.add(f"AVX in {function}")
+    assert seen == {"DEFAULT", "AVX2", "AVX512"}
+    assert not guilty
+
+
+def disassembly(library: Path):
+    """(demangled name of the function, instruction) of everything in the library."""
+    listing = subprocess.run(["objdump", "-d", "-C", "--no-show-raw-insn", library], check=True,
+                             capture_output=True, text=True).stdout
+    function = ""
+    for line in listing.splitlines():
+        if head := re.fullmatch(r"[0-9a-f]+ <(.*)>:", line):
+            function = head.group(1)
+        elif "\t" in line:
+            yield function, line + " "
 
 
 def test_an_unknown_instruction_set_is_refused():

@@ -241,11 +241,18 @@ inline Vec round_to(Vec v) {
   return widen(T{}, narrow(T{}, v));
 }
 
+// Added and taken away, it rounds a float to an integer, which is then in the low bits of the sum.
+constexpr float kRound = 0x1.8p23f;
+
+// 2^n for the n that `shifted` = n + kRound holds, -126 <= n <= 127.
+inline Vec power_of_two(Vec shifted) {
+  return as_float((as_bits(shifted) - as_bits(broadcast(kRound)) + 127) << 23);
+}
+
 // e^x to about one ulp: 2^n e^r with |r| <= ln(2) / 2, the polynomial of Cephes' expf. Below -87.33,
 // where results would be subnormal, it is 0; above 88.37 it is e^88.37, still finite.
 inline Vec exp(Vec x) {
   constexpr float kLog2E = 1.44269504f, kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
-  constexpr float kRound = 0x1.8p23f;  // added and taken away it rounds to an integer
   const Vec bounded = x > 88.37f ? broadcast(88.37f) : x;
   const Vec shifted = bounded * kLog2E + kRound;
   const Vec n = shifted - kRound;
@@ -256,8 +263,20 @@ inline Vec exp(Vec x) {
   series = series * r + 1.6666665459e-1f;
   series = series * r + 5.0000001201e-1f;
   const Vec fraction = series * (r * r) + r + 1.0f;
-  const Vec power = as_float((as_bits(shifted) - as_bits(broadcast(kRound)) + 127) << 23);
-  return x < -87.33f ? Vec{} : fraction * power;
+  return x < -87.33f ? Vec{} : fraction * power_of_two(shifted);
+}
+
+// 2^x to about one ulp; 0 below -126, where results would be subnormal. x < 127.
+inline Vec exp2(Vec x) {
+  const Vec shifted = x + kRound;
+  const Vec r = x - (shifted - kRound);
+  Vec series = r * 1.5353362e-4f + 1.3398874e-3f;  // minimax on [-1/2, 1/2]
+  series = series * r + 9.6184369e-3f;
+  series = series * r + 5.5503324e-2f;
+  series = series * r + 2.40226477e-1f;
+  series = series * r + 6.93147182e-1f;
+  series = series * r + 1.0f;
+  return x < -126.0f ? Vec{} : series * power_of_two(shifted);
 }
 
 inline float sum_lanes(Vec v) {

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from glmkern import ops
 from glmkern.model.config import ChatGLMConfig
 from glmkern.model.layer import RECOMPUTE, Layer, Pass, dropout_seeds
-from glmkern.model.modules import FrozenNorm, frozen
+from glmkern.model.modules import FrozenLinear, FrozenNorm, frozen
 from glmkern.model.packing import IGNORE_INDEX, PackedBatch, unpad
 from glmkern.model.prefix import PrefixEncoder
 from glmkern.model.rotary import rotary_table
@@ -111,6 +111,33 @@ class ChatGLM(nn.Module):
         if self.prefix_encoder is not None:
             self.prefix_encoder.to(device)
         self.cos_sin = rotary_table(self.config, dtype, self.rope_precision, device)
+
+    def quantize(self, bits: int) -> "ChatGLM":
+        """Replaces the weights of every layer's four linears by codes of 4 or 8 bits, one linear
+        at a time and for good; embedding, norms, output layer and prefix stay as they are.
+
+        Returns:
+            This model; its config.quantization_bit is `bits`.
+
+        Raises:
+            ValueError: bits is neither 4 nor 8, the model is quantised already, a linear's input is
+                odd for 4 bits, or a weight is not finite.
+        """
+        if bits not in (4, 8):
+            raise ValueError(f"quantize: bits must be 4 or 8, not {bits}")
+        linears = {name: module for name, module in self.named_modules()
+                   if isinstance(module, FrozenLinear)}
+        for name, linear in linears.items():
+            if linear.weight is None:
+                raise ValueError(f"this model is quantised already, to {linear.bits} bits; load "
+                                 "the base again to quantise it differently")
+            if bits == 4 and linear.weight.shape[1] % 2:
+                raise ValueError(f"4 bits pack two columns in a byte, but {name} has "
+                                 f"{linear.weight.shape[1]} columns; use 8 bits")
+        for linear in linears.values():
+            linear.quantize_(bits)
+        self.config = replace(self.config, quantization_bit=bits)
+        return self
 
     @property
     def prefix_encoder(self) -> PrefixEncoder | None:

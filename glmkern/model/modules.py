@@ -4,26 +4,43 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from glmkern import ops
 from glmkern.model.config import ChatGLMConfig
 
 kernels = torch.ops.glmkern
 
 
 class FrozenLinear(nn.Module):
-    """A linear layer whose weight [out, in] never gets a gradient."""
+    """A linear layer whose weight [out, in] never gets a gradient.
+
+    The weight is `weight`, or after quantize_ `packed`, `scale` and `bits` (ops.QuantizedWeight).
+    """
 
     def __init__(self, inputs: int, outputs: int, bias: bool):
         super().__init__()
         self.weight = _place(outputs, inputs)
         self.bias = _place(outputs) if bias else None
+        self.register_buffer("packed", None)
+        self.register_buffer("scale", None)
+        self.bits = None
+
+    def quantize_(self, bits: int) -> None:
+        """Replaces the weight by codes of 4 or 8 bits; see ops.quantize, whose errors these are."""
+        self.packed, self.scale, self.bits = ops.quantize(self.weight, bits)
+        self.weight = None
 
     def project(self, x: Tensor, with_bias: bool = True) -> Tensor:
         """[T, in] -> [T, out]."""
-        return F.linear(x, self.weight, self.bias if with_bias else None)
+        bias = self.bias if with_bias else None
+        if self.weight is not None:
+            return F.linear(x, self.weight, bias)
+        return kernels.quant_linear_fwd(x.contiguous(), self.packed, self.scale, self.bits, bias)
 
     def project_back(self, dy: Tensor) -> Tensor:
         """The gradient of the input: [T, out] -> [T, in]."""
-        return dy @ self.weight
+        if self.weight is not None:
+            return dy @ self.weight
+        return kernels.quant_linear_bwd(dy.contiguous(), self.packed, self.scale, self.bits)
 
 
 class FrozenNorm(nn.Module):

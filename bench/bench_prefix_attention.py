@@ -1,0 +1,117 @@
+"""prefix_attention, forward and backward, of every backend and of PyTorch's SDPA.
+
+    python -m bench.bench_prefix_attention                       prints a table and writes
+                                                                 bench/results/
+    pytest --benchmark-enable bench/bench_prefix_attention.py    the same calls under
+                                                                 pytest-benchmark
+
+ChatGLM2-6B's heads: 32 of 128 channels, keys and values in 2 groups; a prefix of 128 and one
+sequence of S tokens. Counted are useful flops, 4 C a score forward and 2.5 times that backward,
+scores above the causal diagonal left out; the fraction is of the matrix product rate.
+
+The peers concatenate prefix and tokens and give SDPA the mask, made once outside, in numbers as
+SDPA would turn booleans into them at every call: with keys and values expanded to all heads, as the
+official code does, and with enable_gqa. Their backward gives the prefix's gradient too.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import glmkern
+from bench.harness import Work, available_backends, main
+
+HEADS, GROUPS, CHANNELS, PREFIX = 32, 2, 128, 128
+LENGTHS = (192, 512, 1024)
+SCALE = CHANNELS ** -0.5
+
+
+def flops(length: int) -> int:
+    """Useful flops of a forward pass."""
+    return 4 * CHANNELS * HEADS * (length * (length + 1) // 2 + length * PREFIX)
+
+
+def works(device: str) -> list[Work]:
+    return [work for length in LENGTHS for work in _works(device, length)]
+
+
+def _works(device: str, length: int) -> Iterator[Work]:
+    q, dout = (torch.randn(length, HEADS, CHANNELS, device=device) for _ in range(2))
+    k, v = (torch.randn(length, GROUPS, CHANNELS, device=device) for _ in range(2))
+    prefix = [torch.randn(PREFIX, GROUPS, CHANNELS, device=device) for _ in range(2)]
+    inputs = [q, k, v, *prefix]
+    implementations = {name: _calls(name, *inputs, dout)
+                       for name in available_backends("prefix_attention_fwd", device)}
+    peers = {"sdpa, expanded": _attend_expanded, "sdpa, enable_gqa": _attend_grouped}
+    for name, attend in peers.items():
+        implementations[name] = _peer_calls(attend, inputs, dout)
+    for implementation, (forward, backward) in implementations.items():
+        for name, call, count in (("fwd", forward, flops(length)),
+                                  ("bwd", backward, flops(length) * 5 // 2)):
+            yield Work(f"prefix_attention {name} S={length}", implementation,
+                       (length, HEADS, CHANNELS), torch.float32, 0, count, call,
+                       peer=implementation in peers)
+
+
+def _calls(backend: str, q, k, v, prefix_k, prefix_v, dout) -> tuple[Callable, Callable]:
+    """Forward and backward by one backend of glmkern."""
+    op = torch.ops.glmkern
+    cu_seqlens = torch.tensor([0, len(q)], dtype=torch.int32, device=q.device)
+    sequence_ids = torch.zeros(1, dtype=torch.int64, device=q.device)
+    sequences = (cu_seqlens, sequence_ids, None, SCALE, 0.0)
+
+    def forward():
+        with glmkern.backend(backend):
+            return op.prefix_attention_fwd(q, k, v, prefix_k, prefix_v, *sequences)
+
+    out, lse = forward()
+
+    def backward():
+        with glmkern.backend(backend):
+            return op.prefix_attention_bwd(dout, q, k, v, prefix_k, prefix_v, out, lse, *sequences,
+                                           True, True)
+
+    return forward, backward
+
+
+def _peer_calls(attend: Callable, inputs: list[Tensor], dout: Tensor) -> tuple[Callable, Callable]:
+    """Forward and, through autograd, backward by SDPA."""
+    length = len(dout)
+    mask = torch.full((length, PREFIX + length), -torch.inf, device=dout.device).triu(PREFIX + 1)
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    out = attend(*leaves, mask)
+    return (lambda: attend(*inputs, mask),
+            lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True))
+
+
+def _attend_grouped(q, k, v, prefix_k, prefix_v, mask) -> Tensor:
+    keys, values = (torch.cat(pair).transpose(0, 1).unsqueeze(0)
+                    for pair in ((prefix_k, k), (prefix_v, v)))  # [1, G, P + S, C]
+    out = F.scaled_dot_product_attention(q.transpose(0, 1).unsqueeze(0), keys, values, mask,
+                                         scale=SCALE, enable_gqa=True)
+    return out.squeeze(0).transpose(0, 1)
+
+
+def _attend_expanded(q, k, v, prefix_k, prefix_v, mask) -> Tensor:
+    keys, values = (torch.cat(pair).repeat_interleave(HEADS // GROUPS, 1).transpose(0, 1)
+                    for pair in ((prefix_k, k), (prefix_v, v)))  # [N, P + S, C]
+    out = F.scaled_dot_product_attention(q.transpose(0, 1).unsqueeze(0), keys.unsqueeze(0),
+                                         values.unsqueeze(0), mask, scale=SCALE)
+    return out.squeeze(0).transpose(0, 1)
+
+
+def pytest_generate_tests(metafunc):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    metafunc.parametrize("work", works(device), ids=str)
+
+
+def test_speed(benchmark, work):
+    benchmark.group = work.name
+    benchmark.extra_info.update(shape=work.shape, dtype=str(work.dtype), flops=work.flops)
+    benchmark(work.call)
+
+
+if __name__ == "__main__":
+    main("prefix_attention", works, __doc__)

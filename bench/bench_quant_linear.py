@@ -1,0 +1,181 @@
+"""Linears over 4-bit weights, forward and backward, beside float32 sgemm and bitsandbytes.
+
+    python -m bench.bench_quant_linear            prints a table and writes bench/results/
+    python -m bench.bench_quant_linear --quick    two shapes, four numbers of tokens, to the screen
+
+The shapes N x K are the four linears of a ChatGLM2-6B layer; M tokens, float32 activations.
+
+    of sgemm    T of torch's product with the same weight in float32 / T, same direction
+    of read     where M = 1: (N K / 2) bytes / T, as a fraction of the read bandwidth
+    vs bnb      T of bitsandbytes / T, same direction and precision
+    vs bf16     the same with bitsandbytes' fused product, which rounds activations to bfloat16 and
+                exists only forward, for inference, on chips with AVX512_BF16
+
+All ratios are taken within a round, medians of the rounds. bitsandbytes has no format with a scale
+a row; its nearest is NF4 with a scale for 64 columns. Its float32 path dequantises and multiplies.
+Fused products take another copy of their weight at every call, more copies than the caches hold, as
+in a model the weights of other layers lie in between; float32 weights are larger than the caches.
+"""
+
+import argparse
+import itertools
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+
+import bitsandbytes
+import torch
+from bitsandbytes import functional as bnb
+from torch import Tensor
+
+import glmkern
+from bench.harness import RESULTS, add_arguments, paired_ratio, seconds_per_round
+from bench.roofline import machine
+from glmkern import ops
+
+SHAPES = ((4608, 4096), (4096, 4096), (27392, 4096), (4096, 13696))
+TOKENS = (1, 16, 64, 192, 512, 1024)
+QUICK_SHAPES, QUICK_TOKENS = SHAPES[:2], (1, 16, 192, 512)
+ROUNDS = 9
+# Products of more tokens take seconds together and vary little: half the rounds.
+FEW_TOKENS = 64
+# More than any last-level cache of a machine with few cores.
+COPIES_BYTES = 2 ** 28
+BLOCK = 64  # columns of one NF4 scale
+
+kernels = torch.ops.glmkern
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table; times in milliseconds, ratios None where they do not apply."""
+
+    direction: str
+    N: int
+    K: int
+    M: int
+    backend: str
+    median_ms: float
+    sgemm_ms: float
+    of_sgemm: float
+    of_read: float | None
+    vs_bnb: float
+    vs_bf16: float | None
+
+
+def read_probe() -> tuple[int, Callable]:
+    """(bytes, a call that reads them): the sum of int64s, as fast as anything torch has."""
+    numbers = torch.ones(COPIES_BYTES // 8, dtype=torch.int64)
+    return numbers.nbytes, numbers.sum
+
+
+def measure_shape(N: int, K: int, tokens: Sequence[int], rounds: int) -> list[Row]:
+    """Both directions of one weight at every number of tokens."""
+    torch.manual_seed(0)
+    weight = torch.randn(N, K) / K ** 0.5
+    copies = -(-COPIES_BYTES // (N * K // 2))
+    int4 = _copies(ops.quantize(weight, 4), copies)
+    nf4 = bnb.quantize_4bit(weight, blocksize=BLOCK, quant_type="nf4")
+    bf16 = _bf16_copies(weight, copies)
+    rows = []
+    for M in tokens:
+        x, dy = torch.randn(M, K), torch.randn(M, N)
+        read_bytes, read = read_probe()
+        calls = {
+            "ours fwd": lambda x=x: kernels.quant_linear_fwd(x, *next(int4), None),
+            "ours bwd": lambda dy=dy: kernels.quant_linear_bwd(dy, *next(int4)),
+            "sgemm fwd": lambda x=x: x @ weight.T,
+            "sgemm bwd": lambda dy=dy: dy @ weight,
+            "bnb fwd": lambda x=x: bitsandbytes.matmul_4bit(x, *nf4),
+            "bnb bwd": _bnb_backward(x, dy, nf4),
+            "read": read,
+        }
+        if bf16 is not None:
+            calls["bf16 fwd"] = lambda x=x: bitsandbytes.matmul_4bit(x, *next(bf16))
+        if M > 1:
+            del calls["read"]
+        measured = seconds_per_round(list(calls.values()), "cpu",
+                                     rounds if M <= FEW_TOKENS else -(-rounds // 2))
+        seconds = dict(zip(calls, measured, strict=True))
+        if M == 1:
+            # Seconds that reading the packed weight would take.
+            seconds["read"] = [t * (N * K // 2) / read_bytes for t in seconds["read"]]
+        rows += [_row(direction, N, K, M, seconds) for direction in ("fwd", "bwd")]
+    return rows
+
+
+def _copies(weight: tuple, number: int) -> itertools.cycle:
+    """An endless turn through `number` copies of a quantised weight's tensors."""
+    return itertools.cycle([tuple(x.clone() if isinstance(x, Tensor) else x for x in weight)
+                            for _ in range(number)])
+
+
+def _bf16_copies(weight: Tensor, number: int) -> itertools.cycle | None:
+    """The weight in the fused path's own layout, or None where there is no such path."""
+    if not bnb.has_avx512bf16():
+        return None
+    packed = bnb.quantize_4bit(weight, blocksize=BLOCK, quant_type="nf4")
+    return _copies(bnb._convert_weight_packed_for_cpu(*packed), number)
+
+
+def _bnb_backward(x: Tensor, dy: Tensor, nf4: tuple) -> Callable:
+    """The gradient of x alone; the forward pass is outside."""
+    leaf = x.clone().requires_grad_()
+    y = bitsandbytes.matmul_4bit(leaf, *nf4)
+    return lambda: torch.autograd.grad(y, leaf, dy, retain_graph=True)
+
+
+def _row(direction: str, N: int, K: int, M: int, seconds: dict[str, list[float]]) -> Row:
+    ours, sgemm = seconds[f"ours {direction}"], seconds[f"sgemm {direction}"]
+
+    def ratio(name: str) -> float | None:
+        return round(paired_ratio(seconds[name], ours), 2) if name in seconds else None
+
+    return Row(direction, N, K, M, chosen_backend(f"quant_linear_{direction}"),
+               round(median(ours) * 1e3, 3), round(median(sgemm) * 1e3, 3),
+               ratio(f"sgemm {direction}"), ratio("read"), ratio(f"bnb {direction}"),
+               ratio(f"bf16 {direction}"))
+
+
+def chosen_backend(op: str) -> str:
+    return next(name for (row_op, name), state in glmkern.backends("cpu").rows.items()
+                if row_op == op and state == "chosen")
+
+
+def as_markdown(run: dict) -> str:
+    described = ", ".join(f"{key} {value}" for key, value in run["machine"].items())
+    columns = list(Row.__dataclass_fields__)
+    lines = [columns, ["---"] * len(columns)]
+    lines += [["-" if row[name] is None else str(row[name]) for name in columns]
+              for row in run["rows"]]
+    return ("# quant_linear\n\nMade by `python -m bench.bench_quant_linear`, which says what the "
+            f"columns mean.\n\n## On a CPU\n\n{described}, bitsandbytes "
+            f"{bitsandbytes.__version__}; medians of {run['rounds']} interleaved rounds, half as "
+            f"many above {FEW_TOKENS} tokens\n\n"
+            + "".join(f"| {' | '.join(line)} |\n" for line in lines))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_arguments(parser)
+    parser.set_defaults(rounds=ROUNDS)
+    parser.add_argument("--quick", action="store_true", help="fewer shapes, printed only")
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    shapes, tokens = (QUICK_SHAPES, QUICK_TOKENS) if args.quick else (SHAPES, TOKENS)
+    rows = [row for shape in shapes for row in measure_shape(*shape, tokens, args.rounds)]
+    run = {"machine": machine("cpu"), "rounds": args.rounds, "rows": [asdict(row) for row in rows]}
+    text = as_markdown(run)
+    path = args.json or (None if args.quick else RESULTS / "quant_linear.json")
+    if path is not None:
+        path.write_text(json.dumps({"cpu": run, "cuda": None}, indent=1) + "\n")
+    if path is not None and args.json is None:
+        Path(path).with_suffix(".md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

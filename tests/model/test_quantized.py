@@ -1,0 +1,106 @@
+"""The model over quantised linears, against itself with the dense weights the codes stand for."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor
+
+from glmkern import ChatGLM, ops
+from glmkern.model.modules import FrozenLinear, frozen
+from glmkern.model.packing import unpad
+from tests.model.oracles import padded_batch, relative_error, small_model
+
+TOLERANCE = 1e-5
+EVEN = dict(ffn_hidden_size=38)  # 4 bits pack two columns in a byte
+LENGTHS = [7, 1, 12]
+
+
+def linears(model: ChatGLM) -> dict[str, FrozenLinear]:
+    return {name: m for name, m in model.named_modules() if isinstance(m, FrozenLinear)}
+
+
+def dense_twin(model: ChatGLM) -> ChatGLM:
+    """A quantised model's copy with dense weights."""
+    twin = copy.deepcopy(model)
+    for linear in linears(twin).values():
+        qweight = ops.QuantizedWeight(linear.packed, linear.scale, linear.bits)
+        linear.weight = frozen(ops.dequantize(qweight, linear.scale.dtype))
+    return twin
+
+
+def results(model: ChatGLM, batch: dict[str, Tensor]) -> list[Tensor]:
+    """Logits, loss and the prefix's gradient."""
+    prefix = model.prefix_encoder.embedding.weight
+    packed, _ = unpad(**batch)
+    loss = model.train().loss(packed, seed=3)
+    gradient, = torch.autograd.grad(loss, prefix)
+    with torch.no_grad():
+        logits = model.eval()(**batch).logits
+    return [logits, loss.detach(), gradient]
+
+
+@pytest.mark.parametrize("overrides", [{}, dict(add_bias_linear=True, hidden_dropout=0.2)],
+                         ids=["usual", "bias-dropout"])
+@pytest.mark.parametrize("recompute", ["none", "mlp", "layer"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_equals_the_dense_weights(bits, recompute, overrides):
+    model = small_model(EVEN | overrides).quantize(bits)
+    model.recompute = recompute
+    batch = padded_batch(LENGTHS, model.config.padded_vocab_size, "right")
+    both = [results(m, batch) for m in (model, dense_twin(model))]
+    for ours, theirs in zip(*both, strict=True):
+        assert relative_error(ours, theirs) < TOLERANCE
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_generates_the_same(bits):
+    model = small_model(EVEN).quantize(bits)
+    prompt = torch.tensor([[3, 14, 15, 92]])
+    both = [m.generate(prompt, max_length=12, do_sample=False) for m in (model, dense_twin(model))]
+    assert torch.equal(*both)
+
+
+def test_what_is_quantised():
+    model = small_model(EVEN)
+    dense = {name: linear.weight for name, linear in linears(model).items()}
+    rest = {name: p for name, p in model.named_parameters()
+            if name.removesuffix(".weight") not in dense}
+    assert model.quantize(4) is model
+    assert model.config.quantization_bit == 4
+    assert len(dense) == 4 * model.config.num_layers
+    for name, linear in linears(model).items():
+        expected = ops.quantize(dense[name], 4)
+        assert torch.equal(linear.packed, expected.packed)
+        assert torch.equal(linear.scale, expected.scale)
+    remaining = dict(model.named_parameters())
+    assert remaining.keys() == rest.keys()
+    assert all(remaining[name] is parameter for name, parameter in rest.items())
+
+
+def test_a_quantised_layer_follows_the_models_dtype():
+    model = small_model(EVEN).quantize(4).bfloat16()
+    model.prefix_encoder.float()
+    batch = padded_batch(LENGTHS, model.config.padded_vocab_size, "right")
+    packed, _ = unpad(**batch)
+    assert torch.isfinite(model.loss(packed))
+
+
+@pytest.mark.parametrize("bits", [0, 2, 16, None])
+def test_other_bits_are_refused(bits):
+    with pytest.raises(ValueError, match=f"bits must be 4 or 8, not {bits}"):
+        small_model(EVEN).quantize(bits)
+
+
+def test_quantising_twice_is_refused():
+    model = small_model(EVEN).quantize(8)
+    with pytest.raises(ValueError, match="quantised already, to 8 bits; load the base again"):
+        model.quantize(4)
+
+
+def test_odd_columns_are_refused_before_anything_changes():
+    model = small_model(dict(ffn_hidden_size=39))
+    with pytest.raises(ValueError, match="dense_4h_to_h has 39 columns; use 8 bits"):
+        model.quantize(4)
+    assert all(linear.weight is not None for linear in linears(model).values())
+    model.quantize(8)
