@@ -17,9 +17,8 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.nn.functional as F
 
-import glmkern
-from bench.harness import Work, available_backends, main
-from bench.roofline import COPY_SHAPE
+from bench.harness import Work, available_backends, forced, main
+from bench.roofline import COPIES, COPY_SHAPE, in_turn
 
 P = 0.1
 DTYPES = {"cpu": (torch.float32,), "cuda": (torch.float32, torch.bfloat16)}
@@ -33,16 +32,23 @@ def works(device: str) -> list[Work]:
 
 def _works(device: str, dtype: torch.dtype) -> Iterator[Work]:
     M, H = COPY_SHAPE[device]
+    turns = [_all_calls(device, dtype) for _ in range(COPIES[device])]
+    for name, tensors in TENSORS.items():
+        moved = (tensors * M * H + (H if name.startswith("fwd") else 0)) * dtype.itemsize
+        for implementation in turns[0]:
+            yield Work(f"bias_dropout_add {name}", implementation, (M, H), dtype, moved, 0,
+                       in_turn([calls[implementation][name] for calls in turns]),
+                       peer=implementation == "torch")
+
+
+def _all_calls(device: str, dtype: torch.dtype) -> dict[str, dict[str, Callable]]:
+    """implementation -> piece of work -> call, on tensors of their own."""
+    M, H = COPY_SHAPE[device]
     inputs = [torch.randn(M, H, device=device).to(dtype) for _ in range(3)]
     bias = torch.randn(H, device=device).to(dtype)
     calls = {name: _calls(name, *inputs, bias)
              for name in available_backends("bias_dropout_add_fwd", device)}
-    calls["torch"] = _peer_calls(*inputs, bias)
-    for name, tensors in TENSORS.items():
-        moved = (tensors * M * H + (H if name.startswith("fwd") else 0)) * dtype.itemsize
-        for implementation in calls:
-            yield Work(f"bias_dropout_add {name}", implementation, (M, H), dtype, moved, 0,
-                       calls[implementation][name], peer=implementation == "torch")
+    return calls | {"torch": _peer_calls(*inputs, bias)}
 
 
 def _calls(backend: str, x, residual, dy, bias) -> dict[str, Callable]:
@@ -52,16 +58,11 @@ def _calls(backend: str, x, residual, dy, bias) -> dict[str, Callable]:
                  torch.tensor([0, len(x)], dtype=torch.int32, device=x.device),
                  torch.zeros(1, dtype=torch.int64, device=x.device))
 
-    def forced(function, *args):
-        def call():
-            with glmkern.backend(backend):
-                return function(*args)
-        return call
-
     return {
-        "fwd p=0": forced(op.bias_dropout_add_fwd, x, bias, residual, 0.0, None, None, None),
-        f"fwd p={P}": forced(op.bias_dropout_add_fwd, x, bias, residual, P, *sequences),
-        f"bwd p={P}": forced(op.bias_dropout_add_bwd, dy, P, *sequences, False),
+        "fwd p=0": forced(backend, op.bias_dropout_add_fwd, x, bias, residual, 0.0, None, None,
+                          None),
+        f"fwd p={P}": forced(backend, op.bias_dropout_add_fwd, x, bias, residual, P, *sequences),
+        f"bwd p={P}": forced(backend, op.bias_dropout_add_bwd, dy, P, *sequences, False),
     }
 
 

@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 
 import glmkern
-from bench.harness import Work, available_backends, main
-from bench.roofline import COPY_SHAPE
+from bench.harness import Work, available_backends, forced, main
+from bench.roofline import COPIES, COPY_SHAPE, in_turn
 
 EPS = 1e-5
 DTYPES = {"cpu": (torch.float32,), "cuda": (torch.float32, torch.bfloat16)}
@@ -34,16 +34,23 @@ def works(device: str) -> list[Work]:
 
 def _works(device: str, dtype: torch.dtype) -> Iterator[Work]:
     M, H = COPY_SHAPE[device]
-    inputs = [torch.randn(M, H, device=device).to(dtype) for _ in range(4)]
-    weight = torch.rand(H, device=device).to(dtype)
-    backends = available_backends("rms_norm_fwd", device)
-    calls = {name: _calls(name, *inputs, weight) for name in backends}
-    calls["torch"] = _peer_calls(*inputs, weight)
+    turns = [_all_calls(device, dtype) for _ in range(COPIES[device])]
     for name, tensors in TENSORS.items():
         moved = (tensors * M * H + H) * dtype.itemsize + 4 * M
-        for implementation in calls:
+        for implementation in turns[0]:
             yield Work(name, implementation, (M, H), dtype, moved, 0,
-                       calls[implementation][name], peer=implementation == "torch")
+                       in_turn([calls[implementation][name] for calls in turns]),
+                       peer=implementation == "torch")
+
+
+def _all_calls(device: str, dtype: torch.dtype) -> dict[str, dict[str, Callable]]:
+    """implementation -> piece of work -> call, on tensors of their own."""
+    M, H = COPY_SHAPE[device]
+    inputs = [torch.randn(M, H, device=device).to(dtype) for _ in range(4)]
+    weight = torch.rand(H, device=device).to(dtype)
+    calls = {name: _calls(name, *inputs, weight)
+             for name in available_backends("rms_norm_fwd", device)}
+    return calls | {"torch": _peer_calls(*inputs, weight)}
 
 
 def _calls(backend: str, x, residual, dy, dh, weight) -> dict[str, Callable]:
@@ -52,17 +59,11 @@ def _calls(backend: str, x, residual, dy, dh, weight) -> dict[str, Callable]:
     with glmkern.backend(backend):
         _, h, rstd = op.add_rms_norm_fwd(x, residual, weight, EPS)
 
-    def forced(function, *args):
-        def call():
-            with glmkern.backend(backend):
-                return function(*args)
-        return call
-
     return {
-        "rms_norm fwd": forced(op.rms_norm_fwd, x, weight, EPS),
-        "rms_norm bwd": forced(op.rms_norm_bwd, dy, h, weight, rstd, None, False),
-        "add_rms_norm fwd": forced(op.add_rms_norm_fwd, x, residual, weight, EPS),
-        "add_rms_norm bwd": forced(op.rms_norm_bwd, dy, h, weight, rstd, dh, False),
+        "rms_norm fwd": forced(backend, op.rms_norm_fwd, x, weight, EPS),
+        "rms_norm bwd": forced(backend, op.rms_norm_bwd, dy, h, weight, rstd, None, False),
+        "add_rms_norm fwd": forced(backend, op.add_rms_norm_fwd, x, residual, weight, EPS),
+        "add_rms_norm bwd": forced(backend, op.rms_norm_bwd, dy, h, weight, rstd, dh, False),
     }
 
 

@@ -19,8 +19,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-import glmkern
-from bench.harness import Work, available_backends, main
+from bench.harness import Work, available_backends, forced, main
 from glmkern.model.config import ChatGLMConfig
 from glmkern.model.rotary import rotary_table
 
@@ -56,17 +55,11 @@ def _calls(backend: str, qkv, bias, *angles) -> dict[str, Callable]:
     qk = qkv.unflatten(1, (-1, C))[:, :N + G].contiguous()
     q, k, v = (t.contiguous() for t in qkv.unflatten(1, (-1, C)).split([N, G, G], 1))
 
-    def forced(function, *args):
-        def call():
-            with glmkern.backend(backend):
-                return function(*args)
-        return call
-
     return {
-        "rope fwd": forced(op.rope_fwd, qk, *angles),
-        "rope bwd": forced(op.rope_bwd, qk, *angles),
-        "qkv fwd": forced(op.qkv_rope_fwd, qkv, bias, *angles, N, G, False),
-        "qkv bwd": forced(op.qkv_rope_bwd, q, k, v, *angles, False),
+        "rope fwd": forced(backend, op.rope_fwd, qk, *angles),
+        "rope bwd": forced(backend, op.rope_bwd, qk, *angles),
+        "qkv fwd": forced(backend, op.qkv_rope_fwd, qkv, bias, *angles, N, G, False),
+        "qkv bwd": forced(backend, op.qkv_rope_bwd, q, k, v, *angles, False),
     }
 
 

@@ -18,8 +18,7 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.nn.functional as F
 
-import glmkern
-from bench.harness import Work, available_backends, main
+from bench.harness import Work, available_backends, forced, main
 
 SHAPE = {"cpu": (512, 3424), "cuda": (4096, 13696)}  # tokens, F
 DTYPES = {"cpu": (torch.float32,), "cuda": (torch.float32, torch.bfloat16)}
@@ -47,13 +46,7 @@ def _calls(backend: str, x, dy) -> dict[str, Callable]:
     """Both pieces of work by one backend of glmkern."""
     op = torch.ops.glmkern
 
-    def forced(function, *args):
-        def call():
-            with glmkern.backend(backend):
-                return function(*args)
-        return call
-
-    return {"fwd": forced(op.swiglu_fwd, x), "bwd": forced(op.swiglu_bwd, dy, x)}
+    return {"fwd": forced(backend, op.swiglu_fwd, x), "bwd": forced(backend, op.swiglu_bwd, dy, x)}
 
 
 def _peer_calls(x, dy) -> dict[str, Callable]:

@@ -72,6 +72,14 @@ def available_backends(op: str, device: str) -> list[str]:
             if row_op == op and state in ("available", "chosen")]
 
 
+def forced(backend: str, function: Callable, *args) -> Callable:
+    """A call of `function(*args)` by one backend of glmkern."""
+    def call():
+        with glmkern.backend(backend):
+            return function(*args)
+    return call
+
+
 def keep_freed_memory() -> None:
     """Lets glibc keep what it frees, up to 1 GiB, in blocks of up to 32 MiB. Otherwise it returns a
     large result's pages to the system whenever they lie at the end of the heap, and the next call,

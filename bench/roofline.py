@@ -7,9 +7,10 @@ speed changes by the minute and the datasheet's is never reached. T_roof of a pi
 max(bytes / bandwidth, flops / rate).
 """
 
+import itertools
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from glmkern import dispatch
 # on malloc maps fresh pages for every result, whose faults would swamp what is measured. 256 MB a
 # tensor on a GPU: past every L2 cache.
 COPY_SHAPE = {"cpu": (1500, 4096), "cuda": (16384, 4096)}
+# Sets of such tensors that take turns; a GPU's caches are cleared instead.
+COPIES = {"cpu": 4, "cuda": 1}
 GEMM_SIZE = {"cpu": 2048, "cuda": 8192}
 
 
@@ -34,11 +37,24 @@ class Probe:
     call: Callable[[], object]
 
 
+def in_turn(calls: Sequence[Callable]) -> Callable:
+    """Calls the next of `calls` every time: the same work on tensors that no cache holds, where
+    together they have more than a last-level cache. One that holds half of a tensor would favour
+    whoever touches the fewest."""
+    turn = itertools.cycle(calls)
+    return lambda: next(turn)()
+
+
 def copy_probe(device: str) -> Probe:
     """`copy_` of one float32 tensor into an existing one: one read and one write."""
-    source = torch.randn(COPY_SHAPE[device], device=device)
-    target = torch.empty_like(source)
-    return Probe("copy", 2 * source.nbytes, 0, lambda: target.copy_(source))
+    def copy() -> Callable:
+        source = torch.randn(COPY_SHAPE[device], device=device)
+        target = torch.empty_like(source)
+        return lambda: target.copy_(source)
+
+    rows, columns = COPY_SHAPE[device]
+    calls = [copy() for _ in range(COPIES[device])]
+    return Probe("copy", 2 * 4 * rows * columns, 0, in_turn(calls))
 
 
 def gemm_probe(device: str, dtype: torch.dtype = torch.float32) -> Probe:

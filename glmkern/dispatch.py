@@ -180,7 +180,7 @@ def _find_implementation(op: Op, name: str) -> str | None:
     qualified = f"glmkern_{name}::{op.name}"
     if not torch._C._dispatch_has_kernel_for_dispatch_key(qualified, name.upper()):
         return f"{op.module} has no {name} kernel yet"
-    op.implementations[name] = getattr(getattr(torch.ops, f"glmkern_{name}"), op.name)
+    op.implementations[name] = getattr(getattr(torch.ops, f"glmkern_{name}"), op.name).default
     return None
 
 

@@ -135,29 +135,37 @@ void multiply_block(const QuantLinear& a, int64_t begin, int64_t end, int64_t co
   });
 }
 
+// sums[m] += the columns of one vector of words times row m of x, arranged alike.
+template <class Codes, int kRows, int kSums>
+inline void add_words(Bits words, const float* x, int64_t length, Vec (&sums)[kRows][kSums]) {
+#pragma GCC unroll 8
+  for (int j = 0; j < Codes::kPerWord; j++) {
+    const Vec w = Codes::unpack_scaled(words, j);
+#pragma GCC unroll 4
+    for (int m = 0; m < kRows; m++) {
+      sums[m][j % kSums] += w * load(x + m * length + j * kLanes, Full{});
+    }
+  }
+}
+
 // One or a few rows of x: nothing is reused but x itself, so weights go from memory to registers.
 template <class Codes, class T, int kRows>
 void few_rows(const QuantLinear& a, const float* arranged, int64_t begin, int64_t end) {
   constexpr int kSums = kRows == 1 ? 4 : 1;  // a row: as many as hide the latency of additions
-  constexpr int64_t kAhead = 2048;           // bytes: farther than the hardware prefetches
-  const int64_t length = padded_depth(a.k);
+  constexpr int64_t kBytes = sizeof(Bits);
+  constexpr int64_t kAhead = 4096;  // bytes: the hardware stops prefetching at the end of a page
+  const int64_t length = padded_depth(a.k), whole = a.row_bytes / kBytes * kBytes;
   const T* bias = static_cast<const T*>(a.bias);
   for (int64_t n = begin; n < end; n++) {
     const uint8_t* row = a.weight + n * a.row_bytes;
     Vec sums[kRows][kSums] = {};
     const float* x = arranged;
-    for (int64_t byte = 0; byte < a.row_bytes; byte += 4 * kLanes) {
-      __builtin_prefetch(row + byte + kAhead);
-      const Bits words = load_words(row + byte, a.row_bytes - byte);
-#pragma GCC unroll 8
-      for (int j = 0; j < Codes::kPerWord; j++) {
-        const Vec w = Codes::unpack_scaled(words, j);
-#pragma GCC unroll 4
-        for (int m = 0; m < kRows; m++) {
-          sums[m][j % kSums] += w * load(x + m * length + j * kLanes, Full{});
-        }
-      }
-      x += Codes::kPerWord * kLanes;
+    for (int64_t byte = 0; byte < whole; byte += kBytes, x += Codes::kPerWord * kLanes) {
+      prefetch(row + byte + kAhead);
+      add_words<Codes>(load_words(row + byte), x, length, sums);
+    }
+    if (whole < a.row_bytes) {
+      add_words<Codes>(load_words(row + whole, a.row_bytes - whole), x, length, sums);
     }
     for (int m = 0; m < kRows; m++) {
       Vec sum = sums[m][0];
@@ -208,14 +216,20 @@ void quant_linear_arrange(const QuantLinear& a, float* arranged) {
     with_codes(a.format, [&](auto codes) {
       using Codes = decltype(codes);
       constexpr int64_t kPerWord = Codes::kPerWord, kWords = kLanes * kPerWord;
+      float* ordered = thread_scratch(length);
       for (int64_t m = 0; m < a.rows; m++) {
-        const T* x = static_cast<const T*>(a.x) + m * a.k;
+        std::fill_n(ordered, length, 0.0f);
+        for_each_vec(a.k, [&](int64_t i, auto lanes) {
+          store(ordered + i, load(static_cast<const T*>(a.x) + m * a.k + i, lanes), lanes);
+        });
         float* row = arranged + m * length;
-        std::fill_n(row, length, 0.0f);
-        for (int64_t i = 0; i < a.k; i++) {
-          const int64_t lane = i % kWords / kPerWord, j = i % kPerWord;
-          row[i / kWords * kWords + j * kLanes + lane] =
-              load(x + i, Tail{1})[0] / Codes::scale_of(j);
+        for (int64_t first = 0; first < length; first += kWords) {
+          for (int64_t j = 0; j < kPerWord; j++) {
+            const float factor = 1.0f / Codes::scale_of(j);
+            for (int64_t lane = 0; lane < kLanes; lane++) {
+              row[first + j * kLanes + lane] = ordered[first + lane * kPerWord + j] * factor;
+            }
+          }
         }
       }
     });

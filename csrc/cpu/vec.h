@@ -8,6 +8,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -279,13 +280,20 @@ inline Vec exp2(Vec x) {
   return x < -126.0f ? Vec{} : series * power_of_two(shifted);
 }
 
+// Lane i gets lane i + kDistance, and those at the end the first ones.
+template <int kDistance, int... kLane>
+inline Vec rotated(Vec v, std::integer_sequence<int, kLane...>) {
+  return __builtin_shufflevector(v, v, ((kLane + kDistance) % kLanes)...);
+}
+
+template <int kDistance = kLanes / 2>
 inline float sum_lanes(Vec v) {
-  float lanes[kLanes];
-  std::memcpy(lanes, &v, sizeof v);
-  for (int half = kLanes / 2; half > 0; half /= 2) {
-    for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
+  v += rotated<kDistance>(v, std::make_integer_sequence<int, kLanes>{});
+  if constexpr (kDistance == 1) {
+    return v[0];
+  } else {
+    return sum_lanes<kDistance / 2>(v);
   }
-  return lanes[0];
 }
 
 // f(i, lanes) for every vector of n elements, i its first element.

@@ -86,14 +86,17 @@ inline void with_codes(WeightFormat format, F f) {
   }
 }
 
-// The words at p of a row that ends after `bytes` more bytes; zeros behind its end.
+inline Bits load_words(const uint8_t* p) {
+  Bits words;
+  std::memcpy(&words, p, sizeof words);
+  return words;
+}
+
+// Of a row that ends after `bytes` more bytes; zeros behind its end.
 inline Bits load_words(const uint8_t* p, int64_t bytes) {
+  if (bytes >= static_cast<int64_t>(sizeof(Bits))) return load_words(p);
   Bits words{};
-  if (bytes >= static_cast<int64_t>(sizeof words)) {
-    std::memcpy(&words, p, sizeof words);
-  } else if (bytes > 0) {
-    std::memcpy(&words, p, bytes);
-  }
+  if (bytes > 0) std::memcpy(&words, p, bytes);
   return words;
 }
 

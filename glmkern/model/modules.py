@@ -32,15 +32,26 @@ class FrozenLinear(nn.Module):
     def project(self, x: Tensor, with_bias: bool = True) -> Tensor:
         """[T, in] -> [T, out]."""
         bias = self.bias if with_bias else None
-        if self.weight is not None:
-            return F.linear(x, self.weight, bias)
-        return kernels.quant_linear_fwd(x.contiguous(), self.packed, self.scale, self.bits, bias)
+        if self._has_kernel(x):
+            return kernels.quant_linear_fwd(x.contiguous(), *self._stored(), bias)
+        return F.linear(x, self.weight, bias)
 
     def project_back(self, dy: Tensor) -> Tensor:
         """The gradient of the input: [T, out] -> [T, in]."""
-        if self.weight is not None:
-            return dy @ self.weight
-        return kernels.quant_linear_bwd(dy.contiguous(), self.packed, self.scale, self.bits)
+        if self._has_kernel(dy):
+            return kernels.quant_linear_bwd(dy.contiguous(), *self._stored())
+        return dy @ self.weight
+
+    def _has_kernel(self, x: Tensor) -> bool:
+        """A float32 product on the CPU is ours too: its bits, unlike those of torch's, do not
+        depend on the number of threads, and it is not slower (bench/NOTES.md)."""
+        return self.weight is None or (x.device.type == "cpu" and x.dtype == torch.float32)
+
+    def _stored(self) -> tuple[Tensor, Tensor | None, int]:
+        """The weight as quant_linear takes it."""
+        if self.weight is None:
+            return self.packed, self.scale, self.bits
+        return self.weight, None, 8 * self.weight.element_size()
 
 
 class FrozenNorm(nn.Module):
