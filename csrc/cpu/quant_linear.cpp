@@ -86,17 +86,21 @@ void store_forward(const QuantLinear& a, int64_t begin, int64_t end, int64_t col
   }
 }
 
-template <class T>
-void store_backward(const QuantLinear& a, int64_t begin, int64_t end, int64_t column, int per_word,
+template <class T, class Codes>
+void store_backward(const QuantLinear& a, int64_t begin, int64_t end, int64_t column,
                     const float* sums) {
+  constexpr int kPerWord = Codes::kPerWord;
   const int64_t columns = std::min(kColumnBlock, a.k - column);
   for (int64_t row = begin; row < end; row++) {
     float ordered[kColumnBlock];
-    for (int vec = 0; vec < kVecs; vec++) {
-      const float* tile = sums + (vec / kTileVecs * (end - begin) + row - begin) * kTileCols;
-      const float* lanes = tile + vec % kTileVecs * kLanes;
-      float* target = ordered + vec / per_word * per_word * kLanes + vec % per_word;
-      for (int lane = 0; lane < kLanes; lane++) target[lane * per_word] = lanes[lane];
+    for (int vec = 0; vec < kVecs; vec += kPerWord) {
+      Vec v[kPerWord];
+      for (int j = 0; j < kPerWord; j++) {
+        const float* tile = sums + ((vec + j) / kTileVecs * (end - begin) + row - begin) * kTileCols;
+        v[j] = load(tile + (vec + j) % kTileVecs * kLanes, Full{});
+      }
+      interleave(v);
+      for (int j = 0; j < kPerWord; j++) store(ordered + (vec + j) * kLanes, v[j], Full{});
     }
     T* y = static_cast<T*>(a.y) + row * a.k + column;
     for_each_vec(columns, [&](int64_t i, auto lanes) {
@@ -128,7 +132,7 @@ void multiply_block(const QuantLinear& a, int64_t begin, int64_t end, int64_t co
   with_dtype(a.dtype, [&](auto element) {
     using T = decltype(element);
     if (a.backward) {
-      store_backward<T>(a, begin, end, column, Codes::kPerWord, sums);
+      store_backward<T, Codes>(a, begin, end, column, sums);
     } else {
       store_forward<T>(a, begin, end, column, sums);
     }
@@ -178,6 +182,32 @@ void few_rows(const QuantLinear& a, const float* arranged, int64_t begin, int64_
   }
 }
 
+// strip [depth, height] = x [height, depth], transposed.
+template <class T>
+void pack_strip(const T* x, int64_t stride, int64_t height, int64_t depth, float* strip) {
+  constexpr int kSquares = (kTileRows + kLanes - 1) / kLanes;
+  const float* end = strip + depth * height;
+  for_each_vec(depth, [&](int64_t d, auto lanes) {
+    Vec squares[kSquares][kLanes] = {};
+    for (int64_t i = 0; i < height; i++) {
+      squares[i / kLanes][i % kLanes] = load(x + i * stride + d, lanes);
+    }
+    for (auto& square : squares) transpose(square);
+    for (int64_t i = 0; i < std::min<int64_t>(kLanes, depth - d); i++) {
+      for (int64_t top = 0; top < height; top += kLanes) {
+        float* target = strip + (d + i) * height + top;
+        const Vec v = squares[top / kLanes][i];
+        // What a whole vector writes too much, the next one overwrites.
+        if (target + kLanes <= end) {
+          store(target, v, Full{});
+        } else {
+          store(target, v, Tail{static_cast<int>(std::min<int64_t>(kLanes, height - top))});
+        }
+      }
+    }
+  });
+}
+
 }  // namespace
 
 void quant_linear_pack(const QuantLinear& a, int64_t begin, int64_t end, int64_t block,
@@ -189,15 +219,8 @@ void quant_linear_pack(const QuantLinear& a, int64_t begin, int64_t end, int64_t
     using T = decltype(element);
     for (int64_t s = 0; s < strips.count; s++) {
       const int64_t height = strips.height(s), top = strips.begin(s);
-      float* strip = packed + first * rows + top * depth;  // [depth][height]
-      for (int64_t i = 0; i < height; i++) {
-        const T* x = static_cast<const T*>(a.x) + (begin + top + i) * a.depth() + first;
-        float row[kDepthBlock];
-        for_each_vec(depth, [&](int64_t d, auto lanes) {
-          store(row + d, load(x + d, lanes), Full{});
-        });
-        for (int64_t d = 0; d < depth; d++) strip[d * height + i] = row[d];
-      }
+      const T* x = static_cast<const T*>(a.x) + (begin + top) * a.depth() + first;
+      pack_strip(x, a.depth(), height, depth, packed + first * rows + top * depth);
     }
   });
 }

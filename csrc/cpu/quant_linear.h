@@ -9,7 +9,7 @@ namespace glmkern {
 
 // A product is made of blocks: kDepthBlock terms of kColumnBlock columns for some rows, whose x was
 // packed before. A column block's decoded weights and a row block's sums fit the L2 cache.
-constexpr int64_t kDepthBlock = 128;
+constexpr int64_t kDepthBlock = 256;
 constexpr int64_t kColumnBlock = 128;
 constexpr int64_t kMostRows = 256;  // of a row block
 constexpr int64_t kFewRows = 4;     // that the forward takes without packing

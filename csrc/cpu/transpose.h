@@ -29,5 +29,26 @@ inline void transpose(V (&square)[kLanes]) {
   if constexpr (2 * kStep < kLanes) transpose<2 * kStep>(square);
 }
 
+template <int... kLane>
+inline void zip(Vec a, Vec b, Vec& first, Vec& second, std::integer_sequence<int, kLane...>) {
+  first = __builtin_shufflevector(a, b, (kLane / 2 + kLane % 2 * kLanes)...);
+  second = __builtin_shufflevector(a, b, (kLane / 2 + kLane % 2 * kLanes + kLanes / 2)...);
+}
+
+// The vectors' lanes in turn, lane i of vector j becoming number i * kCount + j of them all. A step
+// takes numbers of the first half and of the second in turn.
+template <int kCount, int kSteps = kCount>
+inline void interleave(Vec (&v)[kCount]) {
+  if constexpr (kSteps > 1) {
+    Vec next[kCount];
+    for (int i = 0; i < kCount / 2; i++) {
+      zip(v[i], v[i + kCount / 2], next[2 * i], next[2 * i + 1],
+          std::make_integer_sequence<int, kLanes>{});
+    }
+    for (int i = 0; i < kCount; i++) v[i] = next[i];
+    interleave<kCount, kSteps / 2>(v);
+  }
+}
+
 }  // namespace
 }  // namespace glmkern::CPU_ISA
