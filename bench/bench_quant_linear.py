@@ -31,7 +31,7 @@ from bitsandbytes import functional as bnb
 from torch import Tensor
 
 import glmkern
-from bench.harness import RESULTS, add_arguments, paired_ratio, seconds_per_round
+from bench.harness import add_arguments, paired_ratio, results_path, seconds_per_round
 from bench.roofline import machine
 from glmkern import ops
 
@@ -169,7 +169,7 @@ def main() -> None:
     rows = [row for shape in shapes for row in measure_shape(*shape, tokens, args.rounds)]
     run = {"machine": machine("cpu"), "rounds": args.rounds, "rows": [asdict(row) for row in rows]}
     text = as_markdown(run)
-    path = args.json or (None if args.quick else RESULTS / "quant_linear.json")
+    path = args.json or (None if args.quick else results_path("quant_linear"))
     if path is not None:
         path.write_text(json.dumps({"cpu": run, "cuda": None}, indent=1) + "\n")
     if path is not None and args.json is None:

@@ -31,7 +31,7 @@ from pathlib import Path
 
 import torch
 
-from bench.harness import RESULTS, Work, add_arguments, run_and_report
+from bench.harness import Work, add_arguments, results_path, run_and_report
 from bench.train_models import (
     OFFICIAL_WITHOUT_CHECKPOINTING,
     OURS,
@@ -87,6 +87,9 @@ def linear_weights(config: ChatGLMConfig) -> int:
 
 def peak_memory(workload: str, implementation: str) -> dict[str, float]:
     """MiB resident in this process once the model is there, and at the peak of two steps."""
+    # Every large tensor gets pages of its own and gives them back; by itself glibc would stop doing
+    # so at the size of the first weight that is freed, and count holes between tensors as memory.
+    ctypes.CDLL(None).mallopt(-3, 2 ** 20)  # M_MMAP_THRESHOLD
     model = make_model()
     step = WORKLOADS[workload].make_step(implementation, model)
     del model
@@ -177,7 +180,7 @@ def main() -> None:
         memory = [measure_memory(name, implementation)
                   for name, workload in WORKLOADS.items() for implementation in workload.steps]
         run_and_report("train", lambda device: works(list(WORKLOADS)), args, memory=memory)
-        results = json.loads((args.json or RESULTS / "train.json").read_text())
+        results = json.loads((args.json or results_path("train")).read_text())
         print(checks(results["cpu"], make_model().config))
 
 

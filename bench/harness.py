@@ -188,20 +188,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run_and_report(name: str, works: Callable[[str], list[Work]], args: argparse.Namespace,
                    **more: object) -> None:
     """Measures, prints the table and writes it with `more` to bench/results/<name>.json and .md,
-    beside what the file holds of the other kind of device. A forced instruction set has files of
-    its own, <name>_<isa>: compare it with a matrix product that is limited in the same way,
-
-        GLMKERN_CPU_ISA=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 python -m bench.bench_<name>
-    """
-    if os.environ.get("GLMKERN_CPU_ISA"):
-        name += f"_{os.environ['GLMKERN_CPU_ISA']}"
+    beside what the file holds of the other kind of device."""
     if args.threads:
         torch.set_num_threads(args.threads)
     keep_freed_memory()
     rows = measure(works(args.device), args.device, args.rounds)
     run = {"machine": machine(args.device), "rounds": args.rounds,
            "rows": [vars(row) for row in rows], **more}
-    path = args.json or RESULTS / f"{name}.json"
+    path = args.json or results_path(name)
     results = json.loads(path.read_text()) if path.is_file() else {"cpu": None, "cuda": None}
     results[args.device] = run
     path.write_text(json.dumps(results, indent=1) + "\n")
@@ -209,6 +203,16 @@ def run_and_report(name: str, works: Callable[[str], list[Work]], args: argparse
     if args.json is None:
         path.with_suffix(".md").write_text(text)
     print(text)
+
+
+def results_path(name: str) -> Path:
+    """bench/results/<name>.json. A forced instruction set has files of its own, <name>_<isa>.json;
+    its products are to be compared with products limited in the same way:
+
+        GLMKERN_CPU_ISA=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 python -m bench.bench_<name>
+    """
+    isa = os.environ.get("GLMKERN_CPU_ISA")
+    return RESULTS / (f"{name}_{isa}.json" if isa else f"{name}.json")
 
 
 def as_markdown(op: str, results: dict) -> str:

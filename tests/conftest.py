@@ -26,6 +26,15 @@ def golden(shared: Path) -> Path:
     return shared / "golden"
 
 
+@pytest.fixture
+def threads():
+    """Sets the number of threads for the rest of the test."""
+    import torch
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(autouse=True)
 def _random_numbers(request):
     """Every test draws its own inputs; GLMKERN_TEST_SEED=N gives all of them other ones."""

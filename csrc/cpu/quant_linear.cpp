@@ -139,47 +139,85 @@ void multiply_block(const QuantLinear& a, int64_t begin, int64_t end, int64_t co
   });
 }
 
-// sums[m] += the columns of one vector of words times row m of x, arranged alike.
-template <class Codes, int kRows, int kSums>
-inline void add_words(Bits words, const float* x, int64_t length, Vec (&sums)[kRows][kSums]) {
+// Sums of kColumns columns of the result, kRows rows each, in kSums parts.
+template <int kColumns, int kRows>
+struct FewSums {
+  // Enough to hide the latency of additions. The bits must not depend on kColumns: which columns go
+  // together is up to the threads.
+  static constexpr int kSums = kRows >= 4 ? 1 : 4 / kRows;
+  Vec parts[kColumns][kRows][kSums] = {};
+
+  // Adds one vector of words of every column times the rows of x, arranged alike.
+  template <class Codes>
+  void add(const Bits (&words)[kColumns], const float* x, int64_t length) {
 #pragma GCC unroll 8
-  for (int j = 0; j < Codes::kPerWord; j++) {
-    const Vec w = Codes::unpack_scaled(words, j);
+    for (int j = 0; j < Codes::kPerWord; j++) {
 #pragma GCC unroll 4
-    for (int m = 0; m < kRows; m++) {
-      sums[m][j % kSums] += w * load(x + m * length + j * kLanes, Full{});
+      for (int n = 0; n < kColumns; n++) {
+        const Vec w = Codes::unpack_scaled(words[n], j);
+#pragma GCC unroll 4
+        for (int m = 0; m < kRows; m++) {
+          parts[n][m][j % kSums] += w * load(x + m * length + j * kLanes, Full{});
+        }
+      }
     }
   }
-}
 
-// One or a few rows of x: nothing is reused but x itself, so weights go from memory to registers.
-template <class Codes, class T, int kRows>
-void few_rows(const QuantLinear& a, const float* arranged, int64_t begin, int64_t end) {
-  constexpr int kSums = kRows == 1 ? 4 : 1;  // a row: as many as hide the latency of additions
+  float total(int column, int row) const {
+    Vec sum = parts[column][row][0];
+    for (int i = 1; i < kSums; i++) sum += parts[column][row][i];
+    return sum_lanes(sum);
+  }
+};
+
+// One or a few rows of x: nothing is reused but x itself, so weights go from memory to registers,
+// kColumns rows of them at a time. Returns how far it came.
+template <class Codes, class T, int kRows, int kColumns>
+int64_t stream_columns(const QuantLinear& a, const float* arranged, int64_t begin, int64_t end) {
   constexpr int64_t kBytes = sizeof(Bits);
   constexpr int64_t kAhead = 4096;  // bytes: the hardware stops prefetching at the end of a page
   const int64_t length = padded_depth(a.k), whole = a.row_bytes / kBytes * kBytes;
   const T* bias = static_cast<const T*>(a.bias);
-  for (int64_t n = begin; n < end; n++) {
-    const uint8_t* row = a.weight + n * a.row_bytes;
-    Vec sums[kRows][kSums] = {};
+  int64_t first = begin;
+  for (; first + kColumns <= end; first += kColumns) {
+    const uint8_t* row = a.weight + first * a.row_bytes;
+    FewSums<kColumns, kRows> sums;
+    Bits words[kColumns];
     const float* x = arranged;
     for (int64_t byte = 0; byte < whole; byte += kBytes, x += Codes::kPerWord * kLanes) {
-      prefetch(row + byte + kAhead);
-      add_words<Codes>(load_words(row + byte), x, length, sums);
+      for (int n = 0; n < kColumns; n++) {
+        prefetch(row + n * a.row_bytes + byte + kAhead);
+        words[n] = load_words(row + n * a.row_bytes + byte);
+      }
+      sums.template add<Codes>(words, x, length);
     }
     if (whole < a.row_bytes) {
-      add_words<Codes>(load_words(row + whole, a.row_bytes - whole), x, length, sums);
+      for (int n = 0; n < kColumns; n++) {
+        words[n] = load_words(row + n * a.row_bytes + whole, a.row_bytes - whole);
+      }
+      sums.template add<Codes>(words, x, length);
     }
-    for (int m = 0; m < kRows; m++) {
-      Vec sum = sums[m][0];
-      for (int i = 1; i < kSums; i++) sum += sums[m][i];
-      float y = sum_lanes(sum);
-      if (a.scale != nullptr) y *= a.scale[n];
-      if (bias != nullptr) y += load(bias + n, Tail{1})[0];
-      store(static_cast<T*>(a.y) + m * a.n + n, broadcast(y), Tail{1});
+    for (int n = 0; n < kColumns; n++) {
+      for (int m = 0; m < kRows; m++) {
+        float y = sums.total(n, m);
+        if (a.scale != nullptr) y *= a.scale[first + n];
+        if (bias != nullptr) y += load(bias + first + n, Tail{1})[0];
+        store(static_cast<T*>(a.y) + m * a.n + first + n, broadcast(y), Tail{1});
+      }
     }
   }
+  return first;
+}
+
+// Where x fills the L1 cache, two rows of weights share what comes of it from the L2 cache; where it
+// does not, one stream of weights is faster than two.
+template <class Codes, class T, int kRows>
+void few_rows(const QuantLinear& a, const float* arranged, int64_t begin, int64_t end) {
+  constexpr int64_t kL1Floats = 6144;
+  if (kRows * padded_depth(a.k) > kL1Floats) {
+    begin = stream_columns<Codes, T, kRows, 2>(a, arranged, begin, end);
+  }
+  stream_columns<Codes, T, kRows, 1>(a, arranged, begin, end);
 }
 
 // strip [depth, height] = x [height, depth], transposed.

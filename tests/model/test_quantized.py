@@ -6,10 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
+import glmkern
 from glmkern import ChatGLM, ops
 from glmkern.model.modules import FrozenLinear, frozen
 from glmkern.model.packing import unpad
 from tests.model.oracles import padded_batch, relative_error, small_model
+from tests.ops.numerics import same_bits
 
 TOLERANCE = 1e-5
 EVEN = dict(ffn_hidden_size=38)  # 4 bits pack two columns in a byte
@@ -48,9 +50,29 @@ def test_equals_the_dense_weights(bits, recompute, overrides):
     model = small_model(EVEN | overrides).quantize(bits)
     model.recompute = recompute
     batch = padded_batch(LENGTHS, model.config.padded_vocab_size, "right")
-    both = [results(m, batch) for m in (model, dense_twin(model))]
+    with glmkern.backend("reference"):
+        expected = results(dense_twin(model), batch)
+    both = [results(model, batch), expected]
     for ours, theirs in zip(*both, strict=True):
         assert relative_error(ours, theirs) < TOLERANCE
+
+
+@pytest.mark.parametrize("bits", [4, None])
+def test_a_step_has_the_same_bits_for_any_number_of_threads(threads, bits):
+    model = small_model(EVEN | dict(hidden_dropout=0.2))
+    if bits:
+        model.quantize(bits)
+    packed, _ = unpad(**padded_batch([40, 1, 60], model.config.padded_vocab_size, "right"))
+    prefix, model.recompute = model.train().prefix_encoder.embedding.weight, "mlp"
+
+    def step(count):
+        threads(count)
+        loss = model.loss(packed, seed=3)
+        return loss.detach(), *torch.autograd.grad(loss, prefix)
+
+    first = step(1)
+    for count in (2, 3):
+        assert all(map(same_bits, first, step(count)))
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -27,14 +27,6 @@ def backend(request):
         yield request.param
 
 
-@pytest.fixture
-def threads():
-    """Sets the number of threads for the rest of the test."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="session")
 def device() -> str:
     """Where a Triton kernel's tensors live."""

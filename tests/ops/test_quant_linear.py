@@ -12,7 +12,8 @@ from tests.ops.numerics import HALF_AND_SINGLE, matches_fp64, poisoned_memory, s
 
 OP = "quant_linear_fwd"
 SHAPES = [(1, 1, 2), (1, 140, 1030), (2, 35, 66), (3, 5, 8), (4, 129, 300), (15, 131, 258),
-          (17, 33, 100), (63, 7, 514), (192, 70, 136), (511, 37, 130)]  # M, N, K
+          (17, 33, 100), (63, 7, 514), (192, 70, 136), (511, 37, 130), (1, 5, 6290),
+          (3, 7, 2306)]  # M, N, K
 FLOATING = {16: torch.float16, 32: torch.float32}  # a dense weight's dtype by its bits
 
 
@@ -69,13 +70,14 @@ def inputs(m, n, k, dtype):
     return [torch.randn(shape).to(dtype).requires_grad_() for shape in ((m, k), (n,))]
 
 
+@pytest.mark.parametrize("k", [260, 6402])
 @pytest.mark.parametrize("bits", [4, 8, 16, 32])
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
-def test_the_same_bits_on_every_run_and_number_of_threads(threads, dtype, bits):
-    weight = torch.randn(300, 260)
+def test_the_same_bits_on_every_run_and_number_of_threads(threads, dtype, bits, k):
+    weight = torch.randn(301, k)
     packed, scale, bits = ops.quantize(weight, bits) if bits <= 8 else (
         weight.to(FLOATING[bits]), None, bits)
-    tensors = {m: (torch.randn(m, 260).to(dtype), torch.randn(m, 300).to(dtype))
+    tensors = {m: (torch.randn(m, k).to(dtype), torch.randn(m, 301).to(dtype))
                for m in (1, 3, 15, 300)}
 
     def run(count):
