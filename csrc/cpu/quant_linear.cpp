@@ -96,7 +96,8 @@ void store_backward(const QuantLinear& a, int64_t begin, int64_t end, int64_t co
     for (int vec = 0; vec < kVecs; vec += kPerWord) {
       Vec v[kPerWord];
       for (int j = 0; j < kPerWord; j++) {
-        const float* tile = sums + ((vec + j) / kTileVecs * (end - begin) + row - begin) * kTileCols;
+        const int64_t panel = (vec + j) / kTileVecs;
+        const float* tile = sums + (panel * (end - begin) + row - begin) * kTileCols;
         v[j] = load(tile + (vec + j) % kTileVecs * kLanes, Full{});
       }
       interleave(v);
@@ -209,8 +210,8 @@ int64_t stream_columns(const QuantLinear& a, const float* arranged, int64_t begi
   return first;
 }
 
-// Where x fills the L1 cache, two rows of weights share what comes of it from the L2 cache; where it
-// does not, one stream of weights is faster than two.
+// Where x fills the L1 cache, two rows of weights share what comes of it from the L2 cache; where
+// it does not, one stream of weights is faster than two.
 template <class Codes, class T, int kRows>
 void few_rows(const QuantLinear& a, const float* arranged, int64_t begin, int64_t end) {
   constexpr int64_t kL1Floats = 6144;

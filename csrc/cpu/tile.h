@@ -3,9 +3,9 @@
 //   c [rows, vecs * kLanes] (+)= a [rows, depth] b [depth, vecs * kLanes]
 //
 // Every step of the depth loads kTileVecs vectors of b, spreads kTileRows numbers of a and makes
-// their products; 14 x 2 of 32 AVX-512 registers, or 6 x 2 of 16, hold the sums. b should lie in the
-// L1 cache; a may have any strides, so that an operand is used where it lies, transposed or not.
-// What c holds is added at the end: sums of short runs round less than one long sum.
+// their products; 14 x 2 of 32 AVX-512 registers, or 6 x 2 of 16, hold the sums. b should lie in
+// the L1 cache; a may have any strides, so that an operand is used where it lies, transposed or
+// not. What c holds is added at the end: sums of short runs round less than one long sum.
 #pragma once
 
 #include <array>

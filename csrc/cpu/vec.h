@@ -250,8 +250,8 @@ inline Vec power_of_two(Vec shifted) {
   return as_float((as_bits(shifted) - as_bits(broadcast(kRound)) + 127) << 23);
 }
 
-// e^x to about one ulp: 2^n e^r with |r| <= ln(2) / 2, the polynomial of Cephes' expf. Below -87.33,
-// where results would be subnormal, it is 0; above 88.37 it is e^88.37, still finite.
+// e^x to about one ulp: 2^n e^r with |r| <= ln(2) / 2, the polynomial of Cephes' expf. It is 0
+// below -87.33, where results would be subnormal; above 88.37 it is e^88.37, still finite.
 inline Vec exp(Vec x) {
   constexpr float kLog2E = 1.44269504f, kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
   const Vec bounded = x > 88.37f ? broadcast(88.37f) : x;

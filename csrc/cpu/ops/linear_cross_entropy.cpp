@@ -1,5 +1,6 @@
-// linear_cross_entropy on the CPU: a chunk of labelled rows at a time goes through the output layer,
-// the softmax and, for the gradient, back. The products are quant_linear's, of a dense weight.
+// linear_cross_entropy on the CPU: a chunk of labelled rows at a time goes through the output
+// layer, the softmax and, for the gradient, back. The products are quant_linear's, of a dense
+// weight.
 #include "../linear_cross_entropy.h"
 
 #include <algorithm>
