@@ -17,7 +17,14 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.nn.functional as F
 
-from bench.harness import Work, available_backends, forced, main
+from bench.harness import (  # noqa: F401 (pytest finds its two here)
+    Work,
+    available_backends,
+    forced,
+    main,
+    pytest_generate_tests,
+    test_speed,
+)
 from bench.roofline import COPIES, COPY_SHAPE, in_turn
 
 P = 0.1
@@ -74,17 +81,6 @@ def _peer_calls(x, residual, dy, bias) -> dict[str, Callable]:
         f"fwd p={P}": lambda: F.dropout(x + bias, P) + residual,
         f"bwd p={P}": lambda: torch.autograd.grad(y, leaf, dy, retain_graph=True),
     }
-
-
-def pytest_generate_tests(metafunc):
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    metafunc.parametrize("work", works(device), ids=str)
-
-
-def test_speed(benchmark, work):
-    benchmark.group = work.name
-    benchmark.extra_info.update(shape=work.shape, dtype=str(work.dtype), bytes=work.bytes)
-    benchmark(work.call)
 
 
 if __name__ == "__main__":

@@ -17,8 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import glmkern
-from bench.harness import Work, available_backends, main
+from bench.harness import (  # noqa: F401 (pytest finds its two here)
+    Work,
+    available_backends,
+    forced,
+    main,
+    pytest_generate_tests,
+    test_speed,
+)
 
 TOKENS, LABELLED, HIDDEN, VOCABULARY = 192, 127, 4096, 65024
 IGNORE_INDEX = -100
@@ -48,12 +54,8 @@ def _works(device: str) -> Iterator[Work]:
 def _calls(backend: str, hidden: Tensor, weight: Tensor,
            labels: Tensor) -> tuple[Callable, Callable]:
     """The loss alone, and with its gradient, by one backend of glmkern."""
-    def forward(hidden_grad: bool):
-        with glmkern.backend(backend):
-            return torch.ops.glmkern.linear_cross_entropy_fwd(hidden, weight, labels, None,
-                                                              IGNORE_INDEX, hidden_grad)
-
-    return lambda: forward(False), lambda: forward(True)
+    return tuple(forced(backend, torch.ops.glmkern.linear_cross_entropy_fwd, hidden, weight, labels,
+                        None, IGNORE_INDEX, hidden_grad) for hidden_grad in (False, True))
 
 
 def _peer_calls(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Callable, Callable]:
@@ -64,17 +66,6 @@ def _peer_calls(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Callabl
         return F.cross_entropy(F.linear(hidden, weight), labels, ignore_index=IGNORE_INDEX)
 
     return lambda: loss(hidden), lambda: torch.autograd.grad(loss(leaf), leaf)
-
-
-def pytest_generate_tests(metafunc):
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    metafunc.parametrize("work", works(device), ids=str)
-
-
-def test_speed(benchmark, work):
-    benchmark.group = work.name
-    benchmark.extra_info.update(shape=work.shape, dtype=str(work.dtype), flops=work.flops)
-    benchmark(work.call)
 
 
 if __name__ == "__main__":

@@ -20,8 +20,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import glmkern
-from bench.harness import Work, available_backends, main
+from bench.harness import (  # noqa: F401 (pytest finds its two here)
+    Work,
+    available_backends,
+    forced,
+    main,
+    pytest_generate_tests,
+    test_speed,
+)
 
 HEADS, GROUPS, CHANNELS, PREFIX = 32, 2, 128, 128
 LENGTHS = (192, 512, 1024)
@@ -62,17 +68,10 @@ def _calls(backend: str, q, k, v, prefix_k, prefix_v, dout) -> tuple[Callable, C
     sequence_ids = torch.zeros(1, dtype=torch.int64, device=q.device)
     sequences = (cu_seqlens, sequence_ids, None, SCALE, 0.0)
 
-    def forward():
-        with glmkern.backend(backend):
-            return op.prefix_attention_fwd(q, k, v, prefix_k, prefix_v, *sequences)
-
+    forward = forced(backend, op.prefix_attention_fwd, q, k, v, prefix_k, prefix_v, *sequences)
     out, lse = forward()
-
-    def backward():
-        with glmkern.backend(backend):
-            return op.prefix_attention_bwd(dout, q, k, v, prefix_k, prefix_v, out, lse, *sequences,
-                                           True, True)
-
+    backward = forced(backend, op.prefix_attention_bwd, dout, q, k, v, prefix_k, prefix_v, out, lse,
+                      *sequences, True, True)
     return forward, backward
 
 
@@ -100,17 +99,6 @@ def _attend_expanded(q, k, v, prefix_k, prefix_v, mask) -> Tensor:
     out = F.scaled_dot_product_attention(q.transpose(0, 1).unsqueeze(0), keys.unsqueeze(0),
                                          values.unsqueeze(0), mask, scale=SCALE)
     return out.squeeze(0).transpose(0, 1)
-
-
-def pytest_generate_tests(metafunc):
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    metafunc.parametrize("work", works(device), ids=str)
-
-
-def test_speed(benchmark, work):
-    benchmark.group = work.name
-    benchmark.extra_info.update(shape=work.shape, dtype=str(work.dtype), flops=work.flops)
-    benchmark(work.call)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,14 @@ import torch
 import torch.nn.functional as F
 
 import glmkern
-from bench.harness import Work, available_backends, forced, main
+from bench.harness import (  # noqa: F401 (pytest finds its two here)
+    Work,
+    available_backends,
+    forced,
+    main,
+    pytest_generate_tests,
+    test_speed,
+)
 from bench.roofline import COPIES, COPY_SHAPE, in_turn
 
 EPS = 1e-5
@@ -82,17 +89,6 @@ def _peer_calls(x, residual, dy, dh, weight) -> dict[str, Callable]:
         "add_rms_norm bwd": lambda: torch.autograd.grad((y_of_sum, h), leaf, (dy, dh),
                                                         retain_graph=True),
     }
-
-
-def pytest_generate_tests(metafunc):
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    metafunc.parametrize("work", works(device), ids=str)
-
-
-def test_speed(benchmark, work):
-    benchmark.group = work.name
-    benchmark.extra_info.update(shape=work.shape, dtype=str(work.dtype), bytes=work.bytes)
-    benchmark(work.call)
 
 
 if __name__ == "__main__":

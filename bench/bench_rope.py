@@ -19,7 +19,14 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from bench.harness import Work, available_backends, forced, main
+from bench.harness import (  # noqa: F401 (pytest finds its two here)
+    Work,
+    available_backends,
+    forced,
+    main,
+    pytest_generate_tests,
+    test_speed,
+)
 from glmkern.model.config import ChatGLMConfig
 from glmkern.model.rotary import rotary_table
 
@@ -91,17 +98,6 @@ def _peer_calls(qkv, bias, cos_sin, positions) -> dict[str, Callable]:
         "qkv fwd": lambda: forward(qkv),
         "qkv bwd": lambda: backward(*parts),
     }
-
-
-def pytest_generate_tests(metafunc):
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    metafunc.parametrize("work", works(device), ids=str)
-
-
-def test_speed(benchmark, work):
-    benchmark.group = work.name
-    benchmark.extra_info.update(shape=work.shape, dtype=str(work.dtype), bytes=work.bytes)
-    benchmark(work.call)
 
 
 if __name__ == "__main__":

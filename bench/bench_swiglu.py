@@ -18,7 +18,14 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.nn.functional as F
 
-from bench.harness import Work, available_backends, forced, main
+from bench.harness import (  # noqa: F401 (pytest finds its two here)
+    Work,
+    available_backends,
+    forced,
+    main,
+    pytest_generate_tests,
+    test_speed,
+)
 
 SHAPE = {"cpu": (512, 3424), "cuda": (4096, 13696)}  # tokens, F
 DTYPES = {"cpu": (torch.float32,), "cuda": (torch.float32, torch.bfloat16)}
@@ -58,17 +65,6 @@ def _peer_calls(x, dy) -> dict[str, Callable]:
     y = swiglu(leaf)
     return {"fwd": lambda: swiglu(x),
             "bwd": lambda: torch.autograd.grad(y, leaf, dy, retain_graph=True)}
-
-
-def pytest_generate_tests(metafunc):
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    metafunc.parametrize("work", works(device), ids=str)
-
-
-def test_speed(benchmark, work):
-    benchmark.group = work.name
-    benchmark.extra_info.update(shape=work.shape, dtype=str(work.dtype), bytes=work.bytes)
-    benchmark(work.call)
 
 
 if __name__ == "__main__":

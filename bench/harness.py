@@ -170,6 +170,19 @@ def _gpu_sampler() -> Callable[[Callable, int], float]:
     return sample
 
 
+def pytest_generate_tests(metafunc) -> None:
+    """For an op's benchmark to import, with test_speed: its works as pytest-benchmark's tests."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    metafunc.parametrize("work", metafunc.module.works(device), ids=str)
+
+
+def test_speed(benchmark, work: Work) -> None:
+    benchmark.group = work.name
+    benchmark.extra_info.update(shape=work.shape, dtype=str(work.dtype), bytes=work.bytes,
+                                flops=work.flops)
+    benchmark(work.call)
+
+
 def main(op: str, works: Callable[[str], list[Work]], doc: str) -> None:
     """The command line of an op's benchmark."""
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
