@@ -26,7 +26,6 @@ demo: $(VENV)/.installed
 	$(VENV)/bin/python -m glmkern demo
 
 bench: $(VENV)/.installed-test
-	$(PIP) bitsandbytes
 	$(VENV)/bin/python -m bench.bench_rms_norm
 	$(VENV)/bin/python -m bench.bench_bias_dropout
 	$(VENV)/bin/python -m bench.bench_rope

@@ -8,8 +8,8 @@ The shapes N x K are the four linears of a ChatGLM2-6B layer; M tokens, float32 
     of sgemm    T of torch's product with the same weight in float32 / T, same direction
     of read     where M = 1: (N K / 2) bytes / T, as a fraction of the read bandwidth
     vs bnb      T of bitsandbytes / T, same direction and precision
-    vs bf16     the same with bitsandbytes' fused product, which rounds activations to bfloat16 and
-                exists only forward, for inference, on chips with AVX512_BF16
+    vs bf16     the same with bfloat16 activations, where bitsandbytes has a fused product: only
+                forward, for inference, on chips with AVX512_BF16
 
 All ratios are taken within a round, medians of the rounds. bitsandbytes has no format with a scale
 a row; its nearest is NF4 with a scale for 64 columns. Its float32 path dequantises and multiplies.
@@ -93,7 +93,9 @@ def measure_shape(N: int, K: int, tokens: Sequence[int], rounds: int) -> list[Ro
             "read": read,
         }
         if bf16 is not None:
-            calls["bf16 fwd"] = lambda x=x: bitsandbytes.matmul_4bit(x, *next(bf16))
+            half = x.bfloat16()
+            calls["bf16 fwd"] = lambda x=half: bitsandbytes.matmul_4bit(x, *next(bf16))
+            calls["ours bf16"] = lambda x=half: kernels.quant_linear_fwd(x, *next(int4), None)
         if M > 1:
             del calls["read"]
         measured = seconds_per_round(list(calls.values()), "cpu",
@@ -130,13 +132,13 @@ def _bnb_backward(x: Tensor, dy: Tensor, nf4: tuple) -> Callable:
 def _row(direction: str, N: int, K: int, M: int, seconds: dict[str, list[float]]) -> Row:
     ours, sgemm = seconds[f"ours {direction}"], seconds[f"sgemm {direction}"]
 
-    def ratio(name: str) -> float | None:
-        return round(paired_ratio(seconds[name], ours), 2) if name in seconds else None
+    def ratio(name: str, mine: str = f"ours {direction}") -> float | None:
+        return round(paired_ratio(seconds[name], seconds[mine]), 2) if name in seconds else None
 
     return Row(direction, N, K, M, chosen_backend(f"quant_linear_{direction}"),
                round(median(ours) * 1e3, 3), round(median(sgemm) * 1e3, 3),
                ratio(f"sgemm {direction}"), ratio("read"), ratio(f"bnb {direction}"),
-               ratio(f"bf16 {direction}"))
+               ratio(f"bf16 {direction}", "ours bf16"))
 
 
 def chosen_backend(op: str) -> str:

@@ -33,6 +33,10 @@ inline DType dtype_of(const char* op, const Tensor& tensor) {
   }
 }
 
+inline float* floats_of(const Tensor& tensor) {
+  return static_cast<float*>(tensor.mutable_data_ptr());
+}
+
 // `tensor` is contiguous, lies where `like` lies and has `numel` elements of type `dtype`.
 inline void require_like(const char* op, const char* name, const Tensor& tensor,
                          const Tensor& like, ScalarType dtype, int64_t numel) {

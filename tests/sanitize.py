@@ -16,7 +16,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "build/sanitize"
-INSTRUCTION_SETS = ("default", "avx2", "avx512")
+INSTRUCTION_SETS = ("default", "avx2", "avx512", "avx512_bf16")
 # What csrc/cpu/isa.cpp says of an instruction set that the chip lacks.
 LACKING = "but this chip runs at most"
 

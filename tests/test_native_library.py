@@ -22,7 +22,7 @@ def run_python(*arguments, cwd=None, **environment):
                           cwd=cwd, env={**os.environ, **environment})
 
 
-@pytest.mark.parametrize("isa", ["default", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["default", "avx2", "avx512", "avx512_bf16"])
 def test_every_instruction_set(isa):
     """The tests of the C++ kernels again, in a process that must use `isa`."""
     glmkern.backends("cpu")
@@ -43,16 +43,19 @@ def test_instructions_stay_in_their_instruction_set():
     that may be the one that was compiled for AVX-512."""
     avx = re.compile(r"\tv\w+ ")
     avx512 = re.compile(r"%zmm|%k[0-7]\b|%[xy]mm(1[6-9]|2\d|3[01])\b")
+    bf16 = re.compile(r"\tv\w*bf16")
     seen, guilty = set(), set()
     for function, instruction in disassembly(Path(glmkern.__file__).with_name("_native.so")):
-        isa = re.search(r"glmkern::(DEFAULT|AVX2|AVX512)::", function)
+        isa = re.search(r"glmkern::(DEFAULT|AVX2|AVX512|AVX512_BF16)::", function)
         isa = isa.group(1) if isa else "DEFAULT"
         seen.add(isa)
-        if avx512.search(instruction) and isa != "AVX512":
+        if bf16.search(instruction) and isa != "AVX512_BF16":
+            guilty.add(f"AVX512_BF16 in {function}")
+        elif avx512.search(instruction) and not isa.startswith("AVX512"):
             guilty.add(f"AVX-512 in {function}")
         elif avx.search(instruction) and isa == "DEFAULT":
             guilty.add(f"AVX in {function}")
-    assert seen == {"DEFAULT", "AVX2", "AVX512"}
+    assert seen == {"DEFAULT", "AVX2", "AVX512", "AVX512_BF16"}
     assert not guilty
 
 
@@ -71,7 +74,8 @@ def disassembly(library: Path):
 def test_an_unknown_instruction_set_is_refused():
     child = run_python("-c", "import glmkern; glmkern.backends('cpu')", GLMKERN_CPU_ISA="sse9")
     assert child.returncode == 1
-    assert 'GLMKERN_CPU_ISA is "sse9"; it can be default, avx2 or avx512' in child.stderr
+    assert ('GLMKERN_CPU_ISA is "sse9"; it can be default, avx2, avx512 or avx512_bf16'
+            in child.stderr)
 
 
 def test_an_instruction_set_that_the_chip_lacks_is_refused(tmp_path):

@@ -7,7 +7,7 @@
 namespace glmkern {
 namespace {
 
-constexpr const char* kNames[] = {"default", "avx2", "avx512"};
+constexpr const char* kNames[] = {"default", "avx2", "avx512", "avx512_bf16"};
 
 Isa best_isa() {
 #if defined(__x86_64__)
@@ -15,7 +15,7 @@ Isa best_isa() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-    return Isa::kAvx512;
+    return __builtin_cpu_supports("avx512bf16") ? Isa::kAvx512Bf16 : Isa::kAvx512;
   }
   if (avx2) return Isa::kAvx2;
 #endif
@@ -26,14 +26,14 @@ Isa choose_isa() {
   const Isa best = best_isa();
   const char* name = std::getenv("GLMKERN_CPU_ISA");
   if (name == nullptr || *name == '\0') return best;
-  for (int i = 0; i < 3; i++) {
+  for (int i = 0; i < 4; i++) {
     if (std::string(name) != kNames[i]) continue;
     if (i <= static_cast<int>(best)) return static_cast<Isa>(i);
     throw std::runtime_error("GLMKERN_CPU_ISA is " + std::string(name) +
                              ", but this chip runs at most " + isa_name(best));
   }
   throw std::runtime_error("GLMKERN_CPU_ISA is \"" + std::string(name) +
-                           "\"; it can be default, avx2 or avx512");
+                           "\"; it can be default, avx2, avx512 or avx512_bf16");
 }
 
 }  // namespace

@@ -4,9 +4,11 @@
 
 namespace glmkern {
 
-enum class Isa { kDefault, kAvx2, kAvx512 };
+// kAvx512Bf16 has products of bfloat16 besides; kernels that make none are the ones of kAvx512.
+enum class Isa { kDefault, kAvx2, kAvx512, kAvx512Bf16 };
 
-// The best one the chip has, or the one that GLMKERN_CPU_ISA (default, avx2 or avx512) names.
+// The best one the chip has, or the one that GLMKERN_CPU_ISA (default, avx2, avx512, avx512_bf16)
+// names.
 // Throws std::runtime_error where that name is unknown or the chip lacks it.
 Isa cpu_isa();
 const char* isa_name(Isa isa);
@@ -19,11 +21,19 @@ const char* isa_name(Isa isa);
   namespace AVX2 { __VA_ARGS__; }          \
   namespace AVX512 { __VA_ARGS__; }
 #define GLMKERN_PICK_KERNEL(kernel)                                \
-  (::glmkern::cpu_isa() == ::glmkern::Isa::kAvx512 ? AVX512::kernel \
+  (::glmkern::cpu_isa() >= ::glmkern::Isa::kAvx512 ? AVX512::kernel \
    : ::glmkern::cpu_isa() == ::glmkern::Isa::kAvx2 ? AVX2::kernel   \
                                                    : DEFAULT::kernel)
+#define GLMKERN_CPU_BF16_KERNEL(...) \
+  GLMKERN_CPU_KERNEL(__VA_ARGS__)    \
+  namespace AVX512_BF16 { __VA_ARGS__; }
+#define GLMKERN_PICK_BF16_KERNEL(kernel)                                    \
+  (::glmkern::cpu_isa() == ::glmkern::Isa::kAvx512Bf16 ? AVX512_BF16::kernel \
+                                                       : GLMKERN_PICK_KERNEL(kernel))
 #else
 #define GLMKERN_CPU_KERNEL(...) \
   namespace DEFAULT { __VA_ARGS__; }
 #define GLMKERN_PICK_KERNEL(kernel) (::glmkern::cpu_isa(), DEFAULT::kernel)
+#define GLMKERN_CPU_BF16_KERNEL GLMKERN_CPU_KERNEL
+#define GLMKERN_PICK_BF16_KERNEL GLMKERN_PICK_KERNEL
 #endif

@@ -6,6 +6,8 @@
 // their products; 14 x 2 of 32 AVX-512 registers, or 6 x 2 of 16, hold the sums. b should lie in
 // the L1 cache; a may have any strides, so that an operand is used where it lies, transposed or
 // not. What c holds is added at the end: sums of short runs round less than one long sum.
+//
+// An element of a and b is kTerms terms of the sum: a float, or two bfloat16 side by side.
 #pragma once
 
 #include <array>
@@ -30,7 +32,24 @@ struct Operand {
   int64_t row, depth;
 };
 
-template <int kRows, int kVecs>
+#if defined(__AVX512BF16__)
+constexpr int kMostTerms = 2;
+#else
+constexpr int kMostTerms = 1;
+#endif
+
+template <int kTerms>
+inline Vec add_product(Vec sum, Vec left, Vec right) {
+#if defined(__AVX512BF16__)
+  if constexpr (kTerms == 2) {
+    return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(left),
+                            reinterpret_cast<__m512bh>(right));
+  }
+#endif
+  return sum + left * right;
+}
+
+template <int kRows, int kVecs, int kTerms>
 void multiply_tile(Operand a, const float* b, int64_t b_stride, int64_t depth, float* c,
                    int64_t c_stride, bool add) {
   Vec sums[kRows][kVecs] = {};
@@ -42,7 +61,9 @@ void multiply_tile(Operand a, const float* b, int64_t b_stride, int64_t depth, f
     for (int i = 0; i < kRows; i++) {
       const Vec left = broadcast(a.data[i * a.row + p * a.depth]);
 #pragma GCC unroll 2
-      for (int j = 0; j < kVecs; j++) sums[i][j] += left * right[j];
+      for (int j = 0; j < kVecs; j++) {
+        sums[i][j] = add_product<kTerms>(sums[i][j], left, right[j]);
+      }
     }
   }
 #pragma GCC unroll 16
@@ -55,17 +76,18 @@ void multiply_tile(Operand a, const float* b, int64_t b_stride, int64_t depth, f
   }
 }
 
-using MultiplyTile = decltype(&multiply_tile<1, 1>);
+using MultiplyTile = decltype(&multiply_tile<1, 1, 1>);
 
-template <int kVecs, int... kRows>
+template <int kVecs, int kTerms, int... kRows>
 constexpr std::array<MultiplyTile, sizeof...(kRows)> tiles(std::integer_sequence<int, kRows...>) {
-  return {multiply_tile<kRows + 1, kVecs>...};
+  return {multiply_tile<kRows + 1, kVecs, kTerms>...};
 }
 
 // The tile for 1 <= rows <= kTileRows.
-template <int kVecs>
+template <int kVecs, int kTerms = 1>
 inline MultiplyTile tile_of(int64_t rows) {
-  static constexpr auto kTiles = tiles<kVecs>(std::make_integer_sequence<int, kTileRows>{});
+  static constexpr auto kTiles =
+      tiles<kVecs, kTerms>(std::make_integer_sequence<int, kTileRows>{});
   return kTiles[rows - 1];
 }
 

@@ -2,7 +2,11 @@
 // time; a word holds kPerWord consecutive columns.
 //   unpack(words, j)        column j of every lane
 //   unpack_scaled(words, j) the same times scale_of(j), a power of two, in fewer instructions
+//   unpack_pair(words, j)   columns 2j and 2j + 1 as bfloat16, the low and high half of every lane,
+//                           for codes that bfloat16 holds exactly: kIsBFloat16
 #pragma once
+
+#include <type_traits>
 
 #include "../quant_linear.h"
 #include "vec.h"
@@ -35,8 +39,14 @@ inline Vec scaled_field(Bits words, int shift) {
   return as_float((source & mask) ^ (two_to_23 | sign)) - (0x1p23f + sign);
 }
 
+// Two floats that are bfloat16.
+inline Bits as_pair(Vec low, Vec high) {
+  return as_bits(low) >> 16 | (as_bits(high) & 0xFFFF0000u);
+}
+
 struct Int4 {
   static constexpr int kPerWord = 8;
+  static constexpr bool kIsBFloat16 = true;
   // The even column of a byte is in its high nibble.
   static constexpr int shift_of(int j) { return 8 * (j / 2) + (j % 2 == 0 ? 4 : 0); }
   static constexpr float scale_of(int j) { return 1 << position(shift_of(j)); }
@@ -51,18 +61,36 @@ struct Int4 {
     return signed_field<4>(words, shift);
 #endif
   }
+#if defined(__AVX512BF16__)
+  static Bits unpack_pair(Bits words, int j) {
+    // The permutation looks at the low five bits of an index: the fifth must not matter.
+    const __m256i values = _mm256_setr_epi16(0, 0x3F80, 0x4000, 0x4040, 0x4080, 0x40A0, 0x40C0,
+                                             0x40E0, 0xC100, 0xC0E0, 0xC0C0, 0xC0A0, 0xC080, 0xC040,
+                                             0xC000, 0xBF80);
+    const int up = 16 - shift_of(2 * j + 1);
+    const Bits low = words >> shift_of(2 * j), high = up >= 0 ? words << up : words >> -up;
+    const Bits codes = (low & 0xFFFFu) | (high & 0xFFFF0000u);
+    return reinterpret_cast<Bits>(_mm512_maskz_permutexvar_epi16(
+        ~0u, reinterpret_cast<__m512i>(codes), _mm512_broadcast_i64x4(values)));
+  }
+#endif
 };
 
 struct Int8 {
   static constexpr int kPerWord = 4;
+  static constexpr bool kIsBFloat16 = true;
   static constexpr float scale_of(int) { return 1; }
   static Vec unpack_scaled(Bits words, int j) { return unpack(words, j); }
   static Vec unpack(Bits words, int j) { return signed_field<8>(words, 8 * j); }
+  static Bits unpack_pair(Bits words, int j) {
+    return as_pair(unpack(words, 2 * j), unpack(words, 2 * j + 1));
+  }
 };
 
 template <class T>
 struct Dense {
   static constexpr int kPerWord = 4 / sizeof(T);
+  static constexpr bool kIsBFloat16 = std::is_same_v<T, BFloat16>;
   static constexpr float scale_of(int) { return 1; }
   static Vec unpack_scaled(Bits words, int j) { return unpack(words, j); }
   static Vec unpack(Bits words, int j) {
@@ -72,6 +100,7 @@ struct Dense {
       return widen(T{}, truncate((words >> (16 * j)) & 0xFFFFu));
     }
   }
+  static Bits unpack_pair(Bits words, int) { return words; }
 };
 
 // f(Codes{}) with the codes that `format` names.

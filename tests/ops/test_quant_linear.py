@@ -65,6 +65,41 @@ def test_dense_against_fp64(backend, m, n, k, dtype, stored):
                  lambda x, b: F.linear(x, weight.to(x.dtype), b), lambda: inputs(m, n, k, dtype))
 
 
+@pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
+@pytest.mark.parametrize("size", [2.0 ** -20, 1.0, 2.0 ** 10, "outlier", "zero"])
+@pytest.mark.parametrize("k", [4098, 66000])
+def test_one_row_of_any_size(backend, k, size, dtype):
+    """A single row goes through fixed point up to 65,536 columns."""
+    qweight = ops.quantize(torch.randn(21, k) / k ** 0.5)
+    x = torch.randn(1, k) * (size if isinstance(size, float) else 1)
+    if size == "outlier":
+        x[0, k // 3] = 1000
+    if size == "zero":
+        x.zero_()
+    matches_fp64(lambda x: ops.quant_linear(x, qweight),
+                 lambda x: F.linear(x, ops.dequantize(qweight, x.dtype)),
+                 lambda: [x.to(dtype).requires_grad_()])
+
+
+@pytest.mark.parametrize("size", [2.0 ** -100, 2.0 ** 100])
+def test_one_row_at_the_ends_of_float32(backend, size):
+    qweight = ops.quantize(torch.randn(5, 300))
+    x = torch.randn(1, 300)
+    assert same_bits(ops.quant_linear(x * size, qweight), ops.quant_linear(x, qweight) * size)
+
+
+@pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
+@pytest.mark.parametrize("m", [1, 2, 15])
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_what_is_not_finite_stays_so(backend, value, m, dtype):
+    weight = torch.tensor([[1.0, -3.0, 7.0, 0.0], [0.0, -7.0, 0.0, 2.0]])
+    x = torch.ones(m, 4, dtype=dtype)
+    x[m // 2, 1] = value
+    expected = F.linear(x.float(), weight).to(dtype)
+    torch.testing.assert_close(ops.quant_linear(x, ops.quantize(weight)), expected,
+                               equal_nan=True, rtol=0, atol=0)
+
+
 def inputs(m, n, k, dtype):
     """x and bias."""
     return [torch.randn(shape).to(dtype).requires_grad_() for shape in ((m, k), (n,))]

@@ -48,7 +48,6 @@ Tensor new_floats(const Tensor& like, int64_t rows, int64_t columns) {
   return torch::stable::new_empty(like, {rows, columns}, ScalarType::Float);
 }
 
-float* floats(const Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
 
 // from [hidden] to to [hidden] for every pair of rows that `pair(i)` names.
 template <class Pair>
@@ -106,15 +105,15 @@ std::tuple<Tensor, Tensor> linear_cross_entropy_fwd(
     copy_rows(product.rows, width, dtype, DType::kFloat, [&](int64_t i) {
       const char* from = static_cast<const char*>(hidden.const_data_ptr());
       return std::tuple(from + labelled.rows[first + i] * width * hidden.element_size(), 1.0f,
-                        floats(rows) + i * width);
+                        floats_of(rows) + i * width);
     });
     product.backward = false;
-    product.x = floats(rows);
-    product.y = floats(logits);
+    product.x = floats_of(rows);
+    product.y = floats_of(logits);
     quant_linear_run(product, hidden);
 
-    const CrossEntropyRows softmax{classes, floats(logits), labelled.labels.data() + first,
-                                   floats(row_loss), hidden_grad};
+    const CrossEntropyRows softmax{classes, floats_of(logits), labelled.labels.data() + first,
+                                   floats_of(row_loss), hidden_grad};
     const auto kernel = GLMKERN_PICK_KERNEL(cross_entropy_rows);
     for_each_row(product.rows, classes,
                  [&](int64_t begin, int64_t end) { kernel(softmax, begin, end); });
@@ -122,16 +121,16 @@ std::tuple<Tensor, Tensor> linear_cross_entropy_fwd(
     if (!hidden_grad) continue;
 
     product.backward = true;
-    product.x = floats(logits);
-    product.y = floats(rows);
+    product.x = floats_of(logits);
+    product.y = floats_of(rows);
     quant_linear_run(product, hidden);
     copy_rows(product.rows, width, DType::kFloat, DType::kFloat, [&](int64_t i) {
-      return std::tuple(floats(rows) + i * width, weight_of(first + i),
-                        floats(dhidden) + labelled.rows[first + i] * width);
+      return std::tuple(floats_of(rows) + i * width, weight_of(first + i),
+                        floats_of(dhidden) + labelled.rows[first + i] * width);
     });
   }
   Tensor total = torch::stable::new_empty(hidden, {}, ScalarType::Float);
-  *floats(total) = static_cast<float>(loss);
+  *floats_of(total) = static_cast<float>(loss);
   return {total, dhidden};
 }
 

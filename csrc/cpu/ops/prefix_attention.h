@@ -11,19 +11,13 @@
 
 namespace glmkern {
 
-inline int64_t element_size(const Tensor& x) {
-  return x.scalar_type() == ScalarType::Float ? 4 : 2;
-}
-
 inline const char* element_of(const Tensor& x, int64_t index) {
-  return static_cast<const char*>(x.const_data_ptr()) + index * element_size(x);
+  return static_cast<const char*>(x.const_data_ptr()) + index * x.element_size();
 }
 
 inline char* mutable_element_of(const Tensor& x, int64_t index) {
-  return static_cast<char*>(x.mutable_data_ptr()) + index * element_size(x);
+  return static_cast<char*>(x.mutable_data_ptr()) + index * x.element_size();
 }
-
-inline float* floats_of(const Tensor& x) { return static_cast<float*>(x.mutable_data_ptr()); }
 
 // `count` keys and values of one group; first_k and first_v are the elements where they start in k
 // and v [.., tokens, groups, channels].

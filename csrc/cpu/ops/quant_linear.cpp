@@ -9,12 +9,11 @@ namespace glmkern {
 namespace {
 
 void few_rows(const QuantLinear& a, const Tensor& like) {
-  const Tensor arranged =
-      torch::stable::new_empty(like, {a.rows, padded_depth(a.k)}, ScalarType::Float);
-  float* memory = static_cast<float*>(arranged.mutable_data_ptr());
-  GLMKERN_PICK_KERNEL(quant_linear_arrange)(a, memory);
+  const Tensor arranged = torch::stable::new_empty(like, {arranged_size(a)}, ScalarType::Float);
+  float* memory = floats_of(arranged);
+  const FewArranged how = GLMKERN_PICK_KERNEL(quant_linear_arrange)(a, memory);
   const auto product = GLMKERN_PICK_KERNEL(quant_linear_few);
-  for_each_row(a.n, a.k, [&](int64_t begin, int64_t end) { product(a, memory, begin, end); });
+  for_each_row(a.n, a.k, [&](int64_t begin, int64_t end) { product(a, how, memory, begin, end); });
 }
 
 void many_rows(const QuantLinear& a, const Tensor& like) {
@@ -22,9 +21,9 @@ void many_rows(const QuantLinear& a, const Tensor& like) {
   const int64_t depth_blocks = ceil_div(a.depth(), kDepthBlock);
   const Tensor packed = torch::stable::new_empty(
       like, {ceil_div(a.rows, row_blocks), a.depth()}, ScalarType::Float);
-  float* memory = static_cast<float*>(packed.mutable_data_ptr());
-  const auto pack = GLMKERN_PICK_KERNEL(quant_linear_pack);
-  const auto product = GLMKERN_PICK_KERNEL(quant_linear_block);
+  float* memory = floats_of(packed);
+  const auto pack = GLMKERN_PICK_BF16_KERNEL(quant_linear_pack);
+  const auto product = GLMKERN_PICK_BF16_KERNEL(quant_linear_block);
   for (int64_t i = 0; i < row_blocks; i++) {
     const int64_t begin = i * a.rows / row_blocks, end = (i + 1) * a.rows / row_blocks;
     for_each_row(depth_blocks, (end - begin) * kDepthBlock, [&](int64_t first, int64_t last) {
