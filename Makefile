@@ -2,6 +2,9 @@
 # make demo    the same without the tests' packages, then tunes a prefix in about a minute
 # make bench   kernels against the machine's limits, a training step against its peer: some minutes,
 #              on a machine that does nothing else; writes bench/results
+# make gpu     on a machine with a GPU, with the active python3 and what is installed there: builds for
+#              that GPU, tests, checks memory accesses and benches; writes gpu.json, gpu.md and gpu.log
+#              to OUT (bench/results)
 # make lint    ruff
 # make sanitize   the ops' C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer
 #
@@ -17,7 +20,7 @@ BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
 
-.PHONY: test demo bench lint sanitize
+.PHONY: test demo bench gpu lint sanitize
 
 test: $(VENV)/.installed-test
 	$(VENV)/bin/python -m pytest -q $(TESTS)
@@ -34,6 +37,10 @@ bench: $(VENV)/.installed-test
 	$(VENV)/bin/python -m bench.bench_quant_linear
 	$(VENV)/bin/python -m bench.bench_linear_cross_entropy
 	$(VENV)/bin/python -m bench.bench_train
+
+# Not in the virtual environment: a machine with a GPU has a torch that fits it.
+gpu:
+	python3 -m bench.gpu $(if $(OUT),--out $(OUT))
 
 lint: $(VENV)/.installed-test
 	$(PIP) ruff

@@ -39,8 +39,12 @@ SHAPES = ((4608, 4096), (4096, 4096), (27392, 4096), (4096, 13696))
 TOKENS = (1, 16, 64, 192, 512, 1024)
 QUICK_SHAPES, QUICK_TOKENS = SHAPES[:2], (1, 16, 192, 512)
 ROUNDS = 9
-# Products of more tokens take seconds together and vary little: half the rounds.
-FEW_TOKENS = 64
+
+# Calls of one token take a millisecond and vary most; those of many take seconds and vary least.
+def rounds_of(tokens: int, rounds: int) -> int:
+    return 5 * rounds if tokens == 1 else rounds if tokens <= 64 else -(-rounds // 2)
+
+
 # More than any last-level cache of a machine with few cores.
 COPIES_BYTES = 2 ** 28
 BLOCK = 64  # columns of one NF4 scale
@@ -98,8 +102,7 @@ def measure_shape(N: int, K: int, tokens: Sequence[int], rounds: int) -> list[Ro
             calls["ours bf16"] = lambda x=half: kernels.quant_linear_fwd(x, *next(int4), None)
         if M > 1:
             del calls["read"]
-        measured = seconds_per_round(list(calls.values()), "cpu",
-                                     rounds if M <= FEW_TOKENS else -(-rounds // 2))
+        measured = seconds_per_round(list(calls.values()), "cpu", rounds_of(M, rounds))
         seconds = dict(zip(calls, measured, strict=True))
         if M == 1:
             # Seconds that reading the packed weight would take.
@@ -154,8 +157,8 @@ def as_markdown(run: dict) -> str:
               for row in run["rows"]]
     return ("# quant_linear\n\nMade by `python -m bench.bench_quant_linear`, which says what the "
             f"columns mean.\n\n## On a CPU\n\n{described}, bitsandbytes "
-            f"{bitsandbytes.__version__}; medians of {run['rounds']} interleaved rounds, half as "
-            f"many above {FEW_TOKENS} tokens\n\n"
+            f"{bitsandbytes.__version__}; medians of {run['rounds']} interleaved rounds, more "
+            "for one token and fewer for many\n\n"
             + "".join(f"| {' | '.join(line)} |\n" for line in lines))
 
 

@@ -234,12 +234,12 @@ def as_markdown(op: str, results: dict) -> str:
         "bench/harness.py.\n"
     for device, title in (("cpu", "On a CPU"), ("cuda", "On a GPU")):
         text += f"\n## {title}\n\n"
-        text += _run_as_markdown(results[device]) if results[device] else \
+        text += run_as_markdown(results[device]) if results[device] else \
             "not measured on a GPU\n" if device == "cuda" else "not measured on a CPU\n"
     return text
 
 
-def _run_as_markdown(run: dict) -> str:
+def run_as_markdown(run: dict) -> str:
     described = ", ".join(f"{key} {value}" for key, value in run["machine"].items())
     text = f"{described}; medians of {run['rounds']} interleaved rounds\n\n" + _table(
         ("work", "implementation", "shape", "type", "median ms", "GB/s", "fraction", "vs peer"),

@@ -2,34 +2,34 @@
 
     python -m bench.triton_resources            prints the table and writes bench/results/
     python -m bench.triton_resources --json F   writes only F
+    python -m bench.triton_resources --op OP    prints one op's table only, for work on its tiles
 
-Needs no GPU: Triton brings the compilers. Every launch of the cases below is recorded as the op
-makes it and compiled for each chip; `cuobjdump` reads the numbers from the binary.
+Needs no GPU: Triton brings the compilers. Every launch of bench/triton_cases is recorded as the op
+makes it on each chip and compiled for that chip; `cuobjdump` reads the numbers from the binary.
 """
 
 import argparse
 import concurrent.futures
-import contextlib
-import importlib
 import json
 import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
-from unittest import mock
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from bench import triton_cases
+from bench.triton_cases import Launch
+
 RESULTS = Path(__file__).with_name("results") / "triton_resources"
 CUOBJDUMP = Path(triton.__file__).with_name("backends") / "nvidia" / "bin" / "cuobjdump"
-TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
+TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16",
+         torch.int64: "*i64", torch.int32: "*i32", torch.int8: "*i8", torch.uint8: "*u8"}
 
 
 @dataclass(frozen=True)
@@ -42,22 +42,12 @@ class Chip:
     registers: int = 65536
 
     @property
-    def shared_limit(self) -> int:
-        return (self.shared_kib - 1) * 1024
+    def block_kib(self) -> int:
+        return self.shared_kib - 1
 
 
 CHIPS = (Chip(80, 64, 164), Chip(86, 48, 100), Chip(89, 48, 100), Chip(90, 64, 228),
          Chip(100, 64, 228), Chip(120, 48, 100))
-
-
-class Launch(NamedTuple):
-    """One launch as an op makes it: its label, the Triton function and its arguments."""
-
-    label: str
-    kernel: triton.JITFunction
-    args: tuple
-    num_warps: int
-    constants: dict
 
 
 @dataclass(frozen=True)
@@ -65,45 +55,11 @@ class Usage:
     """What one launch takes on one chip."""
 
     sm: int
+    tile: dict                # the launch's constants that are sizes of blocks, warps and stages
     registers: int            # a thread
     stack: int                # bytes a thread: spilled registers
     shared: int               # bytes a block
     occupancy: float          # resident warps, of the most the chip holds
-
-
-def rms_norm_launches() -> Iterator[Launch]:
-    """Every line of the table of row tiles in fp32, the widest type, and the model's in bf16."""
-    widths = [(width, torch.float32) for width in (256, 1024, 4096, 8192, 16384)]
-    for width, dtype in [*widths, (4096, torch.bfloat16)]:
-        x = torch.empty(1500, width, dtype=dtype, device="meta")
-        weight, rstd = x[0], torch.empty(1500, device="meta")
-        with recorded("rms_norm", f"{width} {str(dtype).removeprefix('torch.')}") as record:
-            yield record("rms_norm_fwd", x, weight, 1e-5)
-            yield record("add_rms_norm_fwd", x, x, weight, 1e-5)
-            yield record("rms_norm_bwd", x, x, weight, rstd, x, False)
-            yield record("rms_norm_bwd", x, x, weight, rstd, x, True, note=" + dweight")
-
-
-@contextlib.contextmanager
-def recorded(op: str, case: str):
-    """Yields `record(function, *args)`, which calls a launcher of glmkern.triton_kernels.<op> on
-    tensors without data and returns the launch it made."""
-    module = importlib.import_module(f"glmkern.triton_kernels.{op}")
-    launches = []
-
-    def keep(kernel, programs, *args, num_warps, **constants):
-        launches.append((kernel, args, num_warps, constants))
-
-    def record(function, *args, note=""):
-        getattr(module, function)(*args)
-        return Launch(f"{function}{note}, {case}", *launches.pop())
-
-    with mock.patch.object(module, "launch", keep):
-        yield record
-
-
-def launches() -> list[Launch]:
-    return [*rms_norm_launches()]
 
 
 def source_of(launch: Launch) -> ASTSource:
@@ -122,7 +78,8 @@ def source_of(launch: Launch) -> ASTSource:
 
 
 def usage_of(launch: Launch, chip: Chip) -> Usage:
-    options = {"num_warps": launch.num_warps, "enable_fp_fusion": True}
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages,
+               "enable_fp_fusion": True}
     compiled = triton.compile(source_of(launch), target=GPUTarget("cuda", chip.sm, 32),
                               options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
@@ -133,7 +90,10 @@ def usage_of(launch: Launch, chip: Chip) -> Usage:
     registers, stack, local = (int(re.search(rf"{field}:(\d+)", printed)[1])
                                for field in ("REG", "STACK", "LOCAL"))
     shared = compiled.metadata.shared
-    return Usage(chip.sm, registers, stack + local, shared,
+    tile = {name: value for name, value in launch.constants.items()
+            if name.startswith("B") and not isinstance(value, bool)}
+    tile |= {"warps": launch.num_warps, "stages": launch.num_stages}
+    return Usage(chip.sm, tile, registers, stack + local, shared,
                  occupancy(chip, registers, shared, launch.num_warps))
 
 
@@ -148,18 +108,22 @@ def occupancy(chip: Chip, registers: int, shared: int, num_warps: int) -> float:
     return round(blocks * num_warps / chip.warps, 3)
 
 
-def measure_launch(index: int) -> dict:
-    launch = launches()[index]
-    return {"launch": launch.label, "kernel": launch.kernel.__name__,
-            "constants": launch.constants, "num_warps": launch.num_warps,
-            "usage": [asdict(usage_of(launch, chip)) for chip in CHIPS]}
+def measure_launch(op: str, chip: Chip, index: int) -> tuple[str, str, dict]:
+    launch = triton_cases.launches_on(op, chip.block_kib)[index]
+    return launch.label, launch.kernel.__name__, asdict(usage_of(launch, chip))
 
 
-def measure() -> dict:
+def measure(ops: list[str]) -> dict:
     """Compiles everything; the dictionary is what the JSON file holds."""
+    tasks = [(op, chip, i) for op in ops for chip in CHIPS
+             for i in range(len(triton_cases.launches_on(op, chip.block_kib)))]
+    rows = {}
     with concurrent.futures.ProcessPoolExecutor(max_workers=os.cpu_count()) as pool:
-        rows = list(pool.map(measure_launch, range(len(launches()))))
-    return {"triton": triton.__version__, "rows": rows}
+        for (op, _, _), (label, kernel, usage) in zip(
+                tasks, pool.map(measure_launch, *zip(*tasks, strict=True)), strict=True):
+            row = {"op": op, "launch": label, "kernel": kernel, "usage": []}
+            rows.setdefault((op, label), row)["usage"].append(usage)
+    return {"triton": triton.__version__, "rows": list(rows.values())}
 
 
 def as_json(table: dict) -> str:
@@ -168,43 +132,58 @@ def as_json(table: dict) -> str:
     return f'{{"triton": "{table["triton"]}", "rows": [\n{rows}\n]}}\n'
 
 
-HEAD = """# Registers / shared memory in bytes / occupancy of the Triton kernels
+HEAD = """# What the Triton kernels take of each chip
 
 Made by `python -m bench.triton_resources` with Triton {triton}; a test compiles everything again
-and compares. Each launch is named by its function, row length and type. {spills}
-
-| launch | warps | {chips} |
-{rule}
+and compares. Each launch is named by its kernel, its size and its type; a cell says registers of a
+thread / bytes of shared memory of a block / occupancy. {spills}
 """
 
 
 def as_markdown(table: dict) -> str:
     spilling = sum(usage["stack"] > 0 for row in table["rows"] for usage in row["usage"])
-    head = HEAD.format(
-        triton=table["triton"], chips=" | ".join(f"sm_{chip.sm}" for chip in CHIPS),
-        spills=f"{spilling} of them spill." if spilling else "None spills a register.",
-        rule="|---" * (2 + len(CHIPS)) + "|")
-    return head + "".join(f"{_markdown_row(row)}\n" for row in table["rows"])
+    text = HEAD.format(triton=table["triton"], spills=f"{spilling} of them spill." if spilling
+                       else "None spills a register.")
+    for op in dict.fromkeys(row["op"] for row in table["rows"]):
+        text += f"\n## {op}\n\n{triton_cases.modules()[op].REASON}\n\n"
+        text += f"| launch | {' | '.join(f'sm_{chip.sm}' for chip in CHIPS)} | tiles |\n"
+        text += "|---" * (2 + len(CHIPS)) + "|\n"
+        text += "".join(_markdown_row(row) for row in table["rows"] if row["op"] == op)
+    return text
 
 
 def _markdown_row(row: dict) -> str:
-    cells = [f"{u['registers']} / {u['shared']} / {u['occupancy']:.0%}"
-             + (f" / **{u['stack']} spilled**" if u["stack"] else "") for u in row["usage"]]
-    return f"| {row['launch']} | {row['num_warps']} | " + " | ".join(cells) + " |"
+    usage = {u["sm"]: u for u in row["usage"]}
+    cells = [_cell(usage.get(chip.sm)) for chip in CHIPS]
+    tiles = {}
+    for u in row["usage"]:
+        tile = " ".join(f"{name}={value}" for name, value in u["tile"].items())
+        tiles.setdefault(tile, []).append(str(u["sm"]))
+    named = "; ".join(tile if len(tiles) == 1 else f"sm_{', '.join(sms)}: {tile}"
+                      for tile, sms in tiles.items())
+    return f"| {row['launch']} | {' | '.join(cells)} | {named} |\n"
+
+
+def _cell(usage: dict | None) -> str:
+    if usage is None:
+        return "-"
+    text = f"{usage['registers']} / {usage['shared']} / {usage['occupancy']:.0%}"
+    return text + (f" / **{usage['stack']} spilled**" if usage["stack"] else "")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="write only this file")
-    path = parser.parse_args().json
-    table = measure()
-    text = as_json(table)
-    if path is not None:
-        path.write_text(text)
+    parser.add_argument("--op", help="compile one op's kernels only, and only print")
+    args = parser.parse_args()
+    table = measure([args.op] if args.op else list(triton_cases.modules()))
+    if args.json is not None:
+        args.json.write_text(as_json(table))
         return
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.with_suffix(".json").write_text(text)
-    RESULTS.with_suffix(".md").write_text(as_markdown(table))
+    if args.op is None:
+        RESULTS.parent.mkdir(exist_ok=True)
+        RESULTS.with_suffix(".json").write_text(as_json(table))
+        RESULTS.with_suffix(".md").write_text(as_markdown(table))
     print(as_markdown(table))
 
 

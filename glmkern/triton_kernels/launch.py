@@ -6,17 +6,21 @@ import torch
 from torch import Tensor
 
 
-def launch(kernel, programs: int, *args, num_warps: int, **constants) -> None:
-    """Runs `programs` programs of a Triton kernel on the device of its first argument.
+def launch(kernel, programs: int | tuple[int, ...], *args, num_warps: int, num_stages: int = 3,
+           **constants) -> None:
+    """Runs a Triton kernel on the device of its first argument.
 
-    `args` are the kernel's arguments in order, a tensor first; `constants` its constexpr ones by
-    name. Zero programs are nothing to do, not an error.
+    `programs` is how many there are, along up to three axes; `args` are the kernel's arguments in
+    order, a tensor first; `constants` its constexpr ones by name. Zero programs are nothing to do,
+    not an error.
     """
-    if programs == 0:
+    grid = programs if isinstance(programs, tuple) else (programs,)
+    if 0 in grid:
         return
     # Contraction to fma is asked for by name: its default differs between Triton versions.
     with _on_device(args[0]):
-        kernel[(programs,)](*args, **constants, num_warps=num_warps, enable_fp_fusion=True)
+        kernel[grid](*args, **constants, num_warps=num_warps, num_stages=num_stages,
+                     enable_fp_fusion=True)
 
 
 def _on_device(tensor: Tensor) -> contextlib.AbstractContextManager:

@@ -4,7 +4,13 @@ to warm up, and could choose differently, so sum in another order, on every run.
 bench/results/triton_resources.md has the registers and shared memory each size takes on each chip.
 """
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from functools import cache
+from typing import NamedTuple, TypeVar
+
+import torch
+
+Tile = TypeVar("Tile")
 
 
 class RowTile(NamedTuple):
@@ -34,3 +40,18 @@ def row_tile(length: int) -> RowTile:
         if length <= tile.columns:
             return tile._replace(columns=1 << (length - 1).bit_length())
     return _LONG_ROW_TILE
+
+
+def by_shared_memory(table: Mapping[int, Tile], device: torch.device) -> Tile:
+    """The entry of `table`, whose keys are KiB of shared memory a block may have, for the most that
+    the device has. The classes: 64 (any), 99 (sm_86, 89, 120), 163 (sm_80), 227 (sm_90, 100)."""
+    available = shared_memory_kib(device)
+    return table[max(kib for kib in table if kib <= available)]
+
+
+@cache
+def shared_memory_kib(device: torch.device) -> int:
+    """What a block may have on `device`; off a GPU, in the interpreter, the smallest class."""
+    if device.type != "cuda":
+        return 64
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin // 1024

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from bench import triton_resources
+from bench import triton_cases, triton_resources
 from tests.conftest import REPOSITORY
 
 COMMITTED = json.loads(triton_resources.RESULTS.with_suffix(".json").read_text())
@@ -40,7 +40,7 @@ def test_nothing_spills(measured):
 
 
 def test_shared_memory_fits(measured):
-    limits = {chip.sm: chip.shared_limit for chip in triton_resources.CHIPS}
+    limits = {chip.sm: chip.block_kib * 1024 for chip in triton_resources.CHIPS}
     assert limits[80] == 163 * 1024
     assert limits[120] == 99 * 1024
     too_much = [(row["launch"], usage) for row, usage in rows(measured)
@@ -48,18 +48,31 @@ def test_shared_memory_fits(measured):
     assert not too_much
 
 
+def test_a_chip_with_64_kib_makes_the_same_launches():
+    """The class of chips that are not in the table; the interpreter runs its tiles."""
+    sm_80 = triton_resources.CHIPS[0]
+    for op in triton_cases.modules():
+        usual = [launch.label for launch in triton_cases.launches_on(op, sm_80.block_kib)]
+        launches = triton_cases.launches_on(op, 64)
+        assert [launch.label for launch in launches] == usual
+
+
 def test_two_blocks_a_multiprocessor(measured):
-    """Up to 8 warps, one block can compute while another waits for memory."""
+    """Up to 8 warps, one block of a memory-bound kernel can compute while another waits."""
     warps = {chip.sm: chip.warps for chip in triton_resources.CHIPS}
-    alone = [(row["launch"], usage) for row, usage in rows(measured) if row["num_warps"] <= 8
-             and usage["occupancy"] * warps[usage["sm"]] < 2 * row["num_warps"] - 0.1]
+    modules = triton_cases.modules()
+    alone = [(row["launch"], usage) for row, usage in rows(measured)
+             if modules[row["op"]].MEMORY_BOUND and usage["tile"]["warps"] <= 8
+             and usage["occupancy"] * warps[usage["sm"]] < 2 * usage["tile"]["warps"] - 0.1]
     assert not alone
 
 
 def test_committed_table_is_current(measured):
     """The same launches always; the same numbers from the Triton that made the table."""
-    for key in ("launch", "kernel", "constants", "num_warps"):
+    for key in ("op", "launch", "kernel"):
         assert [row[key] for row in measured["rows"]] == [row[key] for row in COMMITTED["rows"]]
+    for (row, now), (_, then) in zip(rows(measured), rows(COMMITTED), strict=True):
+        assert now["tile"] == then["tile"], row["launch"]
     if measured["triton"] == COMMITTED["triton"]:
         assert measured == COMMITTED, "run `python -m bench.triton_resources` and commit its files"
 

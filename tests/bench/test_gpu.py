@@ -1,0 +1,71 @@
+"""`make gpu`: what can be known of it without a GPU."""
+
+import io
+import json
+import sys
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+
+from bench import gpu
+from tests.conftest import REPOSITORY
+
+
+def test_says_so_without_a_gpu(capsys, tmp_path):
+    with (mock.patch.object(torch.cuda, "is_available", lambda: False),
+          mock.patch.object(sys, "argv", ["gpu", "--out", str(tmp_path / "out")])):
+        assert gpu.main() == 2
+    assert capsys.readouterr().err == "make gpu needs a GPU: torch sees no GPU\n"
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_step_finds_its_files(tmp_path):
+    steps = list(gpu.steps(tmp_path))
+    assert sum(step.seconds for step in steps if "bench" not in step.name) <= gpu.TOTAL_SECONDS
+    for step in steps:
+        for argument in step.command:
+            if argument.endswith(".py") or argument.startswith("tests/"):
+                assert (REPOSITORY / argument).exists(), argument
+            if argument.startswith("bench."):
+                assert (REPOSITORY / f"{argument.replace('.', '/')}.py").exists(), argument
+    benches = {path.stem.removeprefix("bench_") for path in REPOSITORY.glob("bench/bench_*.py")}
+    assert set(gpu.BENCHES) == benches - {"train"}
+
+
+@pytest.mark.parametrize(("program", "seconds", "outcome"), [
+    ("print('hello')", 60, "passed"), ("print('hello'); raise SystemExit(3)", 60, "failed with 3"),
+    ("print('hello', flush=True); import time; time.sleep(60)", 1, "stopped after 1 s")])
+def test_a_step(program, seconds, outcome):
+    log = io.StringIO()
+    step = gpu.Step("try", [sys.executable, "-c", program], seconds)
+    result = gpu.run_step(step, log, seconds_left=90)
+    assert result["outcome"] == outcome
+    assert result["last_line"] == "hello"
+    assert log.getvalue() == "== try\nhello\n"
+
+
+def test_the_three_files(tmp_path):
+    """With a step that leaves a benchmark's rows."""
+    row = dict(name="copy", implementation="triton", shape="1 x 2", dtype="float32", median_ms=0.5,
+               fastest_ms=0.4, gb_per_s=10.0, fraction=0.9, vs_peer=None)
+    run = {"cuda": {"machine": {"gpu": "a chip"}, "rounds": 3, "rows": [row]}, "cpu": None}
+
+    def steps(folder: Path):
+        write = f"open({str(folder / 'rms_norm.json')!r}, 'w').write({json.dumps(run)!r})"
+        yield gpu.Step("bench rms_norm", [sys.executable, "-c", write], 60)
+        yield gpu.Step("not asked for", [sys.executable, "-c", "raise SystemExit(1)"], 60)
+
+    with (mock.patch.object(gpu, "why_no_gpu", lambda: None),
+          mock.patch.object(gpu, "steps", steps),
+          mock.patch("bench.roofline.machine", lambda device: {"gpu": "a chip"}),
+          mock.patch.object(sys, "argv", ["gpu", "--out", str(tmp_path), "--only",
+                                          "bench rms_norm"])):
+        assert gpu.main() == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"gpu.json", "gpu.md", "gpu.log"}
+    report = json.loads((tmp_path / "gpu.json").read_text())
+    assert report["benches"]["rms_norm"]["rows"] == [row]
+    table = (tmp_path / "gpu.md").read_text()
+    assert "| bench rms_norm | passed |" in table
+    assert "| copy | triton | 1 x 2 | float32 | 0.500 | 10.0 | 0.90 | - |" in table
