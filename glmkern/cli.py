@@ -3,6 +3,7 @@
 Nothing here imports torch before a verb needs it, so that help and mistakes are instant.
 """
 
+import argparse
 import difflib
 import sys
 from collections.abc import Callable, Sequence
@@ -18,10 +19,11 @@ usage: glmkern --do_train --flag value ...   the official ptuning/main.py comman
 verbs:
   train     tune a prefix; the official flags, --do_train understood (train --help lists them)
   demo      tune a prefix on the small base that comes with the package
+  quantize  a base with its linears in 4 or 8 bits, as a folder of its own
   backends  which implementation of each op runs on this machine, and why
   version   the version"""
 
-LATER = ("predict", "chat", "bench", "doctor", "plan", "quantize", "export")
+LATER = ("predict", "chat", "bench", "doctor", "plan", "export")
 EXIT_FAILED_RUN, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 
 
@@ -89,6 +91,33 @@ def _demo(argv: list[str]) -> int:
     return run(argv)
 
 
+def _quantize(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="glmkern quantize",
+        description="Write a base with the linears of its layers in 4 or 8 bits: the official codes"
+        " and scales. Needs no GPU, and memory for one shard.",
+    )
+    parser.add_argument("source", help="folder, or cached name, of the base")
+    parser.add_argument("target", help="new folder")
+    parser.add_argument("--bits", type=int, choices=(4, 8), required=True)
+    parser.add_argument(
+        "--format",
+        choices=("safetensors", "bin"),
+        default="safetensors",
+        help="bin is what the official code reads (default: %(default)s)",
+    )
+    try:
+        args = parser.parse_args(argv)
+    except SystemExit as ended:
+        return int(ended.code or 0)
+    from glmkern.checkpoint import quantize_folder
+
+    folder = quantize_folder(args.source, args.target, args.bits, args.format)
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    print(f"{folder}: {args.bits} bits, {size / 1e9:.2f} GB")
+    return 0
+
+
 def _backends(argv: list[str]) -> int:
     _take_no_arguments("backends", argv)
     from glmkern import backends
@@ -111,6 +140,7 @@ def _take_no_arguments(verb: str, argv: list[str]) -> None:
 VERBS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
     "demo": _demo,
+    "quantize": _quantize,
     "backends": _backends,
     "version": _version,
 }

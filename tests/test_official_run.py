@@ -129,6 +129,24 @@ def test_official_run(flags, tmp_path, capsys):
     assert "***** train metrics *****\n  epoch                    =" in text
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_quantised_base(flags, base, tmp_path, bits):
+    """Quantised while it is read, or beforehand: the same prefix, bit for bit."""
+    assert cli.main(["quantize", str(base), str(tmp_path / "base"), "--bits", str(bits)]) == 0
+    prefixes = []
+    for name, change in (("once", {"quantization_bit": bits}),
+                         ("twice", {"quantization_bit": bits,
+                                    "model_name_or_path": tmp_path / "base"}),
+                         ("before", {"model_name_or_path": tmp_path / "base"})):
+        assert cli.main(command(flags | change | {"output_dir": tmp_path / name})) == 0
+        last = tmp_path / name / "checkpoint-4"
+        assert json.loads((last / "config.json").read_text())["quantization_bit"] == bits
+        prefixes.append(prefix(last))
+    assert torch.equal(prefixes[0], prefixes[1]) and torch.equal(prefixes[0], prefixes[2])
+    assert cli.main(command(flags)) == 0
+    assert not torch.equal(prefixes[0], prefix(tmp_path / "out/checkpoint-4"))
+
+
 def test_example_dump(flags, capsys):
     assert cli.main(command({**flags, "max_steps": 1, "max_source_length": 64})) == 0
     lines = {line.split(" ", 1)[0]: line.split(" ", 1)[1]
@@ -258,7 +276,7 @@ def test_torchrun_with_one_process(flags, tmp_path):
      "but the base has 256 positions; lower --max_source_length"),
     ({"pre_seq_len": 0}, "--pre_seq_len is 0"),
     ({"fp16": True}, "--fp16 needs a GPU"),
-    ({"quantization_bit": 4}, "--quantization_bit 4 is refused"),
+    ({"quantization_bit": 3}, "--quantization_bit is 3; it must be 4 or 8"),
     ({"dataloader_drop_last": True, "per_device_train_batch_size": 11}, "do not fill a micro"),
 ])
 def test_bad_input_is_one_sentence_and_leaves_nothing(flags, tmp_path, capsys, changes, words):
@@ -326,13 +344,13 @@ def test_without_a_prefix(flags, capsys):
 
 
 def test_failed_run(flags, base, tmp_path, capsys):
-    """A base with a NaN in it fails at the first step, and no checkpoint is left."""
+    """A base whose logits overflow fails at the first step, and no checkpoint is left."""
     from safetensors.torch import load_file
 
     copy = tmp_path / "copy"
     shutil.copytree(base, copy)
     weights = load_file(copy / "model.safetensors")
-    weights["transformer.encoder.final_layernorm.weight"][0] = float("nan")
+    weights["transformer.encoder.final_layernorm.weight"][0] = 3e38
     save_file(weights, copy / "model.safetensors")
     whole_step = {**flags, "model_name_or_path": copy, "gradient_accumulation_steps": 10}
     line = refused(command(whole_step), capsys, status=1)

@@ -3,10 +3,13 @@
 import importlib
 
 _HOME = {
+    "check_bits": "quantized",
     "check_prefix": "prefix",
     "describe_prefix": "prefix",
     "expected_shapes": "shapes",
     "from_glm_state": "native_glm",
+    "quantize_folder": "quantized",
+    "quantize_stream": "quantized",
     "read_base": "base",
     "read_prefix": "prefix",
     "resolve_folder": "folder",

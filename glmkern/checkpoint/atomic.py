@@ -3,7 +3,7 @@
 import os
 import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -11,34 +11,80 @@ from typing import Any
 from glmkern.errors import InputError
 
 
+class NewFiles:
+    """Files of one folder, written under temporary names and then renamed together.
+
+    with NewFiles(folder) as new:
+        temporary = new.temporary()
+        ...                                      write it
+        new.rename({temporary: "model.bin"})
+
+    The data reach the disk before the names do. Leaving the block without renaming leaves no
+    litter. Missing parent folders are made. An OSError becomes an InputError that names `what`.
+    """
+
+    def __init__(self, folder: str | Path, what: str | Path | None = None):
+        self.folder = Path(folder)
+        self.what = what or folder
+        self._temporary: dict[Path, int] = {}
+
+    def __enter__(self) -> "NewFiles":
+        return self
+
+    def temporary(self) -> Path:
+        """A new empty file to write."""
+        path = self.folder / f".{secrets.token_hex(8)}.tmp"
+        with self._explained():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            path.touch(exist_ok=False)
+            # safetensors makes its files readable by their owner alone; the user's umask decides.
+            self._temporary[path] = stat.S_IMODE(path.stat().st_mode)
+        return path
+
+    def rename(self, names: dict[Path, str], obsolete: Iterable[str] = ()) -> None:
+        """Remove what matches the patterns `obsolete`, then name the files, in order."""
+        with self._explained():
+            for temporary in names:
+                temporary.chmod(self._temporary[temporary])
+                _flush(temporary)
+            for pattern in obsolete:
+                for old in self.folder.glob(pattern):
+                    old.unlink()
+            for temporary, name in names.items():
+                os.replace(temporary, self.folder / name)
+            _flush(self.folder)
+
+    def __exit__(self, kind, error, traceback) -> None:
+        for path in self._temporary:
+            with suppress(OSError):
+                path.unlink()
+        if isinstance(error, OSError):
+            with self._explained():
+                raise error
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise InputError(
+                f"cannot write {self.what} ({error.strerror or error}); free some space or choose "
+                "a folder you may write to"
+            ) from error
+
+
 @contextmanager
 def replaced(path: str | Path) -> Iterator[Path]:
     """Yield a temporary file beside `path` to write; leaving the block renames it over `path`.
 
-    The data reach the disk before the name does, so a kill or a power cut leaves the old file or
-    the new one, never a part. An exception in the block leaves the old file and no litter. Missing
-    parent folders are made. Raises InputError where the folder cannot be written or is full.
+    A kill or a power cut leaves the old file or the new one, never a part. An exception in the
+    block leaves the old file. Raises InputError where the folder cannot be written or is full.
     """
     path = Path(path)
-    temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}.tmp"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.touch(exist_ok=False)
-        mode = stat.S_IMODE(temporary.stat().st_mode)
+    with NewFiles(path.parent, path) as new:
+        temporary = new.temporary()
         yield temporary
-        # safetensors creates its files readable by their owner alone; the user's umask decides.
-        temporary.chmod(mode)
-        _flush(temporary)
-        os.replace(temporary, path)
-        _flush(path.parent)
-    except OSError as error:
-        raise InputError(
-            f"cannot write {path} ({error.strerror or error}); free some space or choose a folder "
-            "you may write to"
-        ) from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
+        new.rename({temporary: path.name})
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -49,10 +95,16 @@ def write_text(path: str | Path, text: str) -> None:
 
 def write_torch(path: str | Path, obj: Any) -> None:
     """Replace `path` by torch.save's zip format, atomically; same object, same bytes."""
+    with replaced(path) as temporary:
+        save_torch(obj, temporary)
+
+
+def save_torch(obj: Any, path: Path) -> None:
+    """torch.save over an existing file; OSError where the disk is full."""
     import torch
 
     # Through a file object: given a path, torch.save writes the temporary name into the archive.
-    with replaced(path) as temporary, temporary.open("wb") as file:
+    with path.open("wb") as file:
         try:
             torch.save(obj, file)
         except RuntimeError as error:

@@ -7,30 +7,29 @@ import torch
 
 from glmkern.checkpoint.files import read_tensors, require_float, weight_files
 from glmkern.checkpoint.prefix import prefix_name
-from glmkern.checkpoint.shapes import INV_FREQ, expected_shapes
+from glmkern.checkpoint.shapes import INV_FREQ, SCALE, WEIGHT, expected_shapes, is_linear_weight
 from glmkern.errors import InputError
 from glmkern.model.config import ChatGLMConfig
 
 MAPPED_BYTES = 256 * 2**20
-
-_QUANTISED_CURE = (
-    "already quantised folders are not read yet: use the fp16 folder, such as THUDM/chatglm2-6b, "
-    "with --quantization_bit"
-)
 
 
 def read_base(folder: str | Path, config: ChatGLMConfig) -> Iterator[tuple[str, torch.Tensor]]:
     """Stream (official key, tensor on the CPU) of a base model, one tensor at a time.
 
     Reads pytorch_model.bin or model.safetensors, single or sharded with an index, in the dtype
-    they are stored in. All names, shapes and dtypes are checked before this returns; the weights
-    are then mapped from the disk, so that a consumer that keeps none of them has MAPPED_BYTES
-    and one tensor in memory at most. inv_freq and prefix_encoder keys are skipped.
+    they are stored in. Where the folder's config.json says quantization_bit 4 or 8, the linears'
+    weights are int8 codes, each followed at some point by its <module>.weight_scale. All names,
+    shapes and dtypes are checked before this returns, values as they pass; the weights are mapped
+    from the disk, so that a consumer that keeps none of them has MAPPED_BYTES and one tensor in
+    memory at most. inv_freq and prefix_encoder keys are skipped.
 
-    Raises InputError, naming file and key, where the weights are not those of `config`.
+    Raises InputError, naming file and key, where the weights are not those of `config`, or hold
+    NaN, infinity or a negative scale.
     """
     folder = Path(folder)
-    expected = expected_shapes(config)
+    bits = stored_bits(folder)
+    expected = expected_shapes(config, bits)
     homes: dict[str, Path] = {}
     prefix_bytes = 0
     for path, promised in weight_files(folder).items():
@@ -41,13 +40,11 @@ def read_base(folder: str | Path, config: ChatGLMConfig) -> Iterator[tuple[str, 
                 f"{path} lacks {_some(absent)}, which the index of its folder places there; "
                 "download both again"
             )
-        scales = [name for name in tensors if name.endswith(".weight_scale")]
-        if scales:
-            raise InputError(f"{path} holds quantised weights ({scales[0]}); {_QUANTISED_CURE}")
         for name, tensor in tensors.items():
             if prefix_name(name) is not None:
                 prefix_bytes += tensor.nbytes
             elif name != INV_FREQ:
+                _check_kind(path, name, tensor, bits, config)
                 _check_tensor(path, name, tensor, expected, homes)
                 homes[name] = path
     if prefix_bytes and not homes:
@@ -55,7 +52,6 @@ def read_base(folder: str | Path, config: ChatGLMConfig) -> Iterator[tuple[str, 
             f"the folder {folder} holds only a prefix ({prefix_bytes / 1e6:.1f} MB), not a base "
             "model; pass it as --ptuning_checkpoint"
         )
-    _refuse_quantised_config(folder)
     missing = [name for name in expected if name not in homes]
     if missing:
         raise InputError(
@@ -63,6 +59,12 @@ def read_base(folder: str | Path, config: ChatGLMConfig) -> Iterator[tuple[str, 
             f"(num_layers {config.num_layers}); download them again or correct config.json"
         )
     return _stream(homes)
+
+
+def stored_bits(folder: Path) -> int:
+    """4 or 8 where config.json says that the folder's weights are codes, else 0."""
+    path = folder / "config.json"
+    return ChatGLMConfig.from_pretrained(folder).quantization_bit if path.is_file() else 0
 
 
 def _stream(homes: dict[str, Path]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -73,7 +75,51 @@ def _stream(homes: dict[str, Path]) -> Iterator[tuple[str, torch.Tensor]]:
             tensors = read_tensors(path)
             opened, mapped = path, 0
         mapped += tensors[name].nbytes
+        _check_values(path, name, tensors[name])
         yield name, tensors[name]
+
+
+def _check_values(path: Path, name: str, tensor: torch.Tensor) -> None:
+    if not tensor.is_floating_point():
+        return
+    low, high = tensor.aminmax()
+    if not (torch.isfinite(low) and torch.isfinite(high)):
+        raise InputError(f"{name} in {path} holds NaN or infinite values; download it again")
+    if name.endswith(SCALE) and low < 0:
+        raise InputError(
+            f"{name} in {path} holds a negative scale ({low.item():g}); download it again"
+        )
+
+
+def _check_kind(
+    path: Path, name: str, tensor: torch.Tensor, bits: int, config: ChatGLMConfig
+) -> None:
+    """Codes are where config.json says so, and have as many bits."""
+    if name.endswith(SCALE) and not bits:
+        raise InputError(
+            f"{path} holds scales of quantised weights ({name}), but config.json does not say "
+            "quantization_bit; set it there to 4 or 8, whichever the weights have"
+        )
+    if not is_linear_weight(name):
+        return
+    is_codes = tensor.dtype == torch.int8
+    if is_codes and not bits:
+        raise InputError(
+            f"{name} in {path} is int8, but config.json does not say quantization_bit; set it "
+            "there to 4 or 8, whichever the weights have"
+        )
+    if bits and not is_codes:
+        raise InputError(
+            f"config.json says quantization_bit {bits}, but {name} in {path} is "
+            f"{_plain(tensor.dtype)}, not int8 codes; remove quantization_bit from config.json to "
+            "load the weights as they are, and pass --quantization_bit to quantise them"
+        )
+    other = 12 - bits
+    if bits and tuple(tensor.shape) == expected_shapes(config, other).get(name):
+        raise InputError(
+            f"config.json says quantization_bit {bits}, but {name} in {path} has the shape of "
+            f"{other}-bit codes, {list(tensor.shape)}; correct config.json"
+        )
 
 
 def _check_tensor(
@@ -92,7 +138,8 @@ def _check_tensor(
             f"{path} holds {name}, which the model that config.json describes does not have; check "
             "that the two belong together and that this is a base model"
         )
-    require_float(path, name, tensor)
+    if not (tensor.dtype == torch.int8 and name.removesuffix(WEIGHT) + SCALE in expected):
+        require_float(path, name, tensor)
     if tuple(tensor.shape) != expected[name]:
         raise InputError(
             f"{name} in {path} has shape {list(tensor.shape)}, but config.json asks for "
@@ -100,13 +147,10 @@ def _check_tensor(
         )
 
 
-def _refuse_quantised_config(folder: Path) -> None:
-    path = folder / "config.json"
-    bits = ChatGLMConfig.from_pretrained(folder).quantization_bit if path.is_file() else 0
-    if bits:
-        raise InputError(f"{path} says quantization_bit {bits}; {_QUANTISED_CURE}")
-
-
 def _some(names: list[str]) -> str:
     shown = ", ".join(names[:3])
     return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown
+
+
+def _plain(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

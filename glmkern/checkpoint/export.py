@@ -1,100 +1,135 @@
-"""Writing a base model: safetensors under the official names, and config.json."""
+"""Writing a base model under the official names, with its config.json, as tensors come."""
 
 import json
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from glmkern.checkpoint.atomic import replaced
+from glmkern.checkpoint.atomic import NewFiles, save_torch
 from glmkern.checkpoint.shapes import expected_shapes
+from glmkern.errors import InputError
 from glmkern.model.config import ChatGLMConfig
 
-# An older model's shards must not stay beside a single file, nor a single file beside shards.
-STALE = (
-    "config.json",
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "model-*-of-*.safetensors",
-)
+# layout: the name of a file and of a shard. transformers and read_base look for safetensors first.
+NAMES = {
+    "safetensors": ("model.safetensors", "model-{:05d}-of-{:05d}.safetensors"),
+    "bin": ("pytorch_model.bin", "pytorch_model-{:05d}-of-{:05d}.bin"),
+}
 
 
 def write_base(
     folder: str | Path,
     config: ChatGLMConfig,
-    state: dict[str, torch.Tensor],
+    tensors: Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]],
     max_shard_bytes: int = 5_000_000_000,
+    layout: str = "safetensors",
 ) -> Path:
-    """Write `state` (official keys, in the dtype it has) and config.json; returns the folder.
+    """Write `tensors` (official keys, in the dtype they have) and config.json; returns the folder.
 
-    One model.safetensors, or shards of at most `max_shard_bytes` with their index; a tensor larger
-    than that has a shard of its own. Files of the same layout already in the folder are replaced.
-    All files are written before the first is renamed, and config.json goes first and comes last:
-    a kill leaves the old model, the new one, or a folder without config.json, which is refused.
-    Raises ValueError where `state` is not exactly the weights that `config` describes.
+    One model.safetensors ("bin": pytorch_model.bin), or shards of at most `max_shard_bytes` with
+    their index; a tensor larger than that has a shard of its own. A stream of (key, tensor) pairs
+    is written as it comes, with one shard in memory. Files of the same layout already in the folder
+    are replaced. All files are written before the first is renamed, and config.json goes first and
+    comes last: a kill leaves the old model, the new one, or a folder without config.json, which is
+    refused.
+
+    Raises ValueError where `tensors` is not exactly the weights that `config` describes
+    (quantization_bit included), and InputError where they cannot be written, or "bin" beside
+    safetensors, which would be read in their place.
     """
     folder = Path(folder)
-    _check_state(config, state)
-    shards = _shards(config, state, max_shard_bytes)
-    with ExitStack() as renames:
-        # The stack unwinds from the last file to the first, so config.json is renamed last.
-        temporary = renames.enter_context(replaced(folder / "config.json"))
-        temporary.write_text(config.to_json(), encoding="utf-8")
-        for name, tensors in shards.items():
-            temporary = renames.enter_context(replaced(folder / name))
-            try:
-                save_file(tensors, temporary, metadata={"format": "pt"})
-            except SafetensorError as error:
-                raise OSError(str(error)) from error
+    expected = expected_shapes(config, config.quantization_bit)
+    if isinstance(tensors, Mapping):
+        _check_names(expected, tensors)
+        stream = ((name, tensors[name].detach().cpu().contiguous()) for name in expected)
+    else:
+        # Copies: a tensor mapped from a file would keep all that was read of it in memory.
+        stream = ((name, tensor.clone()) for name, tensor in tensors)
+    if layout == "bin" and list(folder.glob("model*.safetensors*")):
+        raise InputError(
+            f"{folder} holds safetensors, which would be read in place of the new "
+            "pytorch_model.bin; choose another folder"
+        )
+    single, shard = NAMES[layout]
+    with NewFiles(folder) as new:
+        shards: list[tuple[Path, dict[str, int]]] = []  # file, bytes by key
+        for group in _grouped(_checked(expected, stream), max_shard_bytes):
+            temporary = new.temporary()
+            _save(group, temporary, layout)
+            shards.append((temporary, {name: tensor.nbytes for name, tensor in group.items()}))
+        names = {temporary: single for temporary, _ in shards}
         if len(shards) > 1:
-            temporary = renames.enter_context(replaced(folder / "model.safetensors.index.json"))
-            temporary.write_text(_index(shards), encoding="utf-8")
-        for name in STALE:
-            for old in folder.glob(name):
-                old.unlink()
+            names = {temporary: shard.format(number, len(shards))
+                     for number, (temporary, _) in enumerate(shards, 1)}
+            index = new.temporary()
+            index.write_text(_index(shards, names), encoding="utf-8")
+            names[index] = f"{single}.index.json"
+        configuration = new.temporary()
+        configuration.write_text(config.to_json(), encoding="utf-8")
+        names[configuration] = "config.json"
+        # An older model's shards must not stay beside a single file, nor a file beside shards.
+        new.rename(names, ("config.json", single, f"{single}.index.json",
+                           shard.replace("{:05d}", "*")))
     return folder
 
 
-def _shards(
-    config: ChatGLMConfig, state: dict[str, torch.Tensor], max_bytes: int
-) -> dict[str, dict[str, torch.Tensor]]:
-    groups: list[dict[str, torch.Tensor]] = []
-    room = 0
-    for name in expected_shapes(config):
-        tensor = state[name].detach().cpu().contiguous()
-        if not groups or tensor.nbytes > room:
-            groups.append({})
-            room = max_bytes
-        groups[-1][name] = tensor
-        room -= tensor.nbytes
-    if len(groups) == 1:
-        return {"model.safetensors": groups[0]}
-    count = len(groups)
-    return {
-        f"model-{number:05d}-of-{count:05d}.safetensors": group
-        for number, group in enumerate(groups, 1)
-    }
+def _checked(
+    expected: dict[str, tuple[int, ...]], tensors: Iterable[tuple[str, torch.Tensor]]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The stream; ValueError where a tensor does not belong, and at the end where one lacks."""
+    seen = set()
+    for name, tensor in tensors:
+        if name in expected and tuple(tensor.shape) != expected[name]:
+            raise ValueError(
+                f"{name} has shape {list(tensor.shape)}; the configuration asks for "
+                f"{list(expected[name])}"
+            )
+        seen.add(name)
+        yield name, tensor
+    _check_names(expected, seen)
 
 
-def _index(shards: dict[str, dict[str, torch.Tensor]]) -> str:
-    total = sum(tensor.nbytes for group in shards.values() for tensor in group.values())
-    weight_map = {name: file for file, group in shards.items() for name in group}
-    content = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    return json.dumps(content, indent=2, sort_keys=True) + "\n"
-
-
-def _check_state(config: ChatGLMConfig, state: dict[str, torch.Tensor]) -> None:
-    expected = expected_shapes(config)
-    for name in expected.keys() ^ state.keys():
+def _check_names(expected: dict[str, tuple[int, ...]], names: Iterable[str]) -> None:
+    for name in expected.keys() ^ set(names):
         raise ValueError(
             f"{name} is in {'the configuration' if name in expected else 'the state'} "
             "only; the state must hold exactly the weights of the configuration"
         )
-    for name, shape in expected.items():
-        if tuple(state[name].shape) != shape:
-            raise ValueError(
-                f"{name} has shape {list(state[name].shape)}; the configuration asks for "
-                f"{list(shape)}"
-            )
+
+
+def _grouped(
+    tensors: Iterable[tuple[str, torch.Tensor]], max_bytes: int
+) -> Iterator[dict[str, torch.Tensor]]:
+    """The tensors of one shard after the other."""
+    group: dict[str, torch.Tensor] = {}
+    room = max_bytes
+    for name, tensor in tensors:
+        if group and tensor.nbytes > room:
+            yield group
+            group, room = {}, max_bytes
+        group[name] = tensor
+        room -= tensor.nbytes
+    yield group
+
+
+def _save(group: dict[str, torch.Tensor], path: Path, layout: str) -> None:
+    if layout == "bin":
+        # torch.save writes the whole storage of which a tensor may be a part.
+        whole = {name: tensor if tensor.untyped_storage().nbytes() == tensor.nbytes
+                 else tensor.clone() for name, tensor in group.items()}
+        save_torch(whole, path)
+        return
+    try:
+        save_file(group, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
+
+
+def _index(shards: list[tuple[Path, dict[str, int]]], names: dict[Path, str]) -> str:
+    total = sum(nbytes for _, sizes in shards for nbytes in sizes.values())
+    weight_map = {name: names[path] for path, sizes in shards for name in sizes}
+    content = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    return json.dumps(content, indent=2, sort_keys=True) + "\n"

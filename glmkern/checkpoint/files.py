@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from glmkern.checkpoint.folder import refuse_lfs_pointer
 from glmkern.errors import InputError
 
+WEIGHT_SUFFIXES = (".bin", ".safetensors")
 # In the order transformers looks for them.
 LAYOUTS = (
     "model.safetensors",

@@ -1,4 +1,8 @@
-"""The official names of the base model's weights and the shape of each."""
+"""The official names of the base model's weights and the shape of each.
+
+In a quantised base the weight of every layer's four linears is int8 codes, two in a byte for 4 bits
+(ops.quantize has the format), and <module>.weight_scale one scale a row.
+"""
 
 from glmkern.model.config import ChatGLMConfig
 
@@ -7,14 +11,29 @@ FINAL_NORM = "transformer.encoder.final_layernorm.weight"
 OUTPUT_LAYER = "transformer.output_layer.weight"
 # Its values are never read: the official code takes only its dtype and device.
 INV_FREQ = "transformer.rotary_pos_emb.inv_freq"
+LINEARS = (
+    "self_attention.query_key_value",
+    "self_attention.dense",
+    "mlp.dense_h_to_4h",
+    "mlp.dense_4h_to_h",
+)
+WEIGHT, SCALE = ".weight", ".weight_scale"
 
 
 def layer_prefix(layer: int) -> str:
     return f"transformer.encoder.layers.{layer}."
 
 
-def expected_shapes(config: ChatGLMConfig) -> dict[str, tuple[int, ...]]:
-    """Every official key of the base, in the model's order, with its shape; no inv_freq."""
+def is_linear_weight(name: str) -> bool:
+    """Whether a quantised base holds this key as codes."""
+    return name.endswith(tuple(linear + WEIGHT for linear in LINEARS))
+
+
+def expected_shapes(config: ChatGLMConfig, bits: int = 0) -> dict[str, tuple[int, ...]]:
+    """Every official key of the base, in the model's order, with its shape; no inv_freq.
+
+    `bits` is that of the stored weights: 4 or 8 for codes with their scales, 0 for a dense base.
+    """
     hidden, ffn, vocab = config.hidden_size, config.ffn_hidden_size, config.padded_vocab_size
     shapes = {EMBEDDING: (vocab, hidden)}
     for layer in range(config.num_layers):
@@ -28,7 +47,10 @@ def expected_shapes(config: ChatGLMConfig) -> dict[str, tuple[int, ...]]:
         }
         for module, shape in block.items():
             name = layer_prefix(layer) + module
-            shapes[f"{name}.weight"] = shape
+            shapes[name + WEIGHT] = shape
+            if bits and module in LINEARS:
+                shapes[name + WEIGHT] = (shape[0], shape[1] * bits // 8)
+                shapes[name + SCALE] = shape[:1]
             if _has_bias(config, module):
                 shapes[f"{name}.bias"] = shape[:1]
     if config.post_layer_norm:

@@ -64,7 +64,8 @@ class ChatGLM(nn.Module):
             path: a local folder, or a name such as THUDM/chatglm2-6b that is in a local cache.
             device: where to put it; None: the GPU if torch sees one, else the CPU.
             dtype: of weights and activations; None: float32 on the CPU, else config.torch_dtype.
-            quantization_bit: None or 0; bases of 4 and 8 bits are not read yet.
+            quantization_bit: 4 or 8 quantises the layers' linears as they are read, to the
+                official codes and scales; None or 0: as the folder has them.
             pre_seq_len: prefix tokens, P; None: config.pre_seq_len, or no prefix.
             prefix_projection: the prefix goes through a two-layer MLP.
             prefix_checkpoint: a trained prefix, file or folder.
@@ -74,12 +75,19 @@ class ChatGLM(nn.Module):
             InputError: the folder or the prefix is missing, broken or does not fit.
             ValueError: the configuration or an argument is not supported.
         """
-        from glmkern.checkpoint import check_prefix, read_base, read_prefix, resolve_folder
-        if quantization_bit:
-            raise ValueError(f"quantization_bit {quantization_bit} is not supported yet; leave it "
-                             "out to load the base as it is stored")
+        from glmkern.checkpoint import (
+            check_bits,
+            check_prefix,
+            quantize_stream,
+            read_base,
+            read_prefix,
+            resolve_folder,
+        )
         folder = resolve_folder(path)
         config = ChatGLMConfig.from_pretrained(folder)
+        if quantization_bit:
+            check_bits(folder, config, quantization_bit)
+            config = replace(config, quantization_bit=quantization_bit)
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if dtype is None:
             dtype = torch.float32 if device.type == "cpu" else config.dtype
@@ -95,19 +103,27 @@ class ChatGLM(nn.Module):
             check_prefix(prefix_state, config, pre_seq_len, prefix_projection, prefix_checkpoint)
         model = cls(config, pre_seq_len=pre_seq_len, prefix_projection=prefix_projection,
                     rope_precision=rope_precision)
-        model.load_base(read_base(folder, config), dtype, device)
+        tensors = read_base(folder, config)
+        if quantization_bit:
+            tensors = quantize_stream(tensors, quantization_bit)
+        model.load_base(tensors, dtype, device)
         if prefix_state is not None:
             model.prefix_encoder.load_state_dict(prefix_state)
         return model
 
     def load_base(self, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype,
                   device: torch.device | str) -> None:
-        """Fills the frozen weights from (official name, tensor) pairs, converted one at a time."""
+        """Fills the frozen weights from (official name, tensor) pairs, converted one at a time;
+        codes and scales of quantised linears stay as they are."""
         for name, tensor in tensors:
-            module, _, leaf = name.rpartition(".")
+            path, _, leaf = name.rpartition(".")
+            module = self.get_submodule(path)
+            if isinstance(module, FrozenLinear):
+                module.load_(leaf, tensor, dtype, device)
+                continue
             # A copy even of the same dtype: a tensor mapped from a file dies with the file.
             weight = tensor.to(device=device, dtype=dtype, copy=True).contiguous()
-            setattr(self.get_submodule(module), leaf, frozen(weight))
+            setattr(module, leaf, frozen(weight))
         if self.prefix_encoder is not None:
             self.prefix_encoder.to(device)
         self.cos_sin = rotary_table(self.config, dtype, self.rope_precision, device)

@@ -18,11 +18,23 @@ class FrozenLinear(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, bias: bool):
         super().__init__()
+        self.inputs = inputs
         self.weight = _place(outputs, inputs)
         self.bias = _place(outputs) if bias else None
         self.register_buffer("packed", None)
         self.register_buffer("scale", None)
         self.bits = None
+
+    def load_(self, name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device) -> None:
+        """Takes one tensor of a checkpoint: "weight", dense or int8 codes, "weight_scale", which
+        keeps its own dtype, or "bias"."""
+        if name == "weight_scale":
+            self.scale = tensor.to(device, copy=True)
+        elif tensor.dtype == torch.int8:
+            self.packed, self.weight = tensor.to(device, copy=True), None
+            self.bits = 8 * tensor.shape[1] // self.inputs
+        else:
+            setattr(self, name, frozen(tensor.to(device, dtype, copy=True).contiguous()))
 
     def quantize_(self, bits: int) -> None:
         """Replaces the weight by codes of 4 or 8 bits; see ops.quantize, whose errors these are."""

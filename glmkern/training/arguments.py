@@ -37,6 +37,10 @@ class ModelArguments:
     ptuning_checkpoint: str | None = _flag(
         None, "folder or file of a saved prefix to start from, with a fresh optimiser"
     )
+    quantization_bit: int | None = _flag(
+        None, "quantise the base's linears to 4 or 8 bits as it is read; a folder that is quantised"
+        " already needs no flag"
+    )
     pre_seq_len: int | None = _flag(None, "length of the prefix in virtual tokens")
     prefix_projection: bool = _flag(False, "compute the prefix with a two-layer tanh MLP")
     prefix_dropout: float = _flag(0.1, "dropout of the prefix keys and values", own=True)

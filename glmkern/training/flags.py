@@ -131,10 +131,6 @@ REFUSED: dict[str, Flag] = {
         None,
         f"resuming is {_LATER}; --ptuning_checkpoint starts a new run from a saved prefix",
     ),
-    "quantization_bit": Flag(
-        None,
-        f"4-bit and 8-bit bases are {_LATER}; leave it out to train on the unquantised base",
-    ),
     "dataset_name": Flag(None, "the official script fails with it; name a file with --train_file"),
     "save_safetensors": Flag(
         False, f"a safetensors prefix is {_LATER}; pytorch_model.bin is always written"

@@ -63,8 +63,10 @@ def run_training(arguments: Arguments) -> dict[str, float]:
     print_example(rows, tokenizer)
 
     try:
-        saved_config = replace(config, pre_seq_len=model_args.pre_seq_len,
-                               prefix_projection=model_args.prefix_projection)
+        saved_config = replace(
+            config, pre_seq_len=model_args.pre_seq_len,
+            prefix_projection=model_args.prefix_projection,
+            quantization_bit=model_args.quantization_bit or config.quantization_bit)
         model = load_model(folder, model_args, device, dtype)
         trainer = Trainer(
             model, rows.rows, training_args,
@@ -107,9 +109,9 @@ def load_model(folder: Path, args: ModelArguments, device: torch.device,
                dtype: torch.dtype) -> ChatGLM:
     """The frozen base with its prefix, fresh or from --ptuning_checkpoint."""
     model = ChatGLM.from_pretrained(
-        folder, device=device, dtype=dtype, pre_seq_len=args.pre_seq_len,
-        prefix_projection=args.prefix_projection, prefix_checkpoint=args.ptuning_checkpoint,
-        rope_precision=args.rope_precision)
+        folder, device=device, dtype=dtype, quantization_bit=args.quantization_bit,
+        pre_seq_len=args.pre_seq_len, prefix_projection=args.prefix_projection,
+        prefix_checkpoint=args.ptuning_checkpoint, rope_precision=args.rope_precision)
     model.prefix_dropout = args.prefix_dropout
     model.recompute = args.recompute
     return model

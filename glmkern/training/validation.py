@@ -61,6 +61,8 @@ def _check_model(model: ModelArguments) -> None:
             "prefixes are trained here, so pass --pre_seq_len 128"
         )
     _require_count("pre_seq_len", model.pre_seq_len)
+    if model.quantization_bit not in (None, 4, 8):
+        raise InputError(f"--quantization_bit is {model.quantization_bit}; it must be 4 or 8")
     if not 0 <= model.prefix_dropout < 1:
         raise InputError(f"--prefix_dropout is {model.prefix_dropout}; it must be in [0, 1)")
 

@@ -219,8 +219,8 @@ def test_prefix_must_fit(folder, arguments, sentence):
 
 def test_unsupported_loads(folder):
     path, _ = folder
-    with pytest.raises(ValueError, match="quantization_bit 4 is not supported yet"):
-        ChatGLM.from_pretrained(path / "base", quantization_bit=4)
+    with pytest.raises(InputError, match="4 or 8 bits, not 5"):
+        ChatGLM.from_pretrained(path / "base", quantization_bit=5)
     with pytest.raises(ValueError, match="pre_seq_len is 0; it must be a positive"):
         ChatGLM.from_pretrained(path / "base", pre_seq_len=0)
 

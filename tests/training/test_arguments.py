@@ -171,7 +171,7 @@ def test_flags_from_json(tmp_path):
     ('{"max_steps": 1.5}', "--max_steps takes a whole number, not 1.5"),
     ('{"do_train": 2}', "--do_train takes True or False, not 2"),
     ('{"output_dir": ["a"]}', "--output_dir takes a text"),
-    ('{"quantization_bit": 4}', "--quantization_bit 4 is refused"),
+    ('{"quantization_bit": "four"}', "--quantization_bit takes a whole number"),
     ("[1]", "holds a JSON list"),
     ('{"a": ', "cannot be read as JSON"),
 ])
@@ -199,7 +199,7 @@ def test_missing_json(tmp_path):
     (["--lr_scheduler_type", "reduce_lr_on_plateau"], "--lr_scheduler_type"),
     (["--do_predict"], "--do_predict is refused: prediction is not in this release"),
     (["--eval_strategy", "steps"], "--evaluation_strategy steps is refused"),
-    (["--quantization_bit", "4"], "4-bit and 8-bit bases are not in this release"),
+    (["--quantization_bit", "four"], "--quantization_bit takes a whole number, not 'four'"),
     (["--deepspeed", "ds.json"], "--deepspeed ds.json is refused"),
     (["--label_smoothing_factor", "0.1"], "--label_smoothing_factor 0.1 is refused"),
     ([], "pass --do_train"),

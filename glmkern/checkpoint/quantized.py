@@ -1,0 +1,106 @@
+"""A base in 4 or 8 bits: quantised as it streams, and as a folder of its own."""
+
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from glmkern import ops
+from glmkern.checkpoint.base import read_base, stored_bits
+from glmkern.checkpoint.export import write_base
+from glmkern.checkpoint.files import LAYOUTS, WEIGHT_SUFFIXES
+from glmkern.checkpoint.folder import resolve_folder
+from glmkern.checkpoint.shapes import SCALE, WEIGHT, is_linear_weight
+from glmkern.errors import InputError
+from glmkern.model.config import ChatGLMConfig
+
+# Tokenizer, configurations and modelling code of an official folder are far smaller.
+COMPANION_BYTES = 20_000_000
+
+
+def quantize_stream(
+    tensors: Iterable[tuple[str, torch.Tensor]], bits: int
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The same stream with the weights of every layer's linears as codes and scales.
+
+    Quantised in the dtype they arrive in, so an official fp16 base gets the official codes and
+    scales, bit for bit. Everything else passes as it is, and so do codes.
+    """
+    for name, tensor in tensors:
+        if is_linear_weight(name) and tensor.is_floating_point():
+            codes, scale, _ = ops.quantize(tensor, bits)
+            yield name, codes
+            yield name.removesuffix(WEIGHT) + SCALE, scale
+        else:
+            yield name, tensor
+
+
+def check_bits(folder: Path, config: ChatGLMConfig, bits: int) -> None:
+    """Raise InputError where the base in `folder` cannot be had in `bits` bits."""
+    if bits not in (4, 8):
+        raise InputError(f"a base can be quantised to 4 or 8 bits, not {bits}")
+    stored = stored_bits(folder)
+    if stored not in (0, bits):
+        raise InputError(
+            f"{folder} is quantised to {stored} bits already; use the fp16 folder to have it in "
+            f"{bits} bits"
+        )
+    odd = [n for n in (config.hidden_size, config.query_size, config.ffn_hidden_size) if n % 2]
+    if bits == 4 and odd:
+        raise InputError(
+            f"4 bits pack two columns in a byte, but linears of {folder} have {odd[0]} columns; "
+            "use 8 bits"
+        )
+
+
+def quantize_folder(
+    source: str | Path, target: str | Path, bits: int, layout: str = "safetensors"
+) -> Path:
+    """Write the base in `source` with linears of 4 or 8 bits to the new folder `target`.
+
+    One tensor is in memory at a time, and one shard of the result. Tokenizer, configurations and
+    whatever else lies beside the weights are copied; config.json says quantization_bit.
+
+    Args:
+        source: a folder, or the cached name, of a base in the official layout.
+        target: a folder that holds no model yet.
+        bits: 4 or 8.
+        layout: "safetensors", or "bin" for the official code.
+
+    Returns:
+        The folder `target`.
+
+    Raises:
+        InputError: the source is broken or quantised already, the target holds a model or cannot
+            be written.
+    """
+    folder, target = resolve_folder(source), Path(target)
+    config = ChatGLMConfig.from_pretrained(folder)
+    check_bits(folder, config, bits)
+    if stored_bits(folder):
+        raise InputError(f"{folder} is quantised to {bits} bits already; copy it as it is")
+    held = [name for name in ("config.json", *LAYOUTS) if (target / name).exists()]
+    if held:
+        raise InputError(f"{target} already holds {held[0]}; choose a new folder")
+    write_base(
+        target,
+        replace(config, quantization_bit=bits),
+        quantize_stream(read_base(folder, config), bits),
+        layout=layout,
+    )
+    for path in folder.iterdir():
+        if _is_companion(path) and not (target / path.name).exists():
+            shutil.copyfile(path, target / path.name)
+    return target
+
+
+def _is_companion(path: Path) -> bool:
+    return (
+        path.is_file()
+        and path.suffix not in WEIGHT_SUFFIXES
+        and not path.name.endswith(".index.json")
+        and not path.name.startswith(".")
+        and path.stat().st_size <= COMPANION_BYTES
+    )
