@@ -74,7 +74,7 @@ def generate(model: ChatGLM, input_ids: Tensor, attention_mask: Tensor | None = 
     done = torch.zeros(rows, dtype=torch.bool, device=device)
     produced = [input_ids]
     for step in range(steps):
-        scores = torch.nn.functional.linear(last, model.transformer.output_layer.weight).float()
+        scores = model.transformer.output_layer.project(last).float()
         token = choose(scores, do_sample, top_p, top_k, temperature, generator)
         token = torch.where(done, pad, token)
         produced.append(token.unsqueeze(1))

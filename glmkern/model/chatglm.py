@@ -6,18 +6,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glmkern import ops
 from glmkern.model.config import ChatGLMConfig
 from glmkern.model.layer import RECOMPUTE, Layer, Pass, dropout_seeds
-from glmkern.model.modules import FrozenLinear, FrozenNorm, frozen
+from glmkern.model.modules import FrozenLinear, FrozenNorm, frozen, kept_dtype
 from glmkern.model.packing import IGNORE_INDEX, PackedBatch, unpad
 from glmkern.model.prefix import PrefixEncoder
 from glmkern.model.rotary import rotary_table
 
 PREFIX_DROPOUT = 0.1
+_LAYERS = "transformer.encoder.layers"
 
 
 class ModelOutput(NamedTuple):
@@ -63,7 +63,9 @@ class ChatGLM(nn.Module):
         Args:
             path: a local folder, or a name such as THUDM/chatglm2-6b that is in a local cache.
             device: where to put it; None: the GPU if torch sees one, else the CPU.
-            dtype: of weights and activations; None: float32 on the CPU, else config.torch_dtype.
+            dtype: of activations and weights; None: float32 on the CPU, else config.torch_dtype.
+                On the CPU a float32 model keeps embedding, linears and output layer in half
+                precision where they are stored so; the results are those of float32 copies.
             quantization_bit: 4 or 8 quantises the layers' linears as they are read, to the
                 official codes and scales; None or 0: as the folder has them.
             pre_seq_len: prefix tokens, P; None: config.pre_seq_len, or no prefix.
@@ -121,9 +123,9 @@ class ChatGLM(nn.Module):
             if isinstance(module, FrozenLinear):
                 module.load_(leaf, tensor, dtype, device)
                 continue
+            kept = dtype if isinstance(module, FrozenNorm) else kept_dtype(tensor, dtype, device)
             # A copy even of the same dtype: a tensor mapped from a file dies with the file.
-            weight = tensor.to(device=device, dtype=dtype, copy=True).contiguous()
-            setattr(module, leaf, frozen(weight))
+            setattr(module, leaf, frozen(tensor.to(device, kept, copy=True).contiguous()))
         if self.prefix_encoder is not None:
             self.prefix_encoder.to(device)
         self.cos_sin = rotary_table(self.config, dtype, self.rope_precision, device)
@@ -141,7 +143,8 @@ class ChatGLM(nn.Module):
         """
         if bits not in (4, 8):
             raise ValueError(f"quantize: bits must be 4 or 8, not {bits}")
-        linears = {name: module for name, module in self.named_modules()
+        layers = self.transformer.encoder.layers
+        linears = {name: module for name, module in layers.named_modules(prefix=_LAYERS)
                    if isinstance(module, FrozenLinear)}
         for name, linear in linears.items():
             if linear.weight is None:
@@ -162,8 +165,8 @@ class ChatGLM(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of weights and activations."""
-        return self.transformer.output_layer.weight.dtype
+        """The dtype of activations, and of weights but those that kept_dtype keeps in half."""
+        return self.transformer.encoder.layers[0].input_layernorm.weight.dtype
 
     @property
     def device(self) -> torch.device:
@@ -194,12 +197,11 @@ class ChatGLM(nn.Module):
         with torch.autocast(self.device.type, enabled=False):
             batch = batch.to(self.device)
             hidden = self._hidden(batch, 0, seed)
-            weight = self.transformer.output_layer.weight
-            loss = None
+            output_layer, loss = self.transformer.output_layer, None
             if labels is not None:
-                loss = ops.linear_cross_entropy(hidden, weight, batch.labels)
-            logits = F.linear(hidden, weight)
-            padded = logits.new_zeros(input_ids.numel(), len(weight))
+                loss = ops.linear_cross_entropy(hidden, output_layer.weight, batch.labels)
+            logits = output_layer.project(hidden)
+            padded = logits.new_zeros(input_ids.numel(), logits.shape[1])
             padded = padded.index_copy(0, places.to(self.device), logits)
         return ModelOutput(loss, padded.view(*input_ids.shape, -1))
 
@@ -252,7 +254,7 @@ class ChatGLM(nn.Module):
     def encode(self, input_ids: Tensor, run_layer: Callable[[Layer, Tensor], Tensor]) -> Tensor:
         """Embeds tokens [T], takes them through `run_layer(layer, x)` for every layer, and
         normalises: [T, H]."""
-        x = self.transformer.embedding.word_embeddings(input_ids)
+        x = self.transformer.embedding.word_embeddings(input_ids).to(self.dtype)
         for layer in self.transformer.encoder.layers:
             x = run_layer(layer, x)
         norm = self.transformer.encoder.final_layernorm
@@ -317,7 +319,5 @@ class _Transformer(nn.Module):
         super().__init__()
         self.embedding = _Embedding(config)
         self.encoder = _Encoder(config)
-        with torch.device("meta"):
-            self.output_layer = nn.Linear(config.hidden_size, config.padded_vocab_size, bias=False)
-        self.output_layer.weight.requires_grad_(False)
+        self.output_layer = FrozenLinear(config.hidden_size, config.padded_vocab_size, bias=False)
         self.prefix_encoder = None

@@ -13,7 +13,7 @@ kernels = torch.ops.glmkern
 class FrozenLinear(nn.Module):
     """A linear layer whose weight [out, in] never gets a gradient.
 
-    The weight is `weight`, or after quantize_ `packed`, `scale` and `bits` (ops.QuantizedWeight).
+    The weight is `weight`, or codes: `packed`, `scale` and `bits` (ops.QuantizedWeight).
     """
 
     def __init__(self, inputs: int, outputs: int, bias: bool):
@@ -34,6 +34,7 @@ class FrozenLinear(nn.Module):
             self.packed, self.weight = tensor.to(device, copy=True), None
             self.bits = 8 * tensor.shape[1] // self.inputs
         else:
+            dtype = kept_dtype(tensor, dtype, device) if name == "weight" else dtype
             setattr(self, name, frozen(tensor.to(device, dtype, copy=True).contiguous()))
 
     def quantize_(self, bits: int) -> None:
@@ -103,6 +104,14 @@ class FrozenNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [T, H] -> normalised [T, H], differentiable in x."""
         return self.run(x)[0]
+
+
+def kept_dtype(weight: Tensor, dtype: torch.dtype, device: torch.device | str) -> torch.dtype:
+    """What a large weight is kept in by a model of `dtype`. On a CPU a float32 model keeps it in
+    half precision where it is stored so: the kernels read it as it is, with the same results."""
+    half = weight.dtype in (torch.float16, torch.bfloat16)
+    keeps = half and dtype == torch.float32 and torch.device(device).type == "cpu"
+    return weight.dtype if keeps else dtype
 
 
 def frozen(weight: Tensor) -> nn.Parameter:

@@ -31,6 +31,15 @@ def check_device(op: str, name: str, tensor: Tensor, like_name: str, like: Tenso
           f"{like_name} is on {like.device}; move one with .to()")
 
 
+def check_weight(op: str, weight: Tensor, x_name: str, x: Tensor) -> None:
+    """A dense frozen weight: x's dtype, or one that x's holds exactly."""
+    check(not weight.requires_grad, lambda: f"{op}: the weight is frozen here and gets no gradient;"
+          " pass weight.detach()")
+    check(weight.is_floating_point() and torch.promote_types(weight.dtype, x.dtype) == x.dtype,
+          lambda: f"{op}: a dense weight must have {x_name}'s dtype or a narrower one, but it is "
+          f"{_plain(weight.dtype)} and {x_name} is {_plain(x.dtype)}")
+
+
 def supports_dtype(x: Tensor, *_) -> str | None:
     """The `supports` predicate of kernels that take every shape in the kernel dtypes."""
     return None if x.dtype in KERNEL_DTYPES else f"{_plain(x.dtype)} has no kernel"

@@ -15,7 +15,7 @@ from glmkern.ops.checks import (
     check,
     check_device,
     check_floating,
-    check_same,
+    check_weight,
     supports_dtype,
 )
 from glmkern.ops.sequences import values_are_checked
@@ -32,7 +32,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, *,
 
     Args:
         hidden: [T, H], float32, float16, bfloat16 or float64.
-        weight: [V, H], hidden's dtype; frozen.
+        weight: [V, H], hidden's dtype, or float16 or bfloat16 beside a float32 hidden; frozen.
         labels: int64 [T], already shifted: labels[t] is the class of row t. Rows with
             ignore_index are left out. At least one row must be labelled, and every label must be
             below V: ValueError on the CPU, a precondition on a GPU (checked under
@@ -48,12 +48,11 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, *,
     """
     op = "linear_cross_entropy"
     check_floating(op, "hidden", hidden)
-    check_same(op, "weight", weight, "hidden", hidden)
+    check_device(op, "weight", weight, "hidden", hidden)
     check(hidden.dim() == 2 and weight.dim() == 2 and hidden.shape[1] == weight.shape[1],
           lambda: f"{op}: hidden must be [T, H] and weight [V, H], not {tuple(hidden.shape)} and "
           f"{tuple(weight.shape)}")
-    check(not weight.requires_grad, lambda: f"{op}: the weight is frozen here and gets no gradient;"
-          " pass weight.detach()")
+    check_weight(op, weight, "hidden", hidden)
     check(labels.shape == hidden.shape[:1] and labels.dtype == torch.int64, lambda: f"{op}: labels "
           f"must be int64 [{hidden.shape[0]}], not {labels.dtype} {list(labels.shape)}")
     check_device(op, "labels", labels, "hidden", hidden)
@@ -69,7 +68,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, *,
 
 def linear_cross_entropy_fwd_reference(hidden, weight, labels, token_weight, ignore_index,
                                        hidden_grad) -> tuple[Tensor, Tensor]:
-    acc = accumulate_dtype(hidden)
+    acc, weight = accumulate_dtype(hidden), weight.to(hidden.dtype)
     labelled = (labels != ignore_index).nonzero().squeeze(1)  # [L]
     _check_labels(labels[labelled], weight.shape[0], ignore_index)
     if token_weight is None:
@@ -77,19 +76,19 @@ def linear_cross_entropy_fwd_reference(hidden, weight, labels, token_weight, ign
                                 device=hidden.device)
     else:
         row_weight = token_weight[labelled].to(acc)
-    loss = torch.zeros((), dtype=acc, device=hidden.device)
+    loss = torch.zeros((), dtype=torch.float64, device=hidden.device)
     dhidden = hidden.new_zeros(hidden.shape if hidden_grad else 0, dtype=acc)
     chunk = max(CHUNK_ELEMENTS // weight.shape[0], LEAST_CHUNK_ROWS)
     for rows, w in zip(labelled.split(chunk), row_weight.split(chunk), strict=True):
         log_softmax = (hidden[rows] @ weight.T).to(acc).log_softmax(1)  # [chunk, V]
         picked = labels[rows].unsqueeze(1)
-        loss -= (w * log_softmax.gather(1, picked).squeeze(1)).sum()
+        loss -= (w * log_softmax.gather(1, picked).squeeze(1)).sum(dtype=torch.float64)
         if hidden_grad:
             softmax = log_softmax.exp_()
             softmax.scatter_add_(1, picked, softmax.new_full(picked.shape, -1.0))
             # The row's weight comes after the product: a small one would underflow in half.
             dhidden[rows] = (softmax.to(weight.dtype) @ weight).to(acc) * w.unsqueeze(1)
-    return loss, dhidden
+    return loss.to(acc), dhidden
 
 
 def linear_cross_entropy_bwd_reference(dloss, dhidden, dtype) -> Tensor:

@@ -15,7 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from glmkern.dispatch import define_op
-from glmkern.ops.checks import check, check_device, check_floating, check_same, supports_dtype
+from glmkern.ops.checks import (
+    check,
+    check_device,
+    check_floating,
+    check_same,
+    check_weight,
+    supports_dtype,
+)
 
 
 class QuantizedWeight(NamedTuple):
@@ -131,11 +138,7 @@ def _check_qweight(op: str, qweight: QuantizedWeight) -> None:
 def _check_dense(op: str, weight: Tensor, x: Tensor) -> None:
     check(weight.dim() == 2, lambda: f"{op}: a dense weight must be [N, K], not "
           f"{list(weight.shape)}")
-    check(not weight.requires_grad, lambda: f"{op}: the weight is frozen here and gets no gradient;"
-          " pass weight.detach()")
-    check(weight.is_floating_point() and torch.promote_types(weight.dtype, x.dtype) == x.dtype,
-          lambda: f"{op}: a dense weight must have x's dtype or a narrower one, but it is "
-          f"{weight.dtype} and x is {x.dtype}")
+    check_weight(op, weight, "x", x)
 
 
 def _pack(codes: Tensor) -> Tensor:

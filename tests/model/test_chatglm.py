@@ -207,6 +207,34 @@ def test_from_pretrained(folder):
     assert half.loss(batch).item() == pytest.approx(model.loss(batch).item(), rel=1e-2)
 
 
+@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16], ids=str)
+def test_half_weights_stay_as_they_are_on_a_cpu(tmp_path, stored):
+    """The same results as from float32 copies of them, without the copies."""
+    model = small_model(pre_seq_len=None)
+    state = {name: weight.to(stored) for name, weight in model.state_dict().items()}
+    write_base(tmp_path, model.config, state)
+    kept = ChatGLM.from_pretrained(tmp_path, "cpu", pre_seq_len=5).eval()
+    copied = ChatGLM(kept.config, pre_seq_len=5).eval()
+    copied.load_base(((name, weight.float()) for name, weight in state.items()), torch.float32,
+                     "cpu")
+    copied.prefix_encoder.load_state_dict(kept.prefix_encoder.state_dict())
+    dtypes = {name: p.dtype for name, p in kept.named_parameters()}
+    assert kept.dtype == torch.float32
+    assert {dtypes[name] for name in state if "norm" not in name and "bias" not in name} == {stored}
+    assert {dtypes[name] for name in dtypes if "norm" in name or "bias" in name} == {torch.float32}
+
+    batch, ids = pack_rows(random_rows([6, 2])), torch.tensor([[3, 14, 15]])
+    results = []
+    for each in (kept, copied):
+        loss = each.loss(batch)
+        gradient, = torch.autograd.grad(loss, each.prefix_encoder.embedding.weight)
+        results.append((each(ids).logits, loss, gradient,
+                        each.generate(ids, max_length=9, do_sample=False)))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    assert torch.equal(results[0][-1], results[1][-1])
+
+
 @pytest.mark.parametrize(("arguments", "sentence"), [
     (dict(pre_seq_len=6), "holds 5 virtual tokens, but pre_seq_len is 6"),
     (dict(prefix_projection=True), "was trained without prefix_projection"),

@@ -19,7 +19,8 @@ LENGTHS = [7, 1, 12]
 
 
 def linears(model: ChatGLM) -> dict[str, FrozenLinear]:
-    return {name: m for name, m in model.named_modules() if isinstance(m, FrozenLinear)}
+    return {name: m for name, m in model.named_modules()
+            if isinstance(m, FrozenLinear) and ".layers." in name}
 
 
 def dense_twin(model: ChatGLM) -> ChatGLM:

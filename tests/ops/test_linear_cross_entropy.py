@@ -24,14 +24,16 @@ def labelled(tokens, classes):
     return labels
 
 
-@pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
+@pytest.mark.parametrize(("dtype", "stored"), [
+    *((dtype, dtype) for dtype in HALF_AND_SINGLE), (torch.float32, torch.float16),
+    (torch.float32, torch.bfloat16)], ids=str)
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize(("tokens", "width", "classes"), SHAPES)
-def test_against_fp64(backend, tokens, width, classes, weighted, dtype, monkeypatch):
+def test_against_fp64(backend, tokens, width, classes, weighted, dtype, stored, monkeypatch):
     # Several chunks of the reference, the last one ragged.
     monkeypatch.setattr(module, "CHUNK_ELEMENTS", 8 * classes)
     monkeypatch.setattr(module, "LEAST_CHUNK_ROWS", 1)
-    weight, labels = torch.randn(classes, width).to(dtype), labelled(tokens, classes)
+    weight, labels = torch.randn(classes, width).to(stored), labelled(tokens, classes)
     token_weight = torch.rand(tokens) if weighted else None
 
     def formula(hidden):
@@ -128,6 +130,7 @@ def test_registration():
     (dict(labels=torch.full((4,), -100)), "no row carries a label"),
     (dict(labels=torch.tensor([0, 5, 1, 2])), "labels run from 0 to 5, but the classes are 0 to 4"),
     (dict(labels=torch.tensor([0, -1, 1, 2])), "labels run from -1"),
+    (dict(weight=torch.zeros(7, 3, dtype=torch.float64)), "must have hidden's dtype or a narrower"),
     (dict(labels=torch.zeros(3, dtype=torch.int64)), r"labels must be int64 \[4\]"),
     (dict(weight=torch.zeros(5, 3, requires_grad=True)), "pass weight.detach"),
     (dict(weight=torch.zeros(5, 2)), r"hidden must be \[T, H\] and weight \[V, H\]"),

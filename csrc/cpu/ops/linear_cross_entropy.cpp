@@ -48,7 +48,6 @@ Tensor new_floats(const Tensor& like, int64_t rows, int64_t columns) {
   return torch::stable::new_empty(like, {rows, columns}, ScalarType::Float);
 }
 
-
 // from [hidden] to to [hidden] for every pair of rows that `pair(i)` names.
 template <class Pair>
 void copy_rows(int64_t count, int64_t hidden, DType from_type, DType to_type, Pair pair) {
@@ -69,7 +68,10 @@ std::tuple<Tensor, Tensor> linear_cross_entropy_fwd(
           std::string(op) + ": hidden must be [T, H] and weight [V, H]");
   const int64_t tokens = hidden.size(0), width = hidden.size(1), classes = weight.size(0);
   require_like(op, "hidden", hidden, hidden, hidden.scalar_type(), tokens * width);
-  require_like(op, "weight", weight, hidden, hidden.scalar_type(), classes * width);
+  require(weight.scalar_type() == hidden.scalar_type() ||
+              hidden.scalar_type() == ScalarType::Float,
+          std::string(op) + ": weight has a wider dtype than hidden");
+  require_like(op, "weight", weight, hidden, weight.scalar_type(), classes * width);
   require_like(op, "labels", labels, hidden, ScalarType::Long, tokens);
   if (token_weight.has_value()) {
     require_like(op, "token_weight", *token_weight, hidden, ScalarType::Float, tokens);
@@ -92,7 +94,7 @@ std::tuple<Tensor, Tensor> linear_cross_entropy_fwd(
   if (!hidden_grad) dhidden = torch::stable::view(dhidden, {0});
   QuantLinear product{};
   product.dtype = DType::kFloat;
-  product.format = dense_format(dtype);
+  product.format = dense_format(dtype_of(op, weight));
   product.n = classes;
   product.k = width;
   product.row_bytes = width * weight.element_size();
