@@ -12,6 +12,8 @@
 
 PYTHON ?= python3
 TESTS ?= tests
+# Processes of pytest; one file stays in one of them.
+WORKERS ?= 2
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip install --disable-pip-version-check --quiet
 BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
@@ -23,7 +25,7 @@ export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
 .PHONY: test demo bench gpu lint sanitize
 
 test: $(VENV)/.installed-test
-	$(VENV)/bin/python -m pytest -q $(TESTS)
+	$(VENV)/bin/python -m pytest -q -n $(WORKERS) --dist loadfile $(TESTS)
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/python -m glmkern demo

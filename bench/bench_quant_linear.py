@@ -2,6 +2,7 @@
 
     python -m bench.bench_quant_linear            prints a table and writes bench/results/
     python -m bench.bench_quant_linear --quick    two shapes, four numbers of tokens, to the screen
+    python -m bench.bench_quant_linear --device cuda    on a GPU, the default where there is one
 
 The shapes N x K are the four linears of a ChatGLM2-6B layer; M tokens, float32 activations.
 
@@ -15,28 +16,42 @@ All ratios are taken within a round, medians of the rounds. bitsandbytes has no 
 a row; its nearest is NF4 with a scale for 64 columns. Its float32 path dequantises and multiplies.
 Fused products take another copy of their weight at every call, more copies than the caches hold, as
 in a model the weights of other layers lie in between; float32 weights are larger than the caches.
+
+On a GPU the columns are those of bench/harness.py, in bfloat16, one shape in float16 as well: every
+variant of the Triton kernels (the one that they choose says so); the whole weight dequantised by
+our kernel and then torch's product, which is the peer; torch's product with a weight that is ready.
+The bytes are those of the packed weight, x and y; of the ready weight where that is used.
 """
 
 import argparse
 import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 
-import bitsandbytes
 import torch
-from bitsandbytes import functional as bnb
 from torch import Tensor
 
 import glmkern
-from bench.harness import add_arguments, paired_ratio, results_path, seconds_per_round
+from bench.harness import (
+    Work,
+    add_arguments,
+    measure,
+    paired_ratio,
+    results_path,
+    run_as_markdown,
+    seconds_per_round,
+)
 from bench.roofline import machine
 from glmkern import ops
 
 SHAPES = ((4608, 4096), (4096, 4096), (27392, 4096), (4096, 13696))
 TOKENS = (1, 16, 64, 192, 512, 1024)
+GPU_TOKENS = (1, 16, 64, 192, 512, 1024, 4096)
+GPU_SHAPES = {torch.bfloat16: SHAPES, torch.float16: SHAPES[:1]}
 QUICK_SHAPES, QUICK_TOKENS = SHAPES[:2], (1, 16, 192, 512)
 ROUNDS = 9
 
@@ -77,6 +92,8 @@ def read_probe() -> tuple[int, Callable]:
 
 def measure_shape(N: int, K: int, tokens: Sequence[int], rounds: int) -> list[Row]:
     """Both directions of one weight at every number of tokens."""
+    import bitsandbytes  # here: a machine with a GPU need not have it
+    from bitsandbytes import functional as bnb
     torch.manual_seed(0)
     weight = torch.randn(N, K) / K ** 0.5
     copies = -(-COPIES_BYTES // (N * K // 2))
@@ -119,6 +136,7 @@ def _copies(weight: tuple, number: int) -> itertools.cycle:
 
 def _bf16_copies(weight: Tensor, number: int) -> itertools.cycle | None:
     """The weight in the fused path's own layout, or None where there is no such path."""
+    from bitsandbytes import functional as bnb
     if not bnb.has_avx512bf16():
         return None
     packed = bnb.quantize_4bit(weight, blocksize=BLOCK, quant_type="nf4")
@@ -127,6 +145,7 @@ def _bf16_copies(weight: Tensor, number: int) -> itertools.cycle | None:
 
 def _bnb_backward(x: Tensor, dy: Tensor, nf4: tuple) -> Callable:
     """The gradient of x alone; the forward pass is outside."""
+    import bitsandbytes
     leaf = x.clone().requires_grad_()
     y = bitsandbytes.matmul_4bit(leaf, *nf4)
     return lambda: torch.autograd.grad(y, leaf, dy, retain_graph=True)
@@ -149,7 +168,60 @@ def chosen_backend(op: str) -> str:
                 if row_op == op and state == "chosen")
 
 
+def gpu_works(dtype: torch.dtype, device: str = "cuda") -> list[Work]:
+    """Both directions of every shape at every number of tokens."""
+    return [work for N, K in GPU_SHAPES[dtype] for work in _gpu_works(N, K, dtype, device)]
+
+
+def _gpu_works(N: int, K: int, dtype: torch.dtype, device: str) -> Iterator[Work]:
+    # here, for there may be no Triton where there is no GPU
+    from glmkern.triton_kernels import quant_linear as triton_kernels
+
+    torch.manual_seed(0)
+    int4 = ops.quantize((torch.randn(N, K, device=device) / K ** 0.5).to(dtype), 4)
+    ready = ops.dequantize(int4, dtype)
+    whole = torch.empty_like(ready)
+
+    def dequantized() -> Tensor:
+        triton_kernels.write_weight(*int4, whole)
+        return whole
+
+    for M, direction in itertools.product(GPU_TOKENS, ("fwd", "bwd")):
+        x = torch.randn(M, K if direction == "fwd" else N, device=device).to(dtype)
+        function = getattr(triton_kernels, f"quant_linear_{direction}")
+        args = (x, *int4, None) if direction == "fwd" else (x, *int4)
+        chosen = triton_kernels.choose(direction, M, dtype, 4)
+
+        def product(weight: Tensor, x=x, forward=direction == "fwd") -> Tensor:
+            return x @ (weight.T if forward else weight)
+
+        calls = {f"triton {variant}{', chosen' * (variant == chosen)}":
+                 partial(function, *args, variant=variant) for variant in _variants(M)}
+        calls["dequantise + torch"] = lambda product=product: product(dequantized())
+        calls["torch, ready weight"] = partial(product, ready)
+        for name, call in calls.items():
+            weight_bytes = ready.nbytes if "ready" in name else N * K // 2 + int4.scale.nbytes
+            yield Work(f"{direction}, {M} tokens, {N} x {K}", name, (M, N, K), dtype,
+                       weight_bytes + M * (N + K) * dtype.itemsize, 2 * M * N * K, call,
+                       peer=name == "dequantise + torch")
+
+
+def _variants(M: int) -> tuple[str, ...]:
+    """Those that can serve so many tokens, and are not out of the question."""
+    return ("gemv", "fused") if M <= 8 else ("fused", "slab")
+
+
+def gpu_run(rounds: int) -> dict:
+    rows = [row for dtype in GPU_SHAPES for row in measure(gpu_works(dtype), "cuda", rounds)]
+    return {"machine": machine("cuda"), "rounds": rounds, "rows": [asdict(row) for row in rows]}
+
+
+def gpu_as_markdown(run: dict | None) -> str:
+    return "\n## On a GPU\n\n" + (run_as_markdown(run) if run else "not measured on a GPU\n")
+
+
 def as_markdown(run: dict) -> str:
+    import bitsandbytes
     described = ", ".join(f"{key} {value}" for key, value in run["machine"].items())
     columns = list(Row.__dataclass_fields__)
     lines = [columns, ["---"] * len(columns)]
@@ -162,24 +234,47 @@ def as_markdown(run: dict) -> str:
             + "".join(f"| {' | '.join(line)} |\n" for line in lines))
 
 
+def cpu_run(quick: bool, rounds: int) -> dict:
+    shapes, tokens = (QUICK_SHAPES, QUICK_TOKENS) if quick else (SHAPES, TOKENS)
+    rows = [row for shape in shapes for row in measure_shape(*shape, tokens, rounds)]
+    return {"machine": machine("cpu"), "rounds": rounds, "rows": [asdict(row) for row in rows]}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"),
+                        default="cuda" if torch.cuda.is_available() else "cpu")
     add_arguments(parser)
     parser.set_defaults(rounds=ROUNDS)
-    parser.add_argument("--quick", action="store_true", help="fewer shapes, printed only")
+    parser.add_argument("--quick", action="store_true", help="fewer shapes, printed only; on a CPU")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    shapes, tokens = (QUICK_SHAPES, QUICK_TOKENS) if args.quick else (SHAPES, TOKENS)
-    rows = [row for shape in shapes for row in measure_shape(*shape, tokens, args.rounds)]
-    run = {"machine": machine("cpu"), "rounds": args.rounds, "rows": [asdict(row) for row in rows]}
-    text = as_markdown(run)
+    if args.device == "cuda":
+        run = gpu_run(args.rounds)
+        text = gpu_as_markdown(run)
+    else:
+        run = cpu_run(args.quick, args.rounds)
+        text = as_markdown(run)
     path = args.json or (None if args.quick else results_path("quant_linear"))
     if path is not None:
-        path.write_text(json.dumps({"cpu": run, "cuda": None}, indent=1) + "\n")
-    if path is not None and args.json is None:
-        Path(path).with_suffix(".md").write_text(text)
+        write(path, args.device, run, with_table=args.json is None)
     print(text)
+
+
+def write(path: Path, device: str, run: dict, with_table: bool) -> None:
+    """The run, beside what the file holds of the other kind of device. The table of a CPU names the
+    bitsandbytes that is installed, so that a run on a GPU keeps the one there is."""
+    results = json.loads(path.read_text()) if path.is_file() else {"cpu": None, "cuda": None}
+    results[device] = run
+    path.write_text(json.dumps(results, indent=1) + "\n")
+    if with_table:
+        table = path.with_suffix(".md")
+        if device == "cpu":
+            text = as_markdown(run)
+        else:
+            text = table.read_text().split("\n## On a GPU")[0] if table.is_file() else ""
+        table.write_text(text + gpu_as_markdown(results["cuda"]))
 
 
 if __name__ == "__main__":

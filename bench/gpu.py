@@ -9,6 +9,7 @@ failed.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import shutil
@@ -48,7 +49,9 @@ def steps(json_folder: Path) -> Iterator[Step]:
     pytest = [python, "-m", "pytest", "-q", "--tb=short", "tests/gpu", *kernels]
     yield Step("build", [python, "setup.py", "-q", "build_ext", "--inplace"], 200,
                {"GLMKERN_BUILD": "cuda"})
-    yield Step("tests", [*pytest, "--maxfail=30"], 240)
+    # Most of the time goes into compiling kernels, which several processes do at once.
+    workers = ["-n", "8"] if importlib.util.find_spec("xdist") else []
+    yield Step("tests", [*pytest, *workers, "--maxfail=30"], 240)
     if checker := find_sanitizer():
         yield Step("memory check", [checker, "--tool", "memcheck", "--error-exitcode", "1", *pytest,
                                     "-x", "-k", SANITIZED], 100,
@@ -56,7 +59,7 @@ def steps(json_folder: Path) -> Iterator[Step]:
     for name in BENCHES:
         yield Step(f"bench {name}", [python, "-m", f"bench.bench_{name}", "--device", "cuda",
                                      "--rounds", str(ROUNDS), "--json",
-                                     str(json_folder / f"{name}.json")], 90)
+                                     str(json_folder / f"{name}.json")], 120)
 
 
 def find_sanitizer() -> str | None:

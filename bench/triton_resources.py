@@ -63,18 +63,28 @@ class Usage:
 
 
 def source_of(launch: Launch) -> ASTSource:
-    """The launch specialised as Triton's launcher does: None and constexpr arguments by value,
-    tensors as aligned to 16 bytes (torch's allocator gives more), numbers as run-time ones."""
+    """The launch specialised as Triton's launcher does: None, 1 and constexpr arguments by value,
+    tensors as aligned to 16 bytes (torch's allocator gives more), numbers as run-time ones, of
+    which it notes whether 16 divides them, but for those under do_not_specialize."""
     signature, constants, attributes = {}, {}, {}
-    for i, name in enumerate(launch.kernel.arg_names):
+    for i, param in enumerate(launch.kernel.params):
+        name, special = param.name, not param.do_not_specialize
         value = launch.constants[name] if name in launch.constants else launch.args[i]
-        if name in launch.constants or value is None:
+        if name in launch.constants or value is None or (special and _is_one(value)):
             signature[name], constants[i,] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[name], attributes[i,] = TYPES[value.dtype], [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[name] = "fp32"
         else:
-            signature[name] = "fp32" if isinstance(value, float) else "i32"
+            signature[name] = "i32" if -2 ** 31 <= value < 2 ** 31 else "i64"
+            if special and value % 16 == 0:
+                attributes[i,] = [["tt.divisibility", 16]]
     return ASTSource(launch.kernel, signature, constants, attributes)
+
+
+def _is_one(value: object) -> bool:
+    return isinstance(value, int) and value == 1
 
 
 def usage_of(launch: Launch, chip: Chip) -> Usage:

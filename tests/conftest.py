@@ -9,6 +9,12 @@ import pytest
 # Small shapes: threads would only wait for each other. Tests of threading set their own number.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from tests.interpreter import (  # noqa: E402, F401 (torch reads the variable; pytest the names)
+    device,
+    interpreter_knows_bfloat16,
+    pytest_pycollect_makemodule,
+)
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 

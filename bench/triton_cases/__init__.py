@@ -8,6 +8,7 @@ other waits for memory.
 import contextlib
 import importlib
 import pkgutil
+import sys
 from collections.abc import Iterator
 from types import ModuleType
 from typing import NamedTuple
@@ -44,7 +45,8 @@ def launches_on(op: str, shared_kib: int) -> list[Launch]:
 @contextlib.contextmanager
 def recorded(op: str, case: str):
     """Yields `record(function, *args)`, which calls a launcher of glmkern.triton_kernels.<op> on
-    tensors without data (device "meta") and returns the launches it made."""
+    tensors without data (device "meta") and returns the launches it made, also those by the op's
+    other files, whose names go on with `_`."""
     module = importlib.import_module(f"glmkern.triton_kernels.{op}")
     made = []
 
@@ -58,5 +60,8 @@ def recorded(op: str, case: str):
             name = launch[0].__name__.removesuffix("_kernel")
             yield Launch(f"{name}{note}, {case}", *launch)
 
-    with mock.patch.object(module, "launch", keep):
+    with contextlib.ExitStack() as patches:
+        for name, file in list(sys.modules.items()):
+            if f"{name}_".startswith(f"{module.__name__}_") and hasattr(file, "launch"):
+                patches.enter_context(mock.patch.object(file, "launch", keep))
         yield record

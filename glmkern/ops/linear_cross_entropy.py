@@ -70,7 +70,7 @@ def linear_cross_entropy_fwd_reference(hidden, weight, labels, token_weight, ign
                                        hidden_grad) -> tuple[Tensor, Tensor]:
     acc, weight = accumulate_dtype(hidden), weight.to(hidden.dtype)
     labelled = (labels != ignore_index).nonzero().squeeze(1)  # [L]
-    _check_labels(labels[labelled], weight.shape[0], ignore_index)
+    check_labels(labels[labelled], weight.shape[0], ignore_index)
     if token_weight is None:
         row_weight = torch.full((len(labelled),), 1 / max(len(labelled), 1), dtype=acc,
                                 device=hidden.device)
@@ -95,7 +95,8 @@ def linear_cross_entropy_bwd_reference(dloss, dhidden, dtype) -> Tensor:
     return (dhidden * dloss).to(dtype)
 
 
-def _check_labels(labels: Tensor, classes: int, ignore_index: int) -> None:
+def check_labels(labels: Tensor, classes: int, ignore_index: int) -> None:
+    """Raises ValueError for labels of no class, or none at all, where values are checked."""
     if not values_are_checked(labels):
         return
     check(len(labels) > 0, lambda: "linear_cross_entropy: no row carries a label (all are "

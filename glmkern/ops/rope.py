@@ -44,12 +44,12 @@ def rope(x: Tensor, cos_sin: Tensor, positions: Tensor) -> Tensor:
 
 
 def rope_fwd_reference(x: Tensor, cos_sin: Tensor, positions: Tensor) -> Tensor:
-    _check_positions(positions, cos_sin)
+    check_positions(positions, cos_sin)
     return _rotate(x, x.new_empty(x.shape), *_angles(x, cos_sin, positions))
 
 
 def rope_bwd_reference(dy: Tensor, cos_sin: Tensor, positions: Tensor) -> Tensor:
-    _check_positions(positions, cos_sin)
+    check_positions(positions, cos_sin)
     cos, sin = _angles(dy, cos_sin, positions)
     return _rotate(dy, dy.new_empty(dy.shape), cos, -sin)
 
@@ -57,7 +57,7 @@ def rope_bwd_reference(dy: Tensor, cos_sin: Tensor, positions: Tensor) -> Tensor
 def qkv_rope_fwd_reference(qkv: Tensor, bias: Tensor | None, cos_sin: Tensor, positions: Tensor,
                            heads: int, groups: int,
                            interleaved: bool) -> tuple[Tensor, Tensor, Tensor]:
-    _check_positions(positions, cos_sin)
+    check_positions(positions, cos_sin)
     wide = qkv.to(accumulate_dtype(qkv))
     if bias is not None:
         wide = wide + bias
@@ -69,7 +69,7 @@ def qkv_rope_fwd_reference(qkv: Tensor, bias: Tensor | None, cos_sin: Tensor, po
 
 def qkv_rope_bwd_reference(dq: Tensor, dk: Tensor, dv: Tensor, cos_sin: Tensor, positions: Tensor,
                            interleaved: bool) -> Tensor:
-    _check_positions(positions, cos_sin)
+    check_positions(positions, cos_sin)
     heads, groups = dq.shape[1], dk.shape[1]
     dqkv = dq.new_empty(dq.shape[0], (heads + 2 * groups) * dq.shape[2])
     parts = _split_qkv(dqkv, heads, groups, interleaved)
@@ -106,7 +106,8 @@ def _rotate(x: Tensor, y: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return y
 
 
-def _check_positions(positions: Tensor, cos_sin: Tensor) -> None:
+def check_positions(positions: Tensor, cos_sin: Tensor) -> None:
+    """Raises ValueError for a position outside the table, where values are checked."""
     if not values_are_checked(positions) or positions.numel() == 0:
         return
     low, high = int(positions.min()), int(positions.max())

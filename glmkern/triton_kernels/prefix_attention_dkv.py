@@ -1,0 +1,281 @@
+"""The gradients of keys and values of prefix_attention: of the tokens and of the prefix.
+
+A program owns BN keys of one group and walks the packed rows that see them: for a token's those of
+its sequence from it on, for the prefix's those of the whole batch, so that nothing is stored a
+sequence. Where keys are few, several programs share the rows of a block. Each writes its own sums,
+and these are added in a fixed order: no atomics, the same bits on every run.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from glmkern.triton_kernels import philox
+from glmkern.triton_kernels.launch import launch
+from glmkern.triton_kernels.prefix_attention_shared import (
+    AttentionTile,
+    Prefix,
+    block_of_channels,
+    find_tile,
+    fit_channels,
+    load_keys,
+    load_numbers,
+    load_rows,
+    store_rows,
+)
+from glmkern.triton_kernels.tiles import by_shared_memory
+
+# By KiB of shared memory, then by bytes of an element.
+TILES = {
+    64: {2: AttentionTile(32, 64, 8, 1), 4: AttentionTile(16, 16, 4, 1)},
+    99: {2: AttentionTile(64, 64, 8, 1), 4: AttentionTile(16, 16, 4, 1)},
+    163: {2: AttentionTile(64, 64, 8, 2), 4: AttentionTile(16, 16, 4, 1)},
+    227: {2: AttentionTile(64, 64, 8, 2), 4: AttentionTile(16, 16, 4, 1)},
+}
+# Programs to aim at: two for each of the 132 multiprocessors of a large chip, but with rows enough
+# to outweigh the sums they write. All three are fixed, so that the sums do not depend on the chip's
+# number of multiprocessors.
+PROGRAMS = 264
+ROWS_OF_A_SPLIT = 256
+KEYS_OF_A_PROGRAM = 64
+
+
+@triton.jit
+def add_dkv(b_dk, b_dv, b_k, b_v, q, dout, lse, delta, i_start, i_n, begin, end, rows, scale,
+            DO_STRIDE: tl.constexpr, Q_STRIDE: tl.constexpr, N: tl.constexpr, HEADS: tl.constexpr,
+            C: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
+            MASKED: tl.constexpr):
+    """b_dk + dS^T q and b_dv + P^T dO over packed rows begin to end of the `rows` from token
+    i_start on. MASKED: the block's keys are those of tokens i_n to i_n + BN, and rows of earlier
+    tokens do not see them."""
+    for i_r in range(begin, end, BM):
+        # [BM, BC]; zeros behind the last row leave both sums as they are
+        b_q = load_rows(q, i_start, i_r, rows, Q_STRIDE, HEADS, C, BM, BC)
+        b_do = load_rows(dout, i_start, i_r, rows, DO_STRIDE, HEADS, C, BM, BC)
+        # [BM]
+        b_lse = load_numbers(lse, i_start, i_r, rows, N, HEADS, BM)
+        b_delta = load_numbers(delta, i_start, i_r, rows, N, HEADS, BM)
+        # [BN, BC] @ [BC, BM] -> [BN, BM]
+        b_s = tl.dot(b_k, tl.trans(b_q), input_precision="ieee")
+        b_p = tl.exp(b_s * scale - b_lse[None, :])
+        if MASKED:
+            o_t = (i_r + tl.arange(0, BM)) // HEADS
+            b_p = tl.where((i_n + tl.arange(0, BN))[:, None] <= o_t[None, :], b_p, 0.0)
+        # [BN, BM] @ [BM, BC] -> [BN, BC]
+        b_dv = tl.dot(b_p.to(b_do.dtype), b_do, acc=b_dv, input_precision="ieee")
+        b_dp = tl.dot(b_v, tl.trans(b_do), input_precision="ieee")
+        b_ds = b_p * (b_dp - b_delta[None, :])
+        b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, acc=b_dk, input_precision="ieee")
+    return b_dk, b_dv
+
+
+@triton.jit(do_not_specialize=["T", "B"])
+def prefix_attention_bwd_dkv_kernel(
+    dout,
+    q,
+    k,
+    v,
+    lse,
+    delta,
+    cu_seqlens,
+    dk,
+    dv,
+    T,
+    B,
+    scale,
+    G: tl.constexpr,
+    HEADS: tl.constexpr,
+    C: tl.constexpr,
+    DO_STRIDE: tl.constexpr,
+    Q_STRIDE: tl.constexpr,
+    K_STRIDE: tl.constexpr,
+    V_STRIDE: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BC: tl.constexpr,
+):
+    """dk and dv of the tokens [splits, T, G, C], each split the sum over its share of the rows."""
+    N: tl.constexpr = G * HEADS
+    i_g = tl.program_id(1)
+    i_split = tl.program_id(2)
+    i_h = i_g * HEADS
+    i_b, i_start, S, i_tile = find_tile(cu_seqlens, tl.program_id(0), B, 1, BN)
+    i_n = i_tile * BN
+    if i_n >= S:
+        return
+    rows = S * HEADS
+    tiles = tl.cdiv(tl.cdiv(rows - i_n * HEADS, BM), tl.num_programs(2))
+    begin = i_n * HEADS + i_split * tiles * BM
+    end = tl.minimum(begin + tiles * BM, rows)
+    # rows from token i_n + BN - 1 on see the whole block
+    diagonal = tl.maximum((i_n + BN - 1) * HEADS - begin, 0)
+    middle = begin + tl.cdiv(diagonal, BM) * BM
+
+    # [BN, BC]
+    k += i_start.to(tl.int64) * K_STRIDE + i_g * C
+    v += i_start.to(tl.int64) * V_STRIDE + i_g * C
+    b_k = load_keys(k, i_n, S, K_STRIDE, C, BN, BC, True)
+    b_v = load_keys(v, i_n, S, V_STRIDE, C, BN, BC, True)
+    b_dk = tl.zeros([BN, BC], dtype=tl.float32)
+    b_dv = tl.zeros([BN, BC], dtype=tl.float32)
+    q += i_h * C
+    dout += i_h * C
+    lse += i_h
+    delta += i_h
+    b_dk, b_dv = add_dkv(b_dk, b_dv, b_k, b_v, q, dout, lse, delta, i_start, i_n, begin,
+                         tl.minimum(middle, end), rows, scale, DO_STRIDE, Q_STRIDE, N,
+                         HEADS, C, BM, BN, BC, True)
+    b_dk, b_dv = add_dkv(b_dk, b_dv, b_k, b_v, q, dout, lse, delta, i_start, i_n, middle, end, rows,
+                         scale, DO_STRIDE, Q_STRIDE, N, HEADS, C, BM, BN, BC, False)
+
+    o_split = i_split.to(tl.int64) * T * G * C + i_g * C
+    store_rows(dk + o_split, b_dk * scale, i_start, i_n, S, G * C, 1, C, BN, BC)
+    store_rows(dv + o_split, b_dv, i_start, i_n, S, G * C, 1, C, BN, BC)
+
+
+@triton.jit(do_not_specialize=["T", "B", "span"])
+def prefix_attention_bwd_dprefix_kernel(
+    dout,
+    q,
+    prefix_k,
+    prefix_v,
+    kept,
+    lse,
+    delta,
+    cu_seqlens,
+    dk,
+    dv,
+    T,
+    B,
+    span,
+    scale,
+    factor,
+    G: tl.constexpr,
+    HEADS: tl.constexpr,
+    C: tl.constexpr,
+    P: tl.constexpr,
+    DO_STRIDE: tl.constexpr,
+    Q_STRIDE: tl.constexpr,
+    PREFIX_STRIDE: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BC: tl.constexpr,
+):
+    """dk and dv of the prefix [splits, P, G, C], each split the sum over `span` rows.
+
+    Where nothing is dropped, the batch is one run of rows. With `kept`, each sequence has its own
+    prefix, a split has rows of one sequence, and its sums count `factor` times where that kept the
+    element.
+    """
+    N: tl.constexpr = G * HEADS
+    i_n = tl.program_id(0) * BN
+    i_g = tl.program_id(1)
+    i_split = tl.program_id(2)
+    i_h = i_g * HEADS
+    i_start, S, i_tile = tl.zeros([], dtype=tl.int32), T, i_split
+    o_p = i_g * C
+    if kept is not None:
+        i_b, i_start, S, i_tile = find_tile(cu_seqlens, i_split, B, HEADS, span)
+        o_p += i_b.to(tl.int64) * PREFIX_STRIDE
+    begin = i_tile * span
+    end = tl.minimum(begin + span, S * HEADS)
+
+    # [BN, BC]
+    b_k = load_keys(prefix_k + o_p, i_n, P, G * C, C, BN, BC, True)
+    b_v = load_keys(prefix_v + o_p, i_n, P, G * C, C, BN, BC, True)
+    b_dk = tl.zeros([BN, BC], dtype=tl.float32)
+    b_dv = tl.zeros([BN, BC], dtype=tl.float32)
+    b_dk, b_dv = add_dkv(b_dk, b_dv, b_k, b_v, q + i_h * C, dout + i_h * C, lse + i_h, delta + i_h,
+                         i_start, 0, begin, end, end, scale, DO_STRIDE, Q_STRIDE, N, HEADS,
+                         C, BM, BN, BC, False)
+    if kept is not None:
+        b_kept = load_keys(kept + o_p, i_n, P, G * C, C, BN, BC, True)
+        b_dk *= tl.where(b_kept != 0, factor, 0.0)
+        b_kept = load_keys(kept + o_p + P * G * C, i_n, P, G * C, C, BN, BC, True)
+        b_dv *= tl.where(b_kept != 0, factor, 0.0)
+
+    o_split = i_split.to(tl.int64) * P * G * C + i_g * C
+    i_zero = tl.zeros([], dtype=tl.int32)
+    store_rows(dk + o_split, b_dk * scale, i_zero, i_n, P, G * C, 1, C, BN, BC)
+    store_rows(dv + o_split, b_dv, i_zero, i_n, P, G * C, 1, C, BN, BC)
+
+
+@triton.jit(do_not_specialize=["splits", "count"])
+def prefix_attention_bwd_sum_kernel(dk_splits, dv_splits, dk, dv, splits, count, BE: tl.constexpr):
+    """dk and dv [count], the sums of [splits, count]."""
+    # [BE]
+    o_e = tl.program_id(0).to(tl.int64) * BE + tl.arange(0, BE)
+    b_dk = tl.zeros([BE], dtype=tl.float32)
+    b_dv = tl.zeros([BE], dtype=tl.float32)
+    for _ in range(splits):
+        b_dk += tl.load(dk_splits + o_e, mask=o_e < count, other=0.0)
+        b_dv += tl.load(dv_splits + o_e, mask=o_e < count, other=0.0)
+        dk_splits += count
+        dv_splits += count
+    tl.store(dk + o_e, b_dk, mask=o_e < count)
+    tl.store(dv + o_e, b_dv, mask=o_e < count)
+
+
+def token_gradients(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor,
+                    cu_seqlens: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """dk and dv [T, G, C] of the tokens."""
+    (T, N, C), G, B = q.shape, k.shape[1], len(cu_seqlens) - 1
+    dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
+    tile, BC = _tile(q)
+    splits = _splits(G * triton.cdiv(T, KEYS_OF_A_PROGRAM), T * N // G)
+    sums = _sums(dk, dv, splits)
+    launch(prefix_attention_bwd_dkv_kernel, (T // tile.keys + B, G, splits), dout, q, k, v, lse,
+           delta, cu_seqlens, *sums, T, B, scale,
+           G=G, HEADS=N // G, C=C, DO_STRIDE=dout.stride(0), Q_STRIDE=q.stride(0),
+           K_STRIDE=k.stride(0), V_STRIDE=v.stride(0), BM=tile.rows, BN=tile.keys, BC=BC,
+           num_warps=tile.num_warps, num_stages=tile.num_stages)
+    _add_splits(sums, dk, dv, splits)
+    return dk, dv
+
+
+def prefix_gradients(dout: Tensor, q: Tensor, prefix_k: Tensor, prefix_v: Tensor, prefix: Prefix,
+                     lse: Tensor, delta: Tensor, cu_seqlens: Tensor, scale: float,
+                     p: float) -> tuple[Tensor, Tensor]:
+    """dk and dv [P, G, C] of the prefix, in its own dtype; `prefix` is what the queries saw."""
+    (T, N, C), (P, G, _), B = q.shape, prefix_k.shape, len(cu_seqlens) - 1
+    dk, dv = prefix_k.new_empty(prefix_k.shape), prefix_v.new_empty(prefix_v.shape)
+    HEADS = N // G
+    tile, BC = _tile(q)
+    splits = _splits(G * triton.cdiv(P, KEYS_OF_A_PROGRAM), T * HEADS)
+    span = triton.cdiv(triton.cdiv(T * HEADS, splits), tile.rows) * tile.rows
+    if prefix.kept is not None:
+        splits = T * HEADS // span + B
+    sums = _sums(dk, dv, splits)
+    launch(prefix_attention_bwd_dprefix_kernel, (triton.cdiv(P, tile.keys), G, splits), dout, q,
+           prefix.keys, prefix.values, prefix.kept, lse, delta, cu_seqlens, *sums, T, B, span,
+           scale, philox.drop_constants(p)[1],
+           G=G, HEADS=HEADS, C=C, P=P, DO_STRIDE=dout.stride(0), Q_STRIDE=q.stride(0),
+           PREFIX_STRIDE=prefix.STRIDE, BM=tile.rows, BN=tile.keys, BC=BC,
+           num_warps=tile.num_warps, num_stages=tile.num_stages)
+    _add_splits(sums, dk, dv, splits)
+    return dk, dv
+
+
+def _tile(q: Tensor) -> tuple[AttentionTile, int]:
+    BC = block_of_channels(q.shape[2])
+    return fit_channels(by_shared_memory(TILES, q.device)[q.element_size()], BC), BC
+
+
+def _splits(programs: int, rows: int) -> int:
+    """Among how many programs the rows of a block of keys are divided."""
+    return max(min(triton.cdiv(PROGRAMS, max(programs, 1)), triton.cdiv(rows, ROWS_OF_A_SPLIT)), 1)
+
+
+def _sums(dk: Tensor, dv: Tensor, splits: int) -> tuple[Tensor, Tensor]:
+    """Where programs write: the results themselves, or float32 [splits, ...] for each."""
+    if splits == 1:
+        return dk, dv
+    return dk.new_empty(2, splits, *dk.shape, dtype=torch.float32).unbind()
+
+
+def _add_splits(sums: tuple[Tensor, Tensor], dk: Tensor, dv: Tensor, splits: int) -> None:
+    if splits > 1:
+        count, BE = dk.numel(), 1024
+        launch(prefix_attention_bwd_sum_kernel, triton.cdiv(count, BE), *sums, dk, dv, splits,
+               count, BE=BE, num_warps=4)
