@@ -128,10 +128,11 @@ class _OfficialProduct(torch.autograd.Function):
 
 def lean(model: ChatGLM) -> ChatGLM:
     """Turns a quantised model into its lean scheme, in place."""
-    largest = max(linear.packed.numel() * 2 for linear in model.modules()
+    layers = model.transformer.encoder
+    largest = max(linear.packed.numel() * 2 for linear in layers.modules()
                   if isinstance(linear, FrozenLinear))
     buffer = torch.empty(largest)
-    replace_linears(model, FrozenLinear, lambda linear: LeanLinear(linear, buffer))
+    replace_linears(layers, FrozenLinear, lambda linear: LeanLinear(linear, buffer))
     return model
 
 

@@ -153,14 +153,17 @@ inline Integers sum_neighbours(Integers shorts) {
 inline Integers add16(Integers a, Integers b) { return _mm256_add_epi16(a, b); }
 #endif
 
-// Of numbers so far below 2^53 that all sums are exact.
-typedef double Doubles __attribute__((vector_size(8 * kLanes)));
-inline Doubles as_doubles(Ints v) { return __builtin_convertvector(v, Doubles); }
+// The sum over the lanes of low + 2^16 high.
+inline int64_t sum_wide(const Ints& low, const Ints& high) {
+  int64_t sum = 0;
+  for (int lane = 0; lane < kLanes; lane++) sum += low[lane] + int64_t{high[lane]} * 65536;
+  return sum;
+}
 
 // What stands before a row's digits.
 struct FixedPoint {
   double unit;
-  double sum;  // of the row, in units
+  int64_t sum;  // of the row, in units
 };
 constexpr int64_t kHeader = 64;  // bytes, so that digits are aligned as vectors are
 
@@ -235,7 +238,7 @@ struct DigitProduct {
     for (int c = 0; c < kColumns; c++) {
       const Ints low = sums[c][0] + (sums[c][1] << 8);
       const Ints high = kDigits == 3 ? sums[c][2] : sums[c][2] + (sums[c][kDigits - 1] << 8);
-      const double total = sum_lanes(as_doubles(low) + as_doubles(high) * 0x1p16) - 8 * row.sum;
+      const int64_t total = sum_wide(low, high) - 8 * row.sum;
       store_result<T>(a, 0, first + c * apart, static_cast<float>(total * row.unit));
     }
   }
@@ -289,8 +292,7 @@ bool arrange_digits(const float* x, int64_t length, int8_t* arranged) {
     store_digits<kDigits>(every_other<0>(a, b, kSequence), target);
     store_digits<kDigits>(every_other<1>(a, b, kSequence), target + kDigits * kBytes);
   }
-  const FixedPoint row{std::ldexp(1.0, -shift),
-                       sum_lanes(as_doubles(low) + as_doubles(high) * 0x1p16)};
+  const FixedPoint row{std::ldexp(1.0, -shift), sum_wide(low, high)};
   std::memcpy(arranged, &row, sizeof row);
   return true;
 }

@@ -280,14 +280,14 @@ inline Vec exp2(Vec x) {
   return x < -126.0f ? Vec{} : series * power_of_two(shifted);
 }
 
-// Lane i of kLanes gets lane i + kDistance, and those at the end the first ones.
-template <int kDistance, class V, int... kLane>
-inline V rotated(V v, std::integer_sequence<int, kLane...>) {
+// Lane i gets lane i + kDistance, and those at the end the first ones.
+template <int kDistance, int... kLane>
+inline Vec rotated(Vec v, std::integer_sequence<int, kLane...>) {
   return __builtin_shufflevector(v, v, ((kLane + kDistance) % kLanes)...);
 }
 
-template <int kDistance = kLanes / 2, class V>
-inline auto sum_lanes(V v) {
+template <int kDistance = kLanes / 2>
+inline float sum_lanes(Vec v) {
   v += rotated<kDistance>(v, std::make_integer_sequence<int, kLanes>{});
   if constexpr (kDistance == 1) {
     return v[0];

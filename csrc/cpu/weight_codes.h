@@ -71,7 +71,7 @@ struct Int4 {
     const Bits low = words >> shift_of(2 * j), high = up >= 0 ? words << up : words >> -up;
     const Bits codes = (low & 0xFFFFu) | (high & 0xFFFF0000u);
     return reinterpret_cast<Bits>(_mm512_maskz_permutexvar_epi16(
-        ~0u, reinterpret_cast<__m512i>(codes), _mm512_broadcast_i64x4(values)));
+        ~0u, reinterpret_cast<__m512i>(codes), _mm512_maskz_broadcast_i64x4(0xFF, values)));
   }
 #endif
 };

@@ -10,7 +10,7 @@ from tests.model.oracles import relative_error
 
 @pytest.fixture
 def small_attention(monkeypatch):
-    for name, value in dict(HEADS=4, GROUPS=2, CHANNELS=8, PREFIX=3, LENGTHS=(5,)).items():
+    for name, value in dict(HEADS=4, GROUPS=2, CHANNELS=8, PREFIX=3, LENGTHS={"cpu": (5,)}).items():
         monkeypatch.setattr(bench_prefix_attention, name, value)
 
 
