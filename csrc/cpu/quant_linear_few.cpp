@@ -153,10 +153,20 @@ inline Integers sum_neighbours(Integers shorts) {
 inline Integers add16(Integers a, Integers b) { return _mm256_add_epi16(a, b); }
 #endif
 
+typedef int64_t Wide __attribute__((vector_size(4 * kLanes)));  // half as many lanes
+
+template <int... kLane>
+inline Wide add_halves(Ints v, std::integer_sequence<int, kLane...>) {
+  return __builtin_convertvector(__builtin_shufflevector(v, v, kLane...), Wide) +
+         __builtin_convertvector(__builtin_shufflevector(v, v, (kLane + kLanes / 2)...), Wide);
+}
+
 // The sum over the lanes of low + 2^16 high.
-inline int64_t sum_wide(const Ints& low, const Ints& high) {
+inline int64_t sum_wide(Ints low, Ints high) {
+  constexpr auto kHalf = std::make_integer_sequence<int, kLanes / 2>{};
+  const Wide wide = add_halves(low, kHalf) + add_halves(high, kHalf) * 65536;
   int64_t sum = 0;
-  for (int lane = 0; lane < kLanes; lane++) sum += low[lane] + int64_t{high[lane]} * 65536;
+  for (int lane = 0; lane < kLanes / 2; lane++) sum += wide[lane];
   return sum;
 }
 
