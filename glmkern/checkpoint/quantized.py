@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from glmkern import ops
-from glmkern.checkpoint.base import read_base, stored_bits
+from glmkern.checkpoint.base import read_base
 from glmkern.checkpoint.export import write_base
 from glmkern.checkpoint.files import LAYOUTS, WEIGHT_SUFFIXES
 from glmkern.checkpoint.folder import resolve_folder
@@ -38,10 +38,11 @@ def quantize_stream(
 
 
 def check_bits(folder: Path, config: ChatGLMConfig, bits: int) -> None:
-    """Raise InputError where the base in `folder` cannot be had in `bits` bits."""
+    """Raise InputError where the base in `folder`, whose config.json is `config`, cannot be had in
+    `bits` bits."""
     if bits not in (4, 8):
         raise InputError(f"a base can be quantised to 4 or 8 bits, not {bits}")
-    stored = stored_bits(folder)
+    stored = config.quantization_bit
     if stored not in (0, bits):
         raise InputError(
             f"{folder} is quantised to {stored} bits already; use the fp16 folder to have it in "
@@ -79,7 +80,7 @@ def quantize_folder(
     folder, target = resolve_folder(source), Path(target)
     config = ChatGLMConfig.from_pretrained(folder)
     check_bits(folder, config, bits)
-    if stored_bits(folder):
+    if config.quantization_bit:
         raise InputError(f"{folder} is quantised to {bits} bits already; copy it as it is")
     held = [name for name in ("config.json", *LAYOUTS) if (target / name).exists()]
     if held:

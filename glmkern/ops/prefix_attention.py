@@ -247,14 +247,21 @@ def prefix_attention_decode_reference(q, k_cache, v_cache, cache_lens, prefix_k,
                                       scale) -> Tensor:
     out = torch.zeros_like(q)
     prefix = None if prefix_k is None else _Prefix(q, prefix_k, prefix_v, None, 0.0)
+    check_lens(cache_lens, q_lens, q.shape[1], k_cache.shape[1])
     for b, (new, length) in enumerate(zip(q_lens.tolist(), cache_lens.tolist(), strict=True)):
-        check(0 < new <= min(length, q.shape[1]) and length <= k_cache.shape[1],
-              lambda b=b, new=new, length=length: f"prefix_attention_decode: row {b} has {new} of "
-              f"{q.shape[1]} queries and {length} of {k_cache.shape[1]} cache entries; 1 <= queries"
-              " <= entries must hold")
         one = _Sequence(q[b, :new], k_cache[b, :length], v_cache[b, :length], scale, prefix)
         out[b, :new] = _by_token(one.weights @ one.values, new).to(q.dtype)
     return out
+
+
+def check_lens(cache_lens: Tensor, q_lens: Tensor, queries: int, entries: int) -> None:
+    """Raises ValueError where a row's lengths do not fit its queries or its cache; reads the values
+    back from the device."""
+    for b, (new, length) in enumerate(zip(q_lens.tolist(), cache_lens.tolist(), strict=True)):
+        check(0 < new <= min(length, queries) and length <= entries,
+              lambda b=b, new=new, length=length: f"prefix_attention_decode: row {b} has {new} of "
+              f"{queries} queries and {length} of {entries} cache entries; 1 <= queries <= entries"
+              " must hold")
 
 
 def _fwd_fake(q, k, v, prefix_k, prefix_v, cu_seqlens, sequence_ids, seed, scale, p):

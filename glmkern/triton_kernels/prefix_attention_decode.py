@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from glmkern.ops.checks import check
+from glmkern.ops.prefix_attention import check_lens
 from glmkern.ops.sequences import values_are_checked
 from glmkern.triton_kernels.launch import launch
 from glmkern.triton_kernels.prefix_attention_shared import (
@@ -165,7 +165,7 @@ def prefix_attention_decode_fwd(q: Tensor, k_cache: Tensor, v_cache: Tensor, cac
     B, S, N, C = q.shape
     L, G = k_cache.shape[1:3]
     if values_are_checked(q):
-        _check_lens(cache_lens, q_lens, S, L)
+        check_lens(cache_lens, q_lens, S, L)
     q, k_cache, v_cache = q.contiguous(), with_dense_heads(k_cache), with_dense_heads(v_cache)
     prefix = prefix_of(q, prefix_k, prefix_v)
     HEADS, BC, keys = N // G, block_of_channels(C), prefix.length + L
@@ -190,10 +190,3 @@ def prefix_attention_decode_fwd(q: Tensor, k_cache: Tensor, v_cache: Tensor, cac
         launch(prefix_attention_decode_combine_kernel, triton.cdiv(B * S * N, COMBINED_ROWS),
                results, lse, out, B * S * N, splits, C=C, BM=COMBINED_ROWS, BC=BC, num_warps=4)
     return out
-
-
-def _check_lens(cache_lens: Tensor, q_lens: Tensor, S: int, L: int) -> None:
-    for b, (new, length) in enumerate(zip(q_lens.tolist(), cache_lens.tolist(), strict=True)):
-        check(0 < new <= min(length, S) and length <= L,
-              lambda b=b, new=new, length=length: f"prefix_attention_decode: row {b} has {new} of "
-              f"{S} queries and {length} of {L} cache entries; 1 <= queries <= entries must hold")

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from bench import bench_linear_cross_entropy, bench_prefix_attention
+from bench import bench_linear_cross_entropy, bench_prefix_attention, bench_quant_linear
 from tests.model.oracles import relative_error
 
 
@@ -48,8 +48,6 @@ def test_cross_entropy_peer_does_the_same(monkeypatch):
 
 
 def test_quant_linear_table(monkeypatch):
-    pytest.importorskip("bitsandbytes")
-    from bench import bench_quant_linear
     monkeypatch.setattr(bench_quant_linear, "COPIES_BYTES", 2 ** 16)
     rows = bench_quant_linear.measure_shape(64, 128, tokens=(1, 5), rounds=1)
     assert [(row.direction, row.M) for row in rows] == [("fwd", 1), ("bwd", 1), ("fwd", 5),

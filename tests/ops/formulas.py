@@ -4,6 +4,7 @@ computes in the precision of its inputs, as `numerics.matches_fp64` wants them; 
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tests.ops.numerics import moderate
@@ -36,3 +37,25 @@ def add_rms_norm_inputs(shape: Sequence[int], dtype: torch.dtype,
     x = moderate(shape)
     residual = x.sign() * moderate(shape).abs()
     return [t.to(device, dtype).requires_grad_() for t in (x, residual, moderate(shape[-1:]))]
+
+
+def rotated(x: Tensor, cos_sin: Tensor, positions: Tensor, inverse: bool = False) -> Tensor:
+    """rope by complex numbers, in x's precision (float32 for half), rounded once."""
+    rotation = torch.view_as_complex(cos_sin.double())[positions].unsqueeze(1)
+    rotation = rotation.conj() if inverse else rotation
+    wide = x.double() if x.dtype == torch.float64 else x.float()
+    width = 2 * cos_sin.shape[1]
+    pairs = torch.view_as_complex(wide[..., :width].unflatten(-1, (-1, 2)).contiguous())
+    turned = torch.view_as_real(pairs * rotation.to(pairs.dtype)).flatten(-2)
+    return torch.cat([turned.to(x.dtype), x[..., width:]], -1)
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor,
+                         token_weight: Tensor | None) -> Tensor:
+    """From all logits, in hidden's precision (float32 for half)."""
+    logits = hidden @ weight.to(hidden.dtype).T
+    logits = logits if hidden.dtype == torch.float64 else logits.float()
+    if token_weight is None:
+        return F.cross_entropy(logits, labels)
+    losses = F.cross_entropy(logits, labels, reduction="none")
+    return (losses * token_weight.to(losses.dtype)).sum()

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 import glmkern
 from glmkern import ops
 from tests.ops.contract import check_compiles, check_registration
+from tests.ops.formulas import linear_cross_entropy
 from tests.ops.numerics import HALF_AND_SINGLE, matches_fp64, poisoned_memory, same_bits
 
 # The package's attribute of that name is the function.
@@ -36,16 +37,9 @@ def test_against_fp64(backend, tokens, width, classes, weighted, dtype, stored, 
     weight, labels = torch.randn(classes, width).to(stored), labelled(tokens, classes)
     token_weight = torch.rand(tokens) if weighted else None
 
-    def formula(hidden):
-        logits = hidden @ weight.to(hidden.dtype).T
-        logits = logits if hidden.dtype == torch.float64 else logits.float()
-        if not weighted:
-            return F.cross_entropy(logits, labels)
-        losses = F.cross_entropy(logits, labels, reduction="none")
-        return (losses * token_weight.to(losses.dtype)).sum()
-
     matches_fp64(lambda h: ops.linear_cross_entropy(h, weight, labels, token_weight=token_weight),
-                 formula, lambda: [torch.randn(tokens, width).to(dtype).requires_grad_()])
+                 lambda h: linear_cross_entropy(h, weight, labels, token_weight),
+                 lambda: [torch.randn(tokens, width).to(dtype).requires_grad_()])
 
 
 def test_only_labelled_rows_matter(backend):

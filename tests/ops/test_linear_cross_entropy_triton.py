@@ -10,7 +10,9 @@ import torch.nn.functional as F
 import glmkern
 from glmkern import ops
 from glmkern.triton_kernels import linear_cross_entropy as kernels
+from tests.ops.formulas import linear_cross_entropy
 from tests.ops.numerics import HALF_AND_SINGLE, matches_fp64, poisoned_memory, same_bits
+from tests.ops.test_linear_cross_entropy import labelled
 
 library = torch.ops.glmkern
 # tokens, width, classes, whether with token_weight; 33 classes are two blocks of 32
@@ -24,13 +26,6 @@ def _triton():
         yield
 
 
-def labelled(tokens, classes, device):
-    labels = torch.randint(classes, (tokens,))
-    labels[torch.rand(tokens) < 0.4] = -100
-    labels[-1] = classes - 1
-    return labels.to(device)
-
-
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
 @pytest.mark.parametrize(("tokens", "width", "classes", "weighted"), CASES)
 def test_against_fp64(tokens, width, classes, weighted, dtype, device, monkeypatch):
@@ -40,25 +35,17 @@ def test_against_fp64(tokens, width, classes, weighted, dtype, device, monkeypat
     monkeypatch.setattr(kernels, "LEAST_CHUNK_ROWS", 1)
     monkeypatch.setattr(kernels, "MAX_COLUMNS", 32)
     weight = torch.randn(classes, width).to(device, dtype)
-    labels = labelled(tokens, classes, device)
+    labels = labelled(tokens, classes).to(device)
     token_weight = torch.rand(tokens).to(device) if weighted else None
 
-    def formula(hidden):
-        logits = hidden @ weight.to(hidden.dtype).T
-        logits = logits if hidden.dtype == torch.float64 else logits.float()
-        if not weighted:
-            return F.cross_entropy(logits, labels)
-        losses = F.cross_entropy(logits, labels, reduction="none")
-        return (losses * token_weight.to(losses.dtype)).sum()
-
     matches_fp64(lambda h: ops.linear_cross_entropy(h, weight, labels, token_weight=token_weight),
-                 formula,
+                 lambda h: linear_cross_entropy(h, weight, labels, token_weight),
                  lambda: [torch.randn(tokens, width).to(device, dtype).requires_grad_()])
 
 
 @pytest.mark.parametrize("size", [1e3, 1e-3])
 def test_logits_far_from_and_near_zero(size, device):
-    weight, labels = torch.randn(30, 8).to(device) * size, labelled(9, 30, device)
+    weight, labels = torch.randn(30, 8).to(device) * size, labelled(9, 30).to(device)
     matches_fp64(lambda h: ops.linear_cross_entropy(h, weight, labels),
                  lambda h: F.cross_entropy(h @ weight.to(h.dtype).T, labels),
                  lambda: [torch.randn(9, 8).to(device).requires_grad_()])
@@ -119,7 +106,7 @@ def test_chunks_are_as_equal_as_they_can_be(device, monkeypatch):
 
 def test_without_gradient(device):
     hidden, weight = torch.randn(9, 8, device=device), torch.randn(30, 8, device=device)
-    arguments = hidden, weight, labelled(9, 30, device), None, -100
+    arguments = hidden, weight, labelled(9, 30).to(device), None, -100
     with poisoned_memory():
         loss, dhidden = library.linear_cross_entropy_fwd(*arguments, False)
         loss_too, dhidden_too = library.linear_cross_entropy_fwd(*arguments, True)
@@ -149,7 +136,7 @@ def test_backward_scales(shape, dtype, device):
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
 def test_same_bits_every_time(dtype, device):
     hidden, weight = torch.randn(50, 70).to(device, dtype), torch.randn(300, 70).to(device, dtype)
-    labels = labelled(50, 300, device)
+    labels = labelled(50, 300).to(device)
     with poisoned_memory():
         first, second = (library.linear_cross_entropy_fwd(hidden, weight, labels, None, -100, True)
                          for _ in range(2))

@@ -153,10 +153,15 @@ def test_float32_prefix_beside_half_tokens(backend, dtype):
 
 @pytest.mark.parametrize("lengths", [[4, 1, 7], LONG], ids=str)
 def test_packing_changes_nothing(backend, lengths):
+    check_packing(lengths, SEED)
+
+
+def check_packing(lengths, seed):
+    """Three sequences have the same bits together, in another order, as alone."""
     order = [2, 0, 1]
     q, k, v, pk, pv = tensors(lengths, 4, 2, 8, 5, torch.float32)
     pieces = [x.split(lengths) for x in (q, k, v)]
-    options = dict(prefix_dropout=0.2, seed=SEED)
+    options = dict(prefix_dropout=0.2, seed=seed)
     together = ops.prefix_attention(
         *(torch.cat([x[i] for i in order]) for x in pieces), pk, pv,
         cu_seqlens=cumulative([lengths[i] for i in order]), sequence_ids=torch.tensor(order),
@@ -169,12 +174,16 @@ def test_packing_changes_nothing(backend, lengths):
 def test_log_sum_exp_is_natural(backend):
     q, k, v, pk, pv = tensors([9], 4, 2, 6, 5, torch.float32)
     _, lse = ops.prefix_attention(q, k, v, pk, pv, return_lse=True)
-    keys = torch.cat([pk, k]).repeat_interleave(2, 1)
-    scores = torch.einsum("tnc,snc->tns", q, keys) * 6 ** -0.5
-    ahead = torch.ones(9, 14).triu(6).bool().unsqueeze(1)
-    expected = scores.masked_fill(ahead, float("-inf")).logsumexp(-1)
-    torch.testing.assert_close(lse, expected)
+    torch.testing.assert_close(lse, log_sum_exp(q, k, pk))
     assert not lse.requires_grad
+
+
+def log_sum_exp(q, k, prefix_k):
+    """Of one sequence's scores over prefix and tokens, [tokens, heads]."""
+    keys = torch.cat([prefix_k, k]).repeat_interleave(q.shape[1] // k.shape[1], 1)
+    scores = torch.einsum("tnc,snc->tns", q, keys) * q.shape[-1] ** -0.5
+    ahead = torch.ones(len(q), len(keys)).triu(len(prefix_k) + 1).bool().unsqueeze(1)
+    return scores.masked_fill(ahead, float("-inf")).logsumexp(-1)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.25])

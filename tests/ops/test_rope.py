@@ -7,6 +7,7 @@ import torch
 import glmkern
 from glmkern import ops
 from tests.ops.contract import check_compiles, check_registration
+from tests.ops.formulas import rotated
 from tests.ops.numerics import HALF_AND_SINGLE, matches_fp64, poisoned_memory, same_bits
 
 OP = "rope_fwd"
@@ -16,17 +17,6 @@ library = torch.ops.glmkern
 def table(positions, pairs):
     angles = torch.rand(positions, pairs, dtype=torch.float64) * 100
     return torch.stack([angles.cos(), angles.sin()], -1)
-
-
-def rotated(x, cos_sin, positions, inverse=False):
-    """By complex numbers, in x's precision (float32 for half), rounded once."""
-    rotation = torch.view_as_complex(cos_sin.double())[positions].unsqueeze(1)
-    rotation = rotation.conj() if inverse else rotation
-    wide = x.double() if x.dtype == torch.float64 else x.float()
-    width = 2 * cos_sin.shape[1]
-    pairs = torch.view_as_complex(wide[..., :width].unflatten(-1, (-1, 2)).contiguous())
-    turned = torch.view_as_real(pairs * rotation.to(pairs.dtype)).flatten(-2)
-    return torch.cat([turned.to(x.dtype), x[..., width:]], -1)
 
 
 @pytest.mark.parametrize("table_dtype", HALF_AND_SINGLE, ids=lambda dtype: f"table-{dtype}")

@@ -9,6 +9,7 @@ import torch
 import glmkern
 from glmkern import ops
 from glmkern.triton_kernels import rope as kernels
+from tests.ops.formulas import rotated
 from tests.ops.numerics import HALF_AND_SINGLE, matches_fp64, poisoned_memory, same_bits
 
 library = torch.ops.glmkern
@@ -34,17 +35,6 @@ def table(pairs, dtype, device):
 
 def random_positions(tokens, device):
     return torch.randint(50, (tokens,)).to(device)
-
-
-def rotated(x, cos_sin, positions, inverse=False):
-    """By complex numbers, in x's precision (float32 for half), rounded once."""
-    rotation = torch.view_as_complex(cos_sin.double())[positions].unsqueeze(1)
-    rotation = rotation.conj() if inverse else rotation
-    wide = x.double() if x.dtype == torch.float64 else x.float()
-    width = 2 * cos_sin.shape[1]
-    pairs = torch.view_as_complex(wide[..., :width].unflatten(-1, (-1, 2)).contiguous())
-    turned = torch.view_as_real(pairs * rotation.to(pairs.dtype)).flatten(-2)
-    return torch.cat([turned.to(x.dtype), x[..., width:]], -1)
 
 
 @pytest.mark.parametrize(("dtype", "table_dtype"), [
