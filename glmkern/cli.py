@@ -3,8 +3,8 @@
 Nothing here imports torch before a verb needs it, so that help and mistakes are instant.
 """
 
-import argparse
 import difflib
+import importlib
 import sys
 from collections.abc import Callable, Sequence
 
@@ -85,37 +85,9 @@ def _train(argv: list[str]) -> int:
     return _official(argv or ["--help"], do_train=True)
 
 
-def _demo(argv: list[str]) -> int:
-    from glmkern.demo import run
-
-    return run(argv)
-
-
-def _quantize(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="glmkern quantize",
-        description="Write a base with the linears of its layers in 4 or 8 bits: the official codes"
-        " and scales. Needs no GPU, and memory for one shard.",
-    )
-    parser.add_argument("source", help="folder, or cached name, of the base")
-    parser.add_argument("target", help="new folder")
-    parser.add_argument("--bits", type=int, choices=(4, 8), required=True)
-    parser.add_argument(
-        "--format",
-        choices=("safetensors", "bin"),
-        default="safetensors",
-        help="bin is what the official code reads (default: %(default)s)",
-    )
-    try:
-        args = parser.parse_args(argv)
-    except SystemExit as ended:
-        return int(ended.code or 0)
-    from glmkern.checkpoint import quantize_folder
-
-    folder = quantize_folder(args.source, args.target, args.bits, args.format)
-    size = sum(path.stat().st_size for path in folder.iterdir())
-    print(f"{folder}: {args.bits} bits, {size / 1e9:.2f} GB")
-    return 0
+def _module(name: str) -> Callable[[list[str]], int]:
+    """The `run` of a verb's module, imported when the verb is used."""
+    return lambda argv: importlib.import_module(name).run(argv)
 
 
 def _backends(argv: list[str]) -> int:
@@ -139,8 +111,8 @@ def _take_no_arguments(verb: str, argv: list[str]) -> None:
 
 VERBS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
-    "demo": _demo,
-    "quantize": _quantize,
+    "demo": _module("glmkern.demo"),
+    "quantize": _module("glmkern.verbs.quantize"),
     "backends": _backends,
     "version": _version,
 }
