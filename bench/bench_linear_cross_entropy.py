@@ -58,8 +58,9 @@ def _works(device: str) -> Iterator[Work]:
 def _calls(backend: str, hidden: Tensor, weight: Tensor,
            labels: Tensor) -> tuple[Callable, Callable]:
     """The loss alone, and with its gradient, by one backend of glmkern."""
-    return tuple(forced(backend, torch.ops.glmkern.linear_cross_entropy_fwd, hidden, weight, labels,
-                        None, IGNORE_INDEX, hidden_grad) for hidden_grad in (False, True))
+    return tuple(forced(backend, torch.ops.glmkern.linear_cross_entropy_fwd, hidden, weight, None,
+                        8 * weight.element_size(), labels, None, IGNORE_INDEX, 0.0, hidden_grad)
+                 for hidden_grad in (False, True))
 
 
 def _peer_calls(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Callable, Callable]:

@@ -218,10 +218,12 @@ def test_projection_and_own_flags(flags, tmp_path):
 
 
 def test_model_flags_reach_the_model(base):
-    args = ModelArguments(pre_seq_len=3, prefix_projection=True, prefix_dropout=0.25,
+    args = ModelArguments(output_layer_bit=8, offload_embedding=True,
+                          pre_seq_len=3, prefix_projection=True, prefix_dropout=0.25,
                           recompute="mlp", rope_precision="model")
     model = load_model(base, args, torch.device("cpu"), torch.float16)
     assert (model.prefix_dropout, model.recompute, model.rope_precision) == (0.25, "mlp", "model")
+    assert model.transformer.output_layer.bits == 8 and model.offload_embedding
     assert model.dtype == torch.float16
     assert model.prefix_encoder.embedding.weight.shape == (3, 16)
     assert model.prefix_encoder.trans is not None
@@ -277,6 +279,8 @@ def test_torchrun_with_one_process(flags, tmp_path):
     ({"pre_seq_len": 0}, "--pre_seq_len is 0"),
     ({"fp16": True}, "--fp16 needs a GPU"),
     ({"quantization_bit": 3}, "--quantization_bit is 3; it must be 4 or 8"),
+    ({"output_layer_bit": 4}, "--output_layer_bit is 4; it must be 8"),
+    ({"label_smoothing_factor": 2}, "--label_smoothing_factor is 2.0; it must be in [0, 1]"),
     ({"dataloader_drop_last": True, "per_device_train_batch_size": 11}, "do not fill a micro"),
 ])
 def test_bad_input_is_one_sentence_and_leaves_nothing(flags, tmp_path, capsys, changes, words):

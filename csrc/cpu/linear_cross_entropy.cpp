@@ -24,16 +24,26 @@ void cross_entropy_rows(const CrossEntropyRows& a, int64_t begin, int64_t end) {
   for (int64_t r = begin; r < end; r++) {
     float* row = a.logits + r * a.classes;
     const float most = largest_of(row, a.classes), of_label = row[a.labels[r]];
+    float offset = most, below = 0;  // of the logits; the sum of their distances to the largest
+    if (a.smoothing > 0) {
+      below = sum_over(a.classes, [&](int64_t i, auto lanes) {
+        store(row + i, load(row + i, lanes) - most, lanes);
+        return load(row + i, lanes);  // zero past a tail
+      });
+      offset = 0;
+    }
     const float sum = sum_over(a.classes, [&](int64_t i, auto lanes) {
-      store(row + i, exp(load(row + i, lanes) - most), lanes);
+      store(row + i, exp(load(row + i, lanes) - offset), lanes);
       return load(row + i, lanes);  // zero past a tail, where the exponential is not
     });
-    a.loss[r] = most - of_label + std::log(sum);
+    a.loss[r] = (1 - a.smoothing) * (most - of_label) - a.smoothing * (below / a.classes) +
+                std::log(sum);
     if (!a.gradient) continue;
+    const float each = a.smoothing / a.classes;
     for_each_vec(a.classes, [&](int64_t i, auto lanes) {
-      store(row + i, load(row + i, lanes) * (1.0f / sum), lanes);
+      store(row + i, load(row + i, lanes) * (1.0f / sum) - each, lanes);
     });
-    row[a.labels[r]] -= 1.0f;
+    row[a.labels[r]] -= 1 - a.smoothing;
   }
 }
 

@@ -12,8 +12,9 @@ struct CrossEntropyRows {
   int64_t classes;
   float* logits;          // [rows, classes]
   const int64_t* labels;  // [rows]
-  float* loss;            // [rows], logsumexp(logits) - logits[label]
-  bool gradient;          // whether logits become softmax - onehot(label)
+  float* loss;            // [rows], logsumexp(logits) - q logits
+  float smoothing;        // s of q = (1 - s) onehot(label) + s / classes
+  bool gradient;          // whether logits become softmax - q
 };
 
 GLMKERN_CPU_KERNEL(void cross_entropy_rows(const CrossEntropyRows&, int64_t begin, int64_t end))

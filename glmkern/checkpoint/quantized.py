@@ -12,7 +12,7 @@ from glmkern.checkpoint.base import read_base
 from glmkern.checkpoint.export import write_base
 from glmkern.checkpoint.files import LAYOUTS, WEIGHT_SUFFIXES
 from glmkern.checkpoint.folder import resolve_folder
-from glmkern.checkpoint.shapes import SCALE, WEIGHT, is_linear_weight
+from glmkern.checkpoint.shapes import OUTPUT_LAYER, SCALE, WEIGHT, is_linear_weight
 from glmkern.errors import InputError
 from glmkern.model.config import ChatGLMConfig
 
@@ -21,16 +21,20 @@ COMPANION_BYTES = 20_000_000
 
 
 def quantize_stream(
-    tensors: Iterable[tuple[str, torch.Tensor]], bits: int
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    bits: int | None,
+    output_layer_bit: int | None = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """The same stream with the weights of every layer's linears as codes and scales.
+    """The same stream with the weights of every layer's linears, and of the output layer, as codes
+    and scales; None or 0 bits leave them.
 
     Quantised in the dtype they arrive in, so an official fp16 base gets the official codes and
     scales, bit for bit. Everything else passes as it is, and so do codes.
     """
     for name, tensor in tensors:
-        if is_linear_weight(name) and tensor.is_floating_point():
-            codes, scale, _ = ops.quantize(tensor, bits)
+        wanted = output_layer_bit if name == OUTPUT_LAYER else is_linear_weight(name) and bits
+        if wanted and tensor.is_floating_point():
+            codes, scale, _ = ops.quantize(tensor, wanted)
             yield name, codes
             yield name.removesuffix(WEIGHT) + SCALE, scale
         else:

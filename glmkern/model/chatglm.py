@@ -35,18 +35,22 @@ class ChatGLM(nn.Module):
         transformer: the weights; all of them frozen but `transformer.prefix_encoder`.
         prefix_dropout: probability of dropping an element of the prefix in training mode.
         recompute: "none", "mlp" or "layer": what the backward pass computes again to save memory.
+        label_smoothing: of `loss`; see ops.linear_cross_entropy.
     """
 
     def __init__(self, config: ChatGLMConfig, *, pre_seq_len: int | None = None,
-                 prefix_projection: bool = False, rope_precision: str = "float32"):
+                 prefix_projection: bool = False, rope_precision: str = "float32",
+                 offload_embedding: bool = False):
         """Builds the modules without weights; from_pretrained and load_base fill them."""
         super().__init__()
         # The copy checks the configuration together with the prefix.
         config = replace(config, pre_seq_len=pre_seq_len, prefix_projection=prefix_projection)
         self.config = config
         self.rope_precision = rope_precision
+        self.offload_embedding = offload_embedding
         self.prefix_dropout = PREFIX_DROPOUT
         self.recompute = "none"
+        self.label_smoothing = 0.0
         self.transformer = _Transformer(config)
         if pre_seq_len is not None:
             self.transformer.prefix_encoder = PrefixEncoder(config, pre_seq_len, prefix_projection)
@@ -57,7 +61,8 @@ class ChatGLM(nn.Module):
                         dtype: torch.dtype | None = None, quantization_bit: int | None = None,
                         pre_seq_len: int | None = None, prefix_projection: bool = False,
                         prefix_checkpoint: str | Path | None = None,
-                        rope_precision: str = "float32") -> "ChatGLM":
+                        rope_precision: str = "float32", output_layer_bit: int | None = None,
+                        offload_embedding: bool = False) -> "ChatGLM":
         """Reads a model in the official folder layout, tensor by tensor.
 
         Args:
@@ -72,6 +77,10 @@ class ChatGLM(nn.Module):
             prefix_projection: the prefix goes through a two-layer MLP.
             prefix_checkpoint: a trained prefix, file or folder.
             rope_precision: "float32", or "model" for ChatGLM2's rounding (see rotary.py).
+            output_layer_bit: 8 quantises the output layer too, one scale a token of the
+                vocabulary; None or 0: as the folder has it.
+            offload_embedding: keep the embedding in host memory and send the GPU only the rows
+                that a batch needs; on the CPU it is there anyway.
 
         Raises:
             InputError: the folder or the prefix is missing, broken or does not fit.
@@ -104,10 +113,10 @@ class ChatGLM(nn.Module):
                 pre_seq_len = len(prefix_state["embedding.weight"])
             check_prefix(prefix_state, config, pre_seq_len, prefix_projection, prefix_checkpoint)
         model = cls(config, pre_seq_len=pre_seq_len, prefix_projection=prefix_projection,
-                    rope_precision=rope_precision)
-        tensors = read_base(folder, config)
-        if quantization_bit:
-            tensors = quantize_stream(tensors, quantization_bit)
+                    rope_precision=rope_precision, offload_embedding=offload_embedding)
+        if output_layer_bit not in (None, 0, 8):
+            raise ValueError(f"output_layer_bit must be 8 or None, not {output_layer_bit}")
+        tensors = quantize_stream(read_base(folder, config), quantization_bit, output_layer_bit)
         model.load_base(tensors, dtype, device)
         if prefix_state is not None:
             model.prefix_encoder.load_state_dict(prefix_state)
@@ -123,9 +132,12 @@ class ChatGLM(nn.Module):
             if isinstance(module, FrozenLinear):
                 module.load_(leaf, tensor, dtype, device)
                 continue
-            kept = dtype if isinstance(module, FrozenNorm) else kept_dtype(tensor, dtype, device)
+            kept, place = dtype, device
+            if not isinstance(module, FrozenNorm):
+                kept = kept_dtype(tensor, dtype, device)
+                place = "cpu" if self.offload_embedding else device
             # A copy even of the same dtype: a tensor mapped from a file dies with the file.
-            setattr(module, leaf, frozen(tensor.to(device, kept, copy=True).contiguous()))
+            setattr(module, leaf, frozen(tensor.to(place, kept, copy=True).contiguous()))
         if self.prefix_encoder is not None:
             self.prefix_encoder.to(device)
         self.cos_sin = rotary_table(self.config, dtype, self.rope_precision, device)
@@ -171,7 +183,7 @@ class ChatGLM(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.transformer.output_layer.weight.device
+        return self.transformer.encoder.layers[0].input_layernorm.weight.device
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None,
                 position_ids: Tensor | None = None, labels: Tensor | None = None) -> ModelOutput:
@@ -195,11 +207,11 @@ class ChatGLM(nn.Module):
         self._check_batch(batch, labels is not None)
         seed = int(torch.randint(2**62, ())) if self.training else 0
         with torch.autocast(self.device.type, enabled=False):
-            batch = batch.to(self.device)
+            batch = self._placed(batch)
             hidden = self._hidden(batch, 0, seed)
             output_layer, loss = self.transformer.output_layer, None
             if labels is not None:
-                loss = ops.linear_cross_entropy(hidden, output_layer.weight, batch.labels)
+                loss = ops.linear_cross_entropy(hidden, output_layer.matrix, batch.labels)
             logits = output_layer.project(hidden)
             padded = logits.new_zeros(input_ids.numel(), logits.shape[1])
             padded = padded.index_copy(0, places.to(self.device), logits)
@@ -222,18 +234,24 @@ class ChatGLM(nn.Module):
             ValueError: ids, positions or labels are out of range, or nothing is labelled.
         """
         self._check_batch(batch, labelled=True)
-        batch = batch.to(self.device)
+        batch = self._placed(batch)
         with torch.autocast(self.device.type, enabled=False):
             hidden = self._hidden(batch, dropout_offset, seed)
             return ops.linear_cross_entropy(
-                hidden, self.transformer.output_layer.weight, batch.labels,
-                token_weight=batch.token_weight, ignore_index=IGNORE_INDEX)
+                hidden, self.transformer.output_layer.matrix, batch.labels,
+                token_weight=batch.token_weight, ignore_index=IGNORE_INDEX,
+                label_smoothing=self.label_smoothing)
 
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None,
                  **options) -> Tensor:
         """Continues a left-padded batch of prompts; see glmkern.generation.generate."""
         from glmkern.generation import generate
         return generate(self, input_ids, attention_mask, **options)
+
+    def _placed(self, batch: PackedBatch) -> PackedBatch:
+        """The batch on the model's device, token ids where the embedding is."""
+        place = self.transformer.embedding.word_embeddings.weight.device
+        return replace(batch.to(self.device), input_ids=batch.input_ids.to(place))
 
     def _hidden(self, batch: PackedBatch, dropout_offset: int, seed: int) -> Tensor:
         """[T, H] behind the final norm, in training mode with dropout."""
@@ -254,7 +272,8 @@ class ChatGLM(nn.Module):
     def encode(self, input_ids: Tensor, run_layer: Callable[[Layer, Tensor], Tensor]) -> Tensor:
         """Embeds tokens [T], takes them through `run_layer(layer, x)` for every layer, and
         normalises: [T, H]."""
-        x = self.transformer.embedding.word_embeddings(input_ids).to(self.dtype)
+        embedding = self.transformer.embedding.word_embeddings
+        x = embedding(input_ids.to(embedding.weight.device)).to(self.device, self.dtype)
         for layer in self.transformer.encoder.layers:
             x = run_layer(layer, x)
         norm = self.transformer.encoder.final_layernorm

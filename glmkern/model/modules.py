@@ -42,6 +42,13 @@ class FrozenLinear(nn.Module):
         self.packed, self.scale, self.bits = ops.quantize(self.weight, bits)
         self.weight = None
 
+    @property
+    def matrix(self) -> Tensor | ops.QuantizedWeight:
+        """The weight, as ops.quant_linear and ops.linear_cross_entropy take it."""
+        if self.weight is None:
+            return ops.QuantizedWeight(self.packed, self.scale, self.bits)
+        return self.weight
+
     def project(self, x: Tensor, with_bias: bool = True) -> Tensor:
         """[T, in] -> [T, out]."""
         bias = self.bias if with_bias else None

@@ -1,9 +1,10 @@
 """Output layer and cross entropy in one op: logits only of labelled rows, a chunk at a time.
 
-    loss = sum_t token_weight[t] * (logsumexp_v z[t, v] - z[t, label[t]]),   z = hidden @ weight.T
+    loss = sum_t token_weight[t] * (logsumexp_v z[t, v] - sum_v q[t, v] z[t, v]),
+    z = hidden @ weight.T,   q[t] = (1 - s) onehot(label[t]) + s / V,   s = label_smoothing
 
-Its gradient, d hidden[t] = token_weight[t] * (softmax(z[t]) - onehot(label[t])) @ weight, is formed
-while a chunk's logits are at hand, so that they are computed once. The weight is frozen.
+Its gradient, d hidden[t] = token_weight[t] * (softmax(z[t]) - q[t]) @ weight, is formed while a
+chunk's logits are at hand, so that they are computed once. The weight is frozen.
 """
 
 import torch
@@ -15,9 +16,9 @@ from glmkern.ops.checks import (
     check,
     check_device,
     check_floating,
-    check_weight,
     supports_dtype,
 )
+from glmkern.ops.quant_linear import QuantizedWeight, dense_weight, stored
 from glmkern.ops.sequences import values_are_checked
 
 # Logits of one chunk: small beside the weight, but of enough rows to read the weight seldom.
@@ -25,20 +26,22 @@ CHUNK_ELEMENTS = 1 << 22
 LEAST_CHUNK_ROWS = 256
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, *,
-                         token_weight: Tensor | None = None,
-                         ignore_index: int = -100) -> Tensor:
+def linear_cross_entropy(hidden: Tensor, weight: QuantizedWeight | Tensor, labels: Tensor, *,
+                         token_weight: Tensor | None = None, ignore_index: int = -100,
+                         label_smoothing: float = 0.0) -> Tensor:
     """Weighted sum of the labelled rows' negative log-likelihoods.
 
     Args:
         hidden: [T, H], float32, float16, bfloat16 or float64.
-        weight: [V, H], hidden's dtype, or float16 or bfloat16 beside a float32 hidden; frozen.
+        weight: [V, H], hidden's dtype, or float16 or bfloat16 beside a float32 hidden, or
+            quantised; frozen.
         labels: int64 [T], already shifted: labels[t] is the class of row t. Rows with
             ignore_index are left out. At least one row must be labelled, and every label must be
             below V: ValueError on the CPU, a precondition on a GPU (checked under
             GLMKERN_CHECK=1).
         token_weight: float32 [T], the weight of each row's loss; None: 1 / labelled rows, the mean.
         ignore_index: the label of rows without loss.
+        label_smoothing: s above, in [0, 1], as torch.nn.functional.cross_entropy has it.
 
     Returns:
         The loss, a float32 scalar (float64 for float64). Differentiable in hidden.
@@ -48,11 +51,12 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, *,
     """
     op = "linear_cross_entropy"
     check_floating(op, "hidden", hidden)
-    check_device(op, "weight", weight, "hidden", hidden)
-    check(hidden.dim() == 2 and weight.dim() == 2 and hidden.shape[1] == weight.shape[1],
+    weight = stored(op, weight, "hidden", hidden)
+    check(hidden.dim() == 2 and hidden.shape[1] == weight.shape[1],
           lambda: f"{op}: hidden must be [T, H] and weight [V, H], not {tuple(hidden.shape)} and "
           f"{tuple(weight.shape)}")
-    check_weight(op, weight, "hidden", hidden)
+    check(0 <= label_smoothing <= 1, lambda: f"{op}: label_smoothing must be in [0, 1], not "
+          f"{label_smoothing}")
     check(labels.shape == hidden.shape[:1] and labels.dtype == torch.int64, lambda: f"{op}: labels "
           f"must be int64 [{hidden.shape[0]}], not {labels.dtype} {list(labels.shape)}")
     check_device(op, "labels", labels, "hidden", hidden)
@@ -63,12 +67,14 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, *,
         check_device(op, "token_weight", token_weight, "hidden", hidden)
     hidden_grad = hidden.requires_grad and torch.is_grad_enabled()
     return torch.ops.glmkern.linear_cross_entropy_fwd(
-        hidden.contiguous(), weight, labels, token_weight, ignore_index, hidden_grad)[0]
+        hidden.contiguous(), *weight, labels, token_weight, ignore_index, label_smoothing,
+        hidden_grad)[0]
 
 
-def linear_cross_entropy_fwd_reference(hidden, weight, labels, token_weight, ignore_index,
+def linear_cross_entropy_fwd_reference(hidden, packed, scale, bits, labels, token_weight,
+                                       ignore_index, label_smoothing,
                                        hidden_grad) -> tuple[Tensor, Tensor]:
-    acc, weight = accumulate_dtype(hidden), weight.to(hidden.dtype)
+    acc, weight = accumulate_dtype(hidden), dense_weight(packed, scale, bits, hidden.dtype)
     labelled = (labels != ignore_index).nonzero().squeeze(1)  # [L]
     check_labels(labels[labelled], weight.shape[0], ignore_index)
     if token_weight is None:
@@ -82,10 +88,14 @@ def linear_cross_entropy_fwd_reference(hidden, weight, labels, token_weight, ign
     for rows, w in zip(labelled.split(chunk), row_weight.split(chunk), strict=True):
         log_softmax = (hidden[rows] @ weight.T).to(acc).log_softmax(1)  # [chunk, V]
         picked = labels[rows].unsqueeze(1)
-        loss -= (w * log_softmax.gather(1, picked).squeeze(1)).sum(dtype=torch.float64)
+        nll = -log_softmax.gather(1, picked).squeeze(1)
+        if label_smoothing:
+            nll = (1 - label_smoothing) * nll - label_smoothing * log_softmax.mean(1)
+        loss += (w * nll).sum(dtype=torch.float64)
         if hidden_grad:
             softmax = log_softmax.exp_()
-            softmax.scatter_add_(1, picked, softmax.new_full(picked.shape, -1.0))
+            softmax -= label_smoothing / softmax.shape[1]
+            softmax.scatter_add_(1, picked, softmax.new_full(picked.shape, label_smoothing - 1))
             # The row's weight comes after the product: a small one would underflow in half.
             dhidden[rows] = (softmax.to(weight.dtype) @ weight).to(acc) * w.unsqueeze(1)
     return loss.to(acc), dhidden
@@ -106,7 +116,8 @@ def check_labels(labels: Tensor, classes: int, ignore_index: int) -> None:
           f"{high}, but the classes are 0 to {classes - 1}")
 
 
-def _fwd_fake(hidden, weight, labels, token_weight, ignore_index, hidden_grad):
+def _fwd_fake(hidden, packed, scale, bits, labels, token_weight, ignore_index, label_smoothing,
+              hidden_grad):
     acc = accumulate_dtype(hidden)
     return hidden.new_empty((), dtype=acc), hidden.new_empty(hidden.shape if hidden_grad else 0,
                                                              dtype=acc)
@@ -130,13 +141,13 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, dloss, _ddhidden):
     dhidden = torch.ops.glmkern.linear_cross_entropy_bwd(dloss, *ctx.saved_tensors, ctx.dtype)
-    return dhidden, None, None, None, None, None
+    return dhidden, *[None] * 8
 
 
 # dhidden, the gradient of the loss, stays in float32 until it is multiplied by the incoming
 # gradient, so that a loss scale acts before the rounding to half; empty unless hidden_grad.
-define_op("linear_cross_entropy_fwd", "(Tensor hidden, Tensor weight, Tensor labels,"
-          " Tensor? token_weight, int ignore_index, bool hidden_grad)"
-          " -> (Tensor loss, Tensor dhidden)", module="linear_cross_entropy",
+define_op("linear_cross_entropy_fwd", "(Tensor hidden, Tensor packed, Tensor? scale, int bits,"
+          " Tensor labels, Tensor? token_weight, int ignore_index, float label_smoothing,"
+          " bool hidden_grad) -> (Tensor loss, Tensor dhidden)", module="linear_cross_entropy",
           reference=linear_cross_entropy_fwd_reference, fake=_fwd_fake, supports=supports_dtype,
           setup_context=_setup_context, backward=_backward)

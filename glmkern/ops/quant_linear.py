@@ -105,12 +105,7 @@ def quant_linear(x: Tensor, qweight: QuantizedWeight | Tensor,
     """
     op = "quant_linear"
     check_floating(op, "x", x)
-    if isinstance(qweight, Tensor):
-        _check_dense(op, qweight, x)
-        qweight = QuantizedWeight(qweight.contiguous(), None, 8 * qweight.element_size())
-    else:
-        _check_qweight(op, qweight)
-    check_device(op, "the weight", qweight.packed, "x", x)
+    qweight = stored(op, qweight, "x", x)
     rows, columns = qweight.shape
     check(x.dim() >= 1 and x.shape[-1] == columns, lambda: f"{op}: x's last dimension must be the "
           f"weight's K = {columns}, but x is {tuple(x.shape)}")
@@ -120,6 +115,20 @@ def quant_linear(x: Tensor, qweight: QuantizedWeight | Tensor,
               f"{list(bias.shape)}")
     return torch.ops.glmkern.quant_linear_fwd(
         x.contiguous(), qweight.packed, qweight.scale, qweight.bits, bias)
+
+
+def stored(op: str, weight: QuantizedWeight | Tensor, x_name: str, x: Tensor) -> QuantizedWeight:
+    """The weight as the registered ops take it: a dense one has no scale, and the bits of its
+    elements. Raises ValueError where it is malformed or does not go with x."""
+    if isinstance(weight, Tensor):
+        check(weight.dim() == 2, lambda: f"{op}: a dense weight must be [N, K], not "
+              f"{list(weight.shape)}")
+        check_weight(op, weight, x_name, x)
+        weight = QuantizedWeight(weight.contiguous(), None, 8 * weight.element_size())
+    else:
+        _check_qweight(op, weight)
+    check_device(op, "the weight", weight.packed, x_name, x)
+    return weight
 
 
 def _check_qweight(op: str, qweight: QuantizedWeight) -> None:
@@ -135,12 +144,6 @@ def _check_qweight(op: str, qweight: QuantizedWeight) -> None:
     check_device(op, "scale", scale, "packed", packed)
 
 
-def _check_dense(op: str, weight: Tensor, x: Tensor) -> None:
-    check(weight.dim() == 2, lambda: f"{op}: a dense weight must be [N, K], not "
-          f"{list(weight.shape)}")
-    check_weight(op, weight, "x", x)
-
-
 def _pack(codes: Tensor) -> Tensor:
     return (codes[:, ::2] << 4) | (codes[:, 1::2] & 0xF)
 
@@ -152,19 +155,19 @@ def _codes(packed: Tensor, bits: int) -> Tensor:
     return torch.stack([packed >> 4, (packed << 4) >> 4], -1).flatten(1)
 
 
-def _weight(packed: Tensor, scale: Tensor | None, bits: int, dtype: torch.dtype) -> Tensor:
-    """[N, K] in `dtype`."""
+def dense_weight(packed: Tensor, scale: Tensor | None, bits: int, dtype: torch.dtype) -> Tensor:
+    """[N, K] in `dtype`, of a weight as the registered ops take it."""
     if scale is None:
         return packed.to(dtype)
     return dequantize(QuantizedWeight(packed, scale, bits), dtype)
 
 
 def quant_linear_fwd_reference(x, packed, scale, bits, bias) -> Tensor:
-    return F.linear(x, _weight(packed, scale, bits, x.dtype), bias)
+    return F.linear(x, dense_weight(packed, scale, bits, x.dtype), bias)
 
 
 def quant_linear_bwd_reference(dy, packed, scale, bits) -> Tensor:
-    return dy @ _weight(packed, scale, bits, dy.dtype)
+    return dy @ dense_weight(packed, scale, bits, dy.dtype)
 
 
 def _supports(x, packed, scale, bits, bias=None) -> str | None:

@@ -41,6 +41,12 @@ class ModelArguments:
         None, "quantise the base's linears to 4 or 8 bits as it is read; a folder that is quantised"
         " already needs no flag"
     )
+    output_layer_bit: int | None = _flag(
+        None, "8 quantises the output layer as it is read", own=True
+    )
+    offload_embedding: bool = _flag(
+        False, "keep the embedding in host memory, and send the GPU the rows it needs", own=True
+    )
     pre_seq_len: int | None = _flag(None, "length of the prefix in virtual tokens")
     prefix_projection: bool = _flag(False, "compute the prefix with a two-layer tanh MLP")
     prefix_dropout: float = _flag(0.1, "dropout of the prefix keys and values", own=True)
@@ -100,6 +106,9 @@ class TrainingArguments:
     adam_beta2: float = _flag(0.999, "decay of the second moment")
     adam_epsilon: float = _flag(1e-8, "added to the root of the second moment")
     max_grad_norm: float = _flag(1.0, "clip the gradient to this norm; 0 does not clip")
+    label_smoothing_factor: float = _flag(
+        0.0, "share of every label that is spread over the vocabulary"
+    )
     optim: str = _flag("adamw_hf", "optimiser", OPTIMIZERS)
     num_train_epochs: float = _flag(3.0, "passes over the rows, unless --max_steps is given")
     max_steps: int = _flag(-1, "optimiser steps; -1 leaves it to --num_train_epochs")

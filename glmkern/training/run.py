@@ -68,6 +68,7 @@ def run_training(arguments: Arguments) -> dict[str, float]:
             prefix_projection=model_args.prefix_projection,
             quantization_bit=model_args.quantization_bit or config.quantization_bit)
         model = load_model(folder, model_args, device, dtype)
+        model.label_smoothing = training_args.label_smoothing_factor
         trainer = Trainer(
             model, rows.rows, training_args,
             folder=RunFolder(training_args.output_dir, training_args.save_total_limit),
@@ -111,7 +112,8 @@ def load_model(folder: Path, args: ModelArguments, device: torch.device,
     model = ChatGLM.from_pretrained(
         folder, device=device, dtype=dtype, quantization_bit=args.quantization_bit,
         pre_seq_len=args.pre_seq_len, prefix_projection=args.prefix_projection,
-        prefix_checkpoint=args.ptuning_checkpoint, rope_precision=args.rope_precision)
+        prefix_checkpoint=args.ptuning_checkpoint, rope_precision=args.rope_precision,
+        output_layer_bit=args.output_layer_bit, offload_embedding=args.offload_embedding)
     model.prefix_dropout = args.prefix_dropout
     model.recompute = args.recompute
     return model

@@ -63,6 +63,8 @@ def _check_model(model: ModelArguments) -> None:
     _require_count("pre_seq_len", model.pre_seq_len)
     if model.quantization_bit not in (None, 4, 8):
         raise InputError(f"--quantization_bit is {model.quantization_bit}; it must be 4 or 8")
+    if model.output_layer_bit not in (None, 8):
+        raise InputError(f"--output_layer_bit is {model.output_layer_bit}; it must be 8")
     if not 0 <= model.prefix_dropout < 1:
         raise InputError(f"--prefix_dropout is {model.prefix_dropout}; it must be in [0, 1)")
 
@@ -86,6 +88,7 @@ def _check_training(training: TrainingArguments) -> None:
     for name in ("adam_beta1", "adam_beta2"):
         if not 0 <= getattr(training, name) < 1:
             raise InputError(f"--{name} is {getattr(training, name)}; it must be in [0, 1)")
+    _require_range("label_smoothing_factor", training.label_smoothing_factor, 0, 1, "in [0, 1]")
     _require_range("warmup_ratio", training.warmup_ratio, 0, 1, "in [0, 1]")
     for name in ("seed", "data_seed"):
         _require_range(name, getattr(training, name), 0, 2**32 - 1, "in [0, 2**32 - 1]")

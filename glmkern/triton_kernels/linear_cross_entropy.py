@@ -16,6 +16,7 @@ from torch import Tensor
 
 from glmkern.ops.linear_cross_entropy import CHUNK_ELEMENTS, check_labels
 from glmkern.triton_kernels.launch import launch
+from glmkern.triton_kernels.quant_linear import quant_linear_bwd, quant_linear_fwd
 from glmkern.triton_kernels.tiles import row_tile
 
 # A product with fewer rows would wait for the weight: a chip does 150 to 300 half-precision
@@ -41,12 +42,14 @@ def cross_entropy_kernel(
     labels,
     row_weight,
     loss,
+    smoothing,
     V: tl.constexpr,
+    SMOOTH: tl.constexpr,
     GRAD: tl.constexpr,
     BV: tl.constexpr,
 ):
-    """loss [L] = row_weight * (logsumexp(logits) - logits[label]), a row of logits [L, V] a
-    program; with GRAD the row becomes softmax - onehot(label)."""
+    """loss [L] = row_weight * (logsumexp(logits) - q logits), a row of logits [L, V] a program;
+    with GRAD the row becomes softmax - q. q is onehot(label), with SMOOTH smoothed."""
     i_l = tl.program_id(0).to(tl.int64)
     p_row = logits + i_l * V
     label = tl.load(labels + i_l)
@@ -55,16 +58,21 @@ def cross_entropy_kernel(
     # [BV]
     b_max = tl.full([BV], LOWEST, dtype=tl.float32)
     b_sum = tl.zeros([BV], dtype=tl.float32)
+    b_rest = tl.zeros([BV], dtype=tl.float32)
+    z_label = tl.load(p_row + label).to(tl.float32)
     for i_v in range(0, V, BV):
         b_z = load_logits(p_row, i_v, V, BV)
+        if SMOOTH:
+            b_rest += tl.where(i_v + tl.arange(0, BV) < V, b_z - z_label, 0.0)
         b_new = tl.maximum(b_max, b_z)
         b_sum = b_sum * tl.exp(b_max - b_new) + tl.exp(b_z - b_new)
         b_max = b_new
     row_max = tl.max(b_max, 0)
     row_sum = tl.sum(b_sum * tl.exp(b_max - row_max), 0)
 
-    z_label = tl.load(p_row + label).to(tl.float32)
     value = tl.log(row_sum) + (row_max - z_label)
+    if SMOOTH:
+        value -= smoothing * (tl.sum(b_rest, 0) / V)
     tl.store(loss + i_l, tl.load(row_weight + i_l) * value)
     if GRAD:
         # z_label may be loaded by a thread that another one overtakes
@@ -73,7 +81,10 @@ def cross_entropy_kernel(
             o_v = i_v + tl.arange(0, BV)
             # [BV]
             b_p = tl.exp(load_logits(p_row, i_v, V, BV) - row_max) / row_sum
-            tl.store(p_row + o_v, b_p - (o_v == label).to(tl.float32), mask=o_v < V)
+            b_q = (o_v == label).to(tl.float32)
+            if SMOOTH:
+                b_q = (1 - smoothing) * b_q + smoothing / V
+            tl.store(p_row + o_v, b_p - b_q, mask=o_v < V)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -88,12 +99,13 @@ def scale_kernel(x, factor, y, M, H: tl.constexpr, BM: tl.constexpr, BH: tl.cons
     tl.store(y + o_m * H + o_h, b_x * tl.load(factor), mask=m_x)
 
 
-def linear_cross_entropy_fwd(hidden: Tensor, weight: Tensor, labels: Tensor,
-                             token_weight: Tensor | None, ignore_index: int,
+def linear_cross_entropy_fwd(hidden: Tensor, packed: Tensor, scale: Tensor | None, bits: int,
+                             labels: Tensor, token_weight: Tensor | None, ignore_index: int,
+                             label_smoothing: float,
                              hidden_grad: bool) -> tuple[Tensor, Tensor]:
     labelled = (labels != ignore_index).nonzero().squeeze(1)  # [L]
-    weight = weight.to(hidden.dtype)
-    labels, L, V = labels[labelled], len(labelled), weight.shape[0]
+    weight = packed.to(hidden.dtype) if scale is None else None
+    labels, L, V = labels[labelled], len(labelled), packed.shape[0]
     check_labels(labels, V, ignore_index)
     row_weight = hidden.new_full((L,), 1 / max(L, 1), dtype=torch.float32) \
         if token_weight is None else token_weight[labelled]
@@ -104,22 +116,26 @@ def linear_cross_entropy_fwd(hidden: Tensor, weight: Tensor, labels: Tensor,
     for i in range(chunks):
         chunk = slice(i * L // chunks, (i + 1) * L // chunks)
         rows = labelled[chunk]
-        logits = hidden[rows] @ weight.T
-        cross_entropy(logits, labels[chunk], row_weight[chunk], loss[chunk], hidden_grad)
+        logits = quant_linear_fwd(hidden[rows], packed, scale, bits, None) if weight is None \
+            else hidden[rows] @ weight.T
+        cross_entropy(logits, labels[chunk], row_weight[chunk], loss[chunk], hidden_grad,
+                      label_smoothing)
         if hidden_grad:
             # The row's weight comes after the product: a small one would underflow in half.
-            dhidden[rows] = (logits @ weight).float() * row_weight[chunk].unsqueeze(1)
+            back = quant_linear_bwd(logits, packed, scale, bits) if weight is None \
+                else logits @ weight
+            dhidden[rows] = back.float() * row_weight[chunk].unsqueeze(1)
     return loss.sum(), dhidden
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, row_weight: Tensor, loss: Tensor,
-                  grad: bool) -> None:
+                  grad: bool, smoothing: float = 0.0) -> None:
     """Writes the rows' weighted losses to `loss` and, with `grad`, the gradient of the unweighted
     ones to `logits`."""
     L, V = logits.shape
     BV = min(triton.next_power_of_2(V), MAX_COLUMNS)
-    launch(cross_entropy_kernel, L, logits, labels, row_weight, loss, V=V, GRAD=grad, BV=BV,
-           num_warps=min(max(BV // 256, 4), 16))
+    launch(cross_entropy_kernel, L, logits, labels, row_weight, loss, smoothing, V=V,
+           SMOOTH=smoothing > 0, GRAD=grad, BV=BV, num_warps=min(max(BV // 256, 4), 16))
 
 
 def linear_cross_entropy_bwd(dloss: Tensor, dhidden: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,5 +1,6 @@
 """The model over quantised linears, against itself with the dense weights the codes stand for."""
 
+import contextlib
 import copy
 
 import pytest
@@ -7,10 +8,16 @@ import torch
 from torch import Tensor
 
 import glmkern
-from glmkern import ChatGLM, ops
+from glmkern import ChatGLM, ChatGLMConfig, ops
 from glmkern.model.modules import FrozenLinear, frozen
 from glmkern.model.packing import unpad
-from tests.model.oracles import padded_batch, relative_error, small_model
+from tests.model.oracles import (
+    SMALL,
+    padded_batch,
+    random_weights,
+    relative_error,
+    small_model,
+)
 from tests.ops.numerics import same_bits
 
 TOLERANCE = 1e-5
@@ -127,3 +134,34 @@ def test_odd_columns_are_refused_before_anything_changes():
         model.quantize(4)
     assert all(linear.weight is not None for linear in linears(model).values())
     model.quantize(8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_output_layer_of_8_bits(dtype):
+    """Logits, loss and gradient are those of the dense matrix that the codes stand for."""
+    model = small_model(dtype=dtype)
+    output_layer = model.transformer.output_layer
+    output_layer.quantize_(8)
+    twin = copy.deepcopy(model)
+    dense = ops.dequantize(output_layer.matrix, torch.float32)
+    twin.transformer.output_layer.weight = frozen(dense.to(dtype))
+    batch = padded_batch(LENGTHS, model.config.padded_vocab_size, "right")
+    # A half-precision matrix is rounded once more than codes times scale are.
+    tolerance = TOLERANCE if dtype == torch.float32 else 5e-3
+    for ours, theirs in zip(results(model, batch), results(twin, batch), strict=True):
+        assert relative_error(ours, theirs) < tolerance
+
+
+def test_an_offloaded_embedding_stays_on_the_cpu(monkeypatch):
+    """The rest is on another device, on which nothing is computed; mixing the two would fail."""
+    # It knows no device of that kind.
+    monkeypatch.setattr(torch, "autocast", lambda *args, **options: contextlib.nullcontext())
+    config = ChatGLMConfig.from_dict(SMALL)
+    model = ChatGLM(config, pre_seq_len=5, offload_embedding=True)
+    model.load_base(random_weights(config).items(), torch.float32, "meta")
+    assert model.transformer.embedding.word_embeddings.weight.device.type == "cpu"
+    assert {p.device.type for p in model.transformer.encoder.parameters()} == {"meta"}
+    packed, _ = unpad(**padded_batch(LENGTHS, config.padded_vocab_size, "right"))
+    loss = model.train().loss(packed)
+    loss.backward()
+    assert loss.device.type == model.prefix_encoder.embedding.weight.grad.device.type == "meta"

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from glmkern import ops
 from tests.ops.numerics import moderate
 
 
@@ -50,12 +51,14 @@ def rotated(x: Tensor, cos_sin: Tensor, positions: Tensor, inverse: bool = False
     return torch.cat([turned.to(x.dtype), x[..., width:]], -1)
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor,
-                         token_weight: Tensor | None) -> Tensor:
+def linear_cross_entropy(hidden: Tensor, weight: Tensor | ops.QuantizedWeight, labels: Tensor,
+                         token_weight: Tensor | None, label_smoothing: float = 0.0) -> Tensor:
     """From all logits, in hidden's precision (float32 for half)."""
+    if isinstance(weight, ops.QuantizedWeight):
+        weight = ops.dequantize(weight, hidden.dtype)
     logits = hidden @ weight.to(hidden.dtype).T
     logits = logits if hidden.dtype == torch.float64 else logits.float()
     if token_weight is None:
-        return F.cross_entropy(logits, labels)
-    losses = F.cross_entropy(logits, labels, reduction="none")
+        return F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+    losses = F.cross_entropy(logits, labels, reduction="none", label_smoothing=label_smoothing)
     return (losses * token_weight.to(losses.dtype)).sum()

@@ -42,6 +42,30 @@ def test_against_fp64(backend, tokens, width, classes, weighted, dtype, stored, 
                  lambda: [torch.randn(tokens, width).to(dtype).requires_grad_()])
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
+@pytest.mark.parametrize(("tokens", "width", "classes"), [(1, 2, 2), (17, 34, 101), (131, 64, 33)])
+def test_quantised_weight(backend, tokens, width, classes, dtype, bits):
+    weight, labels = ops.quantize(torch.randn(classes, width).half(), bits), \
+        labelled(tokens, classes)
+    matches_fp64(lambda h: ops.linear_cross_entropy(h, weight, labels),
+                 lambda h: linear_cross_entropy(h, weight, labels, None),
+                 lambda: [torch.randn(tokens, width).to(dtype).requires_grad_()])
+
+
+@pytest.mark.parametrize("smoothing", [0.1, 1.0])
+@pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(("tokens", "width", "classes"), [(5, 3, 7), (63, 33, 257)])
+def test_label_smoothing(backend, tokens, width, classes, weighted, dtype, smoothing):
+    weight, labels = torch.randn(classes, width).to(dtype), labelled(tokens, classes)
+    token_weight = torch.rand(tokens) if weighted else None
+    matches_fp64(lambda h: ops.linear_cross_entropy(h, weight, labels, token_weight=token_weight,
+                                                    label_smoothing=smoothing),
+                 lambda h: linear_cross_entropy(h, weight, labels, token_weight, smoothing),
+                 lambda: [torch.randn(tokens, width).to(dtype).requires_grad_()])
+
+
 def test_only_labelled_rows_matter(backend):
     hidden, weight = torch.randn(6, 4), torch.randn(9, 4)
     labels = torch.tensor([-100, 3, -100, 8, 0, -100])
@@ -59,7 +83,7 @@ def test_the_same_bits_on_every_run_and_number_of_threads(threads, dtype):
         threads(count)
         with poisoned_memory(), glmkern.backend("cpu"):
             loss, dhidden = torch.ops.glmkern.linear_cross_entropy_fwd(
-                hidden, weight, labels, None, -100, True)
+                hidden, weight, None, 8 * weight.element_size(), labels, None, -100, 0.0, True)
             scaled = torch.ops.glmkern.linear_cross_entropy_bwd(torch.tensor(3.0), dhidden, dtype)
             return loss, dhidden, scaled
 
@@ -78,8 +102,8 @@ def test_logits_far_from_and_near_zero(backend, size):
 
 def test_without_gradient(backend):
     hidden, weight, labels = torch.randn(9, 8), torch.randn(30, 8), labelled(9, 30)
-    loss, dhidden = torch.ops.glmkern.linear_cross_entropy_fwd(hidden, weight, labels, None, -100,
-                                                               False)
+    loss, dhidden = torch.ops.glmkern.linear_cross_entropy_fwd(
+        hidden, weight, None, 32, labels, None, -100, 0.0, False)
     assert dhidden.shape == (0,)
     with_gradient = ops.linear_cross_entropy(hidden.requires_grad_(), weight, labels)
     assert same_bits(loss, with_gradient.detach())
@@ -114,7 +138,7 @@ def test_registration():
     hidden, weight = torch.randn(4, 3, requires_grad=True), torch.randn(5, 3)
     labels, token_weight = torch.tensor([1, -100, 4, 0]), torch.rand(4)
     check_registration(torch.ops.glmkern.linear_cross_entropy_fwd.default,
-                       (hidden, weight, labels, token_weight, -100, True))
+                       (hidden, weight, None, 32, labels, token_weight, -100, 0.1, True))
     check_compiles(lambda h, labels: ops.linear_cross_entropy(h, weight, labels),
                    [[torch.randn(n, 3, requires_grad=True), torch.randint(5, (n,))]
                     for n in (4, 7)])
@@ -127,6 +151,11 @@ def test_registration():
     (dict(weight=torch.zeros(7, 3, dtype=torch.float64)), "must have hidden's dtype or a narrower"),
     (dict(labels=torch.zeros(3, dtype=torch.int64)), r"labels must be int64 \[4\]"),
     (dict(weight=torch.zeros(5, 3, requires_grad=True)), "pass weight.detach"),
+    (dict(weight=ops.QuantizedWeight(torch.zeros(5, 2, dtype=torch.int8), torch.ones(5), 8)),
+     r"weight \[V, H\], not \(4, 3\) and \(5, 2\)"),
+    (dict(weight=ops.QuantizedWeight(torch.zeros(5, 3, dtype=torch.int8), torch.ones(4), 8)),
+     r"scale must have shape \[5\]"),
+    (dict(label_smoothing=1.5), r"label_smoothing must be in \[0, 1\], not 1.5"),
     (dict(weight=torch.zeros(5, 2)), r"hidden must be \[T, H\] and weight \[V, H\]"),
     (dict(token_weight=torch.zeros(4, dtype=torch.float64)), r"token_weight must be float32 \[4\]"),
 ])

@@ -43,6 +43,18 @@ def test_against_fp64(tokens, width, classes, weighted, dtype, device, monkeypat
                  lambda: [torch.randn(tokens, width).to(device, dtype).requires_grad_()])
 
 
+@pytest.mark.parametrize(("bits", "smoothing"), [(8, 0.0), (4, 0.2), (8, 1.0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_quantised_weight_and_label_smoothing(dtype, bits, smoothing, device, monkeypatch):
+    monkeypatch.setattr(kernels, "MAX_COLUMNS", 16)
+    packed, scale, _ = ops.quantize(torch.randn(37, 16).half(), bits)
+    weight = ops.QuantizedWeight(packed.to(device), scale.to(device), bits)
+    labels = labelled(5, 37).to(device)
+    matches_fp64(lambda h: ops.linear_cross_entropy(h, weight, labels, label_smoothing=smoothing),
+                 lambda h: linear_cross_entropy(h, weight, labels, None, smoothing),
+                 lambda: [torch.randn(5, 16).to(device, dtype).requires_grad_()])
+
+
 @pytest.mark.parametrize("size", [1e3, 1e-3])
 def test_logits_far_from_and_near_zero(size, device):
     weight, labels = torch.randn(30, 8).to(device) * size, labelled(9, 30).to(device)
@@ -106,7 +118,7 @@ def test_chunks_are_as_equal_as_they_can_be(device, monkeypatch):
 
 def test_without_gradient(device):
     hidden, weight = torch.randn(9, 8, device=device), torch.randn(30, 8, device=device)
-    arguments = hidden, weight, labelled(9, 30).to(device), None, -100
+    arguments = hidden, weight, None, 32, labelled(9, 30).to(device), None, -100, 0.0
     with poisoned_memory():
         loss, dhidden = library.linear_cross_entropy_fwd(*arguments, False)
         loss_too, dhidden_too = library.linear_cross_entropy_fwd(*arguments, True)
@@ -138,8 +150,9 @@ def test_same_bits_every_time(dtype, device):
     hidden, weight = torch.randn(50, 70).to(device, dtype), torch.randn(300, 70).to(device, dtype)
     labels = labelled(50, 300).to(device)
     with poisoned_memory():
-        first, second = (library.linear_cross_entropy_fwd(hidden, weight, labels, None, -100, True)
-                         for _ in range(2))
+        first, second = (library.linear_cross_entropy_fwd(
+            hidden, weight, None, 8 * weight.element_size(), labels, None, -100, 0.0, True)
+            for _ in range(2))
     assert all(map(same_bits, first, second))
 
 

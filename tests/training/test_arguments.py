@@ -201,7 +201,7 @@ def test_missing_json(tmp_path):
     (["--eval_strategy", "steps"], "--evaluation_strategy steps is refused"),
     (["--quantization_bit", "four"], "--quantization_bit takes a whole number, not 'four'"),
     (["--deepspeed", "ds.json"], "--deepspeed ds.json is refused"),
-    (["--label_smoothing_factor", "0.1"], "--label_smoothing_factor 0.1 is refused"),
+    (["--past_index", "2"], "--past_index 2 is refused"),
     ([], "pass --do_train"),
 ])
 def test_mistakes(argv, words):

@@ -1,12 +1,11 @@
 // linear_cross_entropy on the CPU: a chunk of labelled rows at a time goes through the output
-// layer, the softmax and, for the gradient, back. The products are quant_linear's, of a dense
-// weight.
+// layer, the softmax and, for the gradient, back. The products are quant_linear's.
 #include "../linear_cross_entropy.h"
 
 #include <algorithm>
 #include <vector>
 
-#include "../../binding.h"
+#include "../../quant_linear_binding.h"
 #include "../parallel.h"
 #include "quant_linear.h"
 
@@ -38,12 +37,6 @@ LabelledRows labelled_rows(const Tensor& labels, int64_t ignore_index, int64_t c
   return result;
 }
 
-WeightFormat dense_format(DType dtype) {
-  return dtype == DType::kFloat  ? WeightFormat::kFloat
-         : dtype == DType::kHalf ? WeightFormat::kHalf
-                                 : WeightFormat::kBFloat16;
-}
-
 Tensor new_floats(const Tensor& like, int64_t rows, int64_t columns) {
   return torch::stable::new_empty(like, {rows, columns}, ScalarType::Float);
 }
@@ -61,17 +54,17 @@ void copy_rows(int64_t count, int64_t hidden, DType from_type, DType to_type, Pa
 }
 
 std::tuple<Tensor, Tensor> linear_cross_entropy_fwd(
-    const Tensor& hidden, const Tensor& weight, const Tensor& labels,
-    const std::optional<Tensor>& token_weight, int64_t ignore_index, bool hidden_grad) {
+    const Tensor& hidden, const Tensor& packed, const std::optional<Tensor>& scale, int64_t bits,
+    const Tensor& labels, const std::optional<Tensor>& token_weight, int64_t ignore_index,
+    double label_smoothing, bool hidden_grad) {
   const char* op = "linear_cross_entropy_fwd";
-  require(hidden.dim() == 2 && weight.dim() == 2 && hidden.size(1) == weight.size(1),
-          std::string(op) + ": hidden must be [T, H] and weight [V, H]");
-  const int64_t tokens = hidden.size(0), width = hidden.size(1), classes = weight.size(0);
+  require(hidden.dim() == 2, std::string(op) + ": hidden must be [T, H]");
+  const int64_t tokens = hidden.size(0), width = hidden.size(1), classes = packed.size(0);
   require_like(op, "hidden", hidden, hidden, hidden.scalar_type(), tokens * width);
-  require(weight.scalar_type() == hidden.scalar_type() ||
-              hidden.scalar_type() == ScalarType::Float,
-          std::string(op) + ": weight has a wider dtype than hidden");
-  require_like(op, "weight", weight, hidden, weight.scalar_type(), classes * width);
+  std::optional<Tensor> scale_as_float;
+  QuantLinear product = quant_linear_of(op, hidden, packed, scale, bits, scale_as_float);
+  require(product.k == width, std::string(op) + ": hidden must be [T, H] and weight [V, H]");
+  product.dtype = DType::kFloat;
   require_like(op, "labels", labels, hidden, ScalarType::Long, tokens);
   if (token_weight.has_value()) {
     require_like(op, "token_weight", *token_weight, hidden, ScalarType::Float, tokens);
@@ -92,13 +85,6 @@ std::tuple<Tensor, Tensor> linear_cross_entropy_fwd(
                        ? torch::stable::new_zeros(hidden, {tokens, width}, ScalarType::Float)
                        : new_floats(hidden, 0, 0);
   if (!hidden_grad) dhidden = torch::stable::view(dhidden, {0});
-  QuantLinear product{};
-  product.dtype = DType::kFloat;
-  product.format = dense_format(dtype_of(op, weight));
-  product.n = classes;
-  product.k = width;
-  product.row_bytes = width * weight.element_size();
-  product.weight = static_cast<const uint8_t*>(weight.const_data_ptr());
 
   double loss = 0;
   for (int64_t chunk = 0; chunk < chunks; chunk++) {
@@ -115,7 +101,8 @@ std::tuple<Tensor, Tensor> linear_cross_entropy_fwd(
     quant_linear_run(product, hidden);
 
     const CrossEntropyRows softmax{classes, floats_of(logits), labelled.labels.data() + first,
-                                   floats_of(row_loss), hidden_grad};
+                                   floats_of(row_loss), static_cast<float>(label_smoothing),
+                                   hidden_grad};
     const auto kernel = GLMKERN_PICK_KERNEL(cross_entropy_rows);
     for_each_row(product.rows, classes,
                  [&](int64_t begin, int64_t end) { kernel(softmax, begin, end); });
