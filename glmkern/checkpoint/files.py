@@ -7,7 +7,6 @@ import re
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from glmkern.checkpoint.folder import refuse_lfs_pointer
@@ -63,7 +62,9 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
             f"{path} holds {code[1] if code else 'pickled objects'} beside tensors, which reading "
             "would execute, so it is refused; save the state dict alone"
         ) from error
-    except (SafetensorError, RuntimeError, OSError, EOFError) as error:
+    except InputError:
+        raise
+    except Exception as error:  # on damaged bytes the readers raise whatever they stumble over
         raise InputError(
             f"{path} ({path.stat().st_size:,} bytes) is truncated or not a weight file "
             f"({_first_sentence(error)}); download it again"
@@ -71,6 +72,8 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     if not isinstance(tensors, dict):
         raise InputError(f"{path} holds a {type(tensors).__name__}, not a dictionary of tensors")
     for name, value in tensors.items():
+        if not isinstance(name, str):
+            raise InputError(f"{path} holds a tensor under {name!r}, which is no name")
         if not isinstance(value, torch.Tensor):
             raise InputError(
                 f"{path} holds a {type(value).__name__} under {name!r}, not a tensor; save the "
