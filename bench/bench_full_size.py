@@ -9,10 +9,12 @@ Makes an fp16 base of 28 layers, hidden 4096, vocabulary 65,024 (12.5 GB, shard 
     load       ChatGLM.from_pretrained of the 4-bit folder
     step       one training step of the official shape: 64 + 128 tokens, prefix 128, batch 1
     generate   ten tokens after a prompt of 64
+    step-8, generate-8: the same with --output_layer_bit 8
 
 A stage's memory is the largest its process ever had resident (ru_maxrss), Python and torch
 included. Beside the times of step and generate stand their useful flops and the machine's float32
-matrix product rate, measured right after.
+matrix product rate, measured right after. What the formats cost in accuracy is measured on the
+small base of `glmkern demo`, which was trained: the loss of its held-out rows.
 """
 
 import argparse
@@ -22,6 +24,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,13 +33,17 @@ from torch import Tensor
 
 from bench.harness import RESULTS, seconds_per_round
 from bench.roofline import gemm_probe, machine
-from glmkern import ChatGLM, ChatGLMConfig
+from glmkern import ChatGLM, ChatGLMConfig, ChatGLMTokenizer, demo
 from glmkern.checkpoint import expected_shapes, quantize_folder, write_base
 from glmkern.model.packing import pack_rows
+from glmkern.training.dataset import build_training_rows, read_examples
 
 FOLDER = Path(__file__).resolve().parents[1] / "build/full_size"
 # Asked of each stage: GiB resident, seconds.
 ASKED = {"quantise": (6.0, None), "load": (4.5, 60), "step": (5.5, None), "generate": (5.5, None)}
+FORMATS = {"as trained, float16": {}, "4 bits": {"quantization_bit": 4},
+           "8 bits": {"quantization_bit": 8}, "output layer in 8 bits": {"output_layer_bit": 8},
+           "4 bits, output layer in 8 bits": {"quantization_bit": 4, "output_layer_bit": 8}}
 SHARD_BYTES = 2_000_000_000
 PROMPT, RESPONSE, PREFIX, NEW_TOKENS = 64, 128, 128, 10
 
@@ -82,9 +89,10 @@ def stage_load(folder: Path) -> dict:
     return _timed(lambda: ChatGLM.from_pretrained(folder / "int4", "cpu"))
 
 
-def stage_step(folder: Path) -> dict:
+def stage_step(folder: Path, output_layer_bit: int | None = None) -> dict:
     """Forward, backward and the optimiser's step of the prefix."""
-    model = ChatGLM.from_pretrained(folder / "int4", "cpu", pre_seq_len=PREFIX).train()
+    model = ChatGLM.from_pretrained(folder / "int4", "cpu", pre_seq_len=PREFIX,
+                                    output_layer_bit=output_layer_bit).train()
     optimiser = torch.optim.AdamW(model.prefix_encoder.parameters(), lr=2e-2)
     ids = torch.randint(1000, 60000, (PROMPT + RESPONSE,)).tolist()
     batch = pack_rows([Row(ids, [-100] * PROMPT + ids[PROMPT:])])
@@ -101,8 +109,9 @@ def stage_step(folder: Path) -> dict:
     return result | _gemm_rate()
 
 
-def stage_generate(folder: Path) -> dict:
-    model = ChatGLM.from_pretrained(folder / "int4", "cpu", pre_seq_len=PREFIX).eval()
+def stage_generate(folder: Path, output_layer_bit: int | None = None) -> dict:
+    model = ChatGLM.from_pretrained(folder / "int4", "cpu", pre_seq_len=PREFIX,
+                                    output_layer_bit=output_layer_bit).eval()
     ids = torch.randint(1000, 60000, (1, PROMPT))
     result = _timed(lambda: model.generate(ids, max_new_tokens=NEW_TOKENS, eos_token_id=[],
                                            do_sample=False).shape[1])
@@ -122,9 +131,9 @@ def stage_flops(stage: str) -> int | None:
     # Not at the top: the benchmark's peers would count in the memory of the stages.
     from bench.bench_train import flops, linear_weights
     config = chatglm2_6b()
-    if stage == "step":
+    if stage.startswith("step"):
         return flops(config, [(PROMPT, RESPONSE)])
-    if stage == "generate":
+    if stage.startswith("generate"):
         output = config.hidden_size * config.padded_vocab_size * NEW_TOKENS
         return 2 * (linear_weights(config) * (PROMPT + NEW_TOKENS - 1) + output)
     return None
@@ -137,7 +146,19 @@ def _gemm_rate() -> dict:
 
 
 STAGES = {"quantise": stage_quantise, "load": stage_load, "step": stage_step,
-          "generate": stage_generate}
+          "generate": stage_generate, "step-8": partial(stage_step, output_layer_bit=8),
+          "generate-8": partial(stage_generate, output_layer_bit=8)}
+
+
+def losses() -> dict[str, float]:
+    """The held-out loss of the demo's base in every format."""
+    tokenizer = ChatGLMTokenizer.from_pretrained(demo.BASE)
+    examples = read_examples(demo.HELD_OUT_FILE, demo.PROMPT_COLUMN, demo.RESPONSE_COLUMN)
+    batch = pack_rows(build_training_rows(examples, tokenizer, max_source_length=96,
+                                          max_target_length=128).rows)
+    with torch.inference_mode():
+        return {name: ChatGLM.from_pretrained(demo.BASE, "cpu", **options).eval().loss(batch).item()
+                for name, options in FORMATS.items()}
 
 
 def as_markdown(run: dict) -> str:
@@ -147,14 +168,18 @@ def as_markdown(run: dict) -> str:
         "| stage | seconds | GiB resident at most | asked | TFLOP | of the product rate |\n" \
         "|---|---|---|---|---|---|\n"
     for name, row in run["stages"].items():
-        gib, seconds = ASKED[name]
-        asked = f"{gib} GiB" + (f", {seconds} s" if seconds else "")
+        gib, seconds = ASKED.get(name, (None, None))
+        asked = f"{gib} GiB" if gib else "-"
+        asked += f", {seconds} s" if seconds else ""
         tera = share = "-"
         if row["flops"]:
             tera = f"{row['flops'] / 1e12:.2f}"
             share = f"{row['flops'] / row['seconds'] / row['gemm_flops_per_s']:.2f} of " \
                 f"{row['gemm_flops_per_s'] / 1e9:.0f} GFLOP/s"
         text += f"| {name} | {row['seconds']} | {row['gib']} | {asked} | {tera} | {share} |\n"
+    text += "\n| the demo's trained base | loss of its held-out rows |\n|---|---|\n"
+    for name, loss in run["losses"].items():
+        text += f"| {name} | {loss:.4f} |\n"
     return text
 
 
@@ -178,6 +203,7 @@ def main() -> None:
                                text=True)
         run["stages"][name] = json.loads(child.stdout) | {"flops": stage_flops(name)}
         print(name, run["stages"][name], flush=True)
+    run["losses"] = losses()
     path = RESULTS / "full_size.json"
     path.write_text(json.dumps(run, indent=1) + "\n")
     path.with_suffix(".md").write_text(as_markdown(run))
