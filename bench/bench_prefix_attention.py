@@ -1,4 +1,4 @@
-"""prefix_attention, forward and backward, of every backend and of PyTorch's SDPA.
+"""prefix_attention, forward, backward and decode, of every backend and of PyTorch's SDPA.
 
     python -m bench.bench_prefix_attention                       prints a table and writes
                                                                  bench/results/
@@ -8,7 +8,8 @@
 ChatGLM2-6B's heads: 32 of 128 channels, keys and values in 2 groups; a prefix of 128 and one
 sequence of S tokens, in float32 on a CPU, in bfloat16 on a GPU. Counted are useful flops, 4 C a
 score forward and 2.5 times that backward, scores above the causal diagonal left out; the fraction
-is of the matrix product rate.
+is of the matrix product rate. Decode is one new token for each of B rows with S tokens in the
+cache, all of which have to be read: there the fraction is of whichever limit is the nearer.
 
 The peers concatenate prefix and tokens and give SDPA the mask, made once outside, in numbers as
 SDPA would turn booleans into them at every call: with keys and values expanded to all heads, as the
@@ -32,6 +33,7 @@ from bench.harness import (  # noqa: F401 (pytest finds its two here)
 
 HEADS, GROUPS, CHANNELS, PREFIX = 32, 2, 128, 128
 LENGTHS = {"cpu": (192, 512, 1024), "cuda": (192, 512, 1024, 2048)}
+CACHES = {"cpu": ((1, 1024), (16, 512)), "cuda": ((1, 4096), (64, 2048))}  # rows, tokens
 DTYPE = {"cpu": torch.float32, "cuda": torch.bfloat16}
 SCALE = CHANNELS ** -0.5
 
@@ -42,7 +44,35 @@ def flops(length: int) -> int:
 
 
 def works(device: str) -> list[Work]:
-    return [work for length in LENGTHS[device] for work in _works(device, length)]
+    return [*(work for length in LENGTHS[device] for work in _works(device, length)),
+            *(work for rows, length in CACHES[device] for work in _decodes(device, rows, length))]
+
+
+def _decodes(device: str, rows: int, length: int) -> Iterator[Work]:
+    def random(*shape):
+        return torch.randn(*shape, CHANNELS, device=device).to(DTYPE[device])
+
+    q, cache = random(rows, 1, HEADS), [random(rows, length, GROUPS) for _ in range(2)]
+    prefix = [random(PREFIX, GROUPS) for _ in range(2)]
+    lens = torch.full((rows,), length, device=device)
+    calls = {name: forced(name, torch.ops.glmkern.prefix_attention_decode_fwd, q, *cache, lens,
+                          *prefix, torch.ones_like(lens), SCALE)
+             for name in available_backends("prefix_attention_decode_fwd", device)}
+    calls["sdpa, enable_gqa"] = lambda: _decode_grouped(q, *cache, *prefix)
+    nbytes = sum(x.nbytes for x in (q, *cache, *prefix, q))
+    count = 4 * CHANNELS * HEADS * rows * (length + PREFIX)
+    for implementation, call in calls.items():
+        yield Work(f"prefix_attention_decode B={rows} S={length}", implementation,
+                   (rows, length, HEADS, CHANNELS), DTYPE[device], nbytes, count, call,
+                   peer=implementation.startswith("sdpa"))
+
+
+def _decode_grouped(q, k_cache, v_cache, prefix_k, prefix_v) -> Tensor:
+    keys, values = (torch.cat((prefix.expand(len(q), -1, -1, -1), cache), 1).transpose(1, 2)
+                    for prefix, cache in ((prefix_k, k_cache), (prefix_v, v_cache)))
+    out = F.scaled_dot_product_attention(q.transpose(1, 2), keys, values, scale=SCALE,
+                                         enable_gqa=True)  # [B, N, 1, C]
+    return out.transpose(1, 2)
 
 
 def _works(device: str, length: int) -> Iterator[Work]:
