@@ -14,7 +14,8 @@ _HOME = {
     "read_prefix": "prefix",
     "resolve_folder": "folder",
     "to_glm_state": "native_glm",
-    "write_base": "export",
+    "write_base": "base_writer",
+    "write_glm": "base_writer",
     "write_prefix": "prefix",
 }
 

@@ -1,4 +1,4 @@
-"""A folder's weight files, found and opened without running anything that is in them."""
+"""A folder's weight files, found, opened without running anything in them, and written."""
 
 import json
 import os
@@ -7,8 +7,8 @@ import re
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 
 from glmkern.checkpoint.folder import refuse_lfs_pointer
 from glmkern.errors import InputError
@@ -21,6 +21,8 @@ LAYOUTS = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+# A PEFT adapter's configuration and weights.
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 
 
 def weight_files(folder: Path) -> dict[Path, set[str]]:
@@ -77,6 +79,35 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
                 "state dict alone"
             )
     return tensors
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The metadata of a .safetensors file; {} for any other file, or a damaged one."""
+    if path.suffix != ".safetensors":
+        return {}
+    try:
+        with safe_open(path, "pt") as file:
+            return file.metadata() or {}
+    except (SafetensorError, OSError):
+        return {}
+
+
+def save_safetensors(
+    tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None
+) -> None:
+    """Write contiguous tensors over the file `path`; OSError where the disk is full."""
+    try:
+        save_file(tensors, path, metadata={"format": "pt", **(metadata or {})})
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
+
+
+def require_new(target: Path) -> None:
+    """Raise InputError where the folder holds a model, a prefix or an adapter already."""
+    names = ("config.json", *LAYOUTS, *ADAPTER_FILES)
+    held = [name for name in names if (target / name).exists()]
+    if held:
+        raise InputError(f"{target} already holds {held[0]}; choose a new folder")
 
 
 def require_float(path: Path, name: str, tensor: torch.Tensor) -> None:

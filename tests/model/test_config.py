@@ -214,7 +214,8 @@ def test_chatglm_6b_is_recognised_and_refused(shared):
         ("{", r"config.json cannot be read as JSON \(.*line 1"),
         ("[1]", r"config.json holds a JSON list"),
         ({"num_layers": -1}, r"config.json: num_layers is -1"),
-        ({"model_type": "glm"}, r"config.json: model_type is 'glm'"),
+        ({"model_type": "glm4"}, r"config.json: model_type is 'glm4'"),
+        ({"model_type": "glm"}, r"config.json: num_hidden_layers is missing, which"),
     ],
 )
 def test_a_broken_file_is_an_input_error_naming_it(folder, text, message):

@@ -1,17 +1,20 @@
-"""Writing a base model under the official names, with its config.json, as tensors come."""
+"""Writing a base model, under the official or the native names, with its config.json."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from glmkern.checkpoint.atomic import NewFiles, save_torch
+from glmkern.checkpoint.files import save_safetensors
+from glmkern.checkpoint.native_glm import glm_shapes, to_glm_stream
 from glmkern.checkpoint.shapes import expected_shapes
 from glmkern.errors import InputError
 from glmkern.model.config import ChatGLMConfig
+from glmkern.model.glm_config import to_glm_config
+
+SHARD_BYTES = 5_000_000_000
 
 # layout: the name of a file and of a shard. transformers and read_base look for safetensors first.
 NAMES = {
@@ -24,7 +27,7 @@ def write_base(
     folder: str | Path,
     config: ChatGLMConfig,
     tensors: Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]],
-    max_shard_bytes: int = 5_000_000_000,
+    max_shard_bytes: int = SHARD_BYTES,
     layout: str = "safetensors",
 ) -> Path:
     """Write `tensors` (official keys, in the dtype they have) and config.json; returns the folder.
@@ -40,8 +43,35 @@ def write_base(
     (quantization_bit included), and InputError where they cannot be written, or "bin" beside
     safetensors, which would be read in their place.
     """
-    folder = Path(folder)
     expected = expected_shapes(config, config.quantization_bit)
+    return _write(folder, config.to_json(), expected, tensors, max_shard_bytes, layout)
+
+
+def write_glm(
+    folder: str | Path,
+    config: ChatGLMConfig,
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    max_shard_bytes: int = SHARD_BYTES,
+) -> Path:
+    """Write a stream of official (key, tensor) pairs as a native GlmForCausalLM in safetensors.
+
+    Like write_base in all else. Raises ValueError, naming the field, also for a configuration
+    that GlmForCausalLM cannot express.
+    """
+    values = json.dumps(to_glm_config(config), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    stream = to_glm_stream(tensors, config)
+    return _write(folder, values, glm_shapes(config), stream, max_shard_bytes, "safetensors")
+
+
+def _write(
+    folder: str | Path,
+    configuration: str,
+    expected: dict[str, tuple[int, ...]],
+    tensors: Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]],
+    max_shard_bytes: int,
+    layout: str,
+) -> Path:
+    folder = Path(folder)
     if isinstance(tensors, Mapping):
         _check_names(expected, tensors)
         stream = ((name, tensors[name].detach().cpu().contiguous()) for name in expected)
@@ -67,9 +97,9 @@ def write_base(
             index = new.temporary()
             index.write_text(_index(shards, names), encoding="utf-8")
             names[index] = f"{single}.index.json"
-        configuration = new.temporary()
-        configuration.write_text(config.to_json(), encoding="utf-8")
-        names[configuration] = "config.json"
+        config = new.temporary()
+        config.write_text(configuration, encoding="utf-8")
+        names[config] = "config.json"
         # An older model's shards must not stay beside a single file, nor a file beside shards.
         new.rename(names, ("config.json", single, f"{single}.index.json",
                            shard.replace("{:05d}", "*")))
@@ -121,11 +151,8 @@ def _save(group: dict[str, torch.Tensor], path: Path, layout: str) -> None:
         whole = {name: tensor if tensor.untyped_storage().nbytes() == tensor.nbytes
                  else tensor.clone() for name, tensor in group.items()}
         save_torch(whole, path)
-        return
-    try:
-        save_file(group, path, metadata={"format": "pt"})
-    except SafetensorError as error:
-        raise OSError(str(error)) from error
+    else:
+        save_safetensors(group, path)
 
 
 def _index(shards: list[tuple[Path, dict[str, int]]], names: dict[Path, str]) -> str:
