@@ -21,8 +21,10 @@ LAYOUTS = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-# A PEFT adapter's configuration and weights.
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+# The metadata of a prefix in safetensors that names the family of its base.
+FAMILY = "base_family"
 
 
 def weight_files(folder: Path) -> dict[Path, set[str]]:
@@ -104,7 +106,7 @@ def save_safetensors(
 
 def require_new(target: Path) -> None:
     """Raise InputError where the folder holds a model, a prefix or an adapter already."""
-    names = ("config.json", *LAYOUTS, *ADAPTER_FILES)
+    names = ("config.json", *LAYOUTS, ADAPTER_CONFIG, *ADAPTER_WEIGHTS)
     held = [name for name in names if (target / name).exists()]
     if held:
         raise InputError(f"{target} already holds {held[0]}; choose a new folder")
@@ -117,6 +119,20 @@ def require_float(path: Path, name: str, tensor: torch.Tensor) -> None:
         raise InputError(
             f"{name} in {path} is {dtype}; expected float16, bfloat16, float32 or float64 weights"
         )
+
+
+def trained_tensor(path: Path, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """A float32 copy, so that the file is not held open by its mapping.
+
+    Raises InputError where the tensor is not of a real floating dtype, or not finite.
+    """
+    require_float(path, name, tensor)
+    if not torch.isfinite(tensor).all():
+        raise InputError(
+            f"{name} in {path} holds NaN or infinite values, so that training had failed when it "
+            "was saved; use an earlier checkpoint"
+        )
+    return tensor.to(torch.float32, copy=True)
 
 
 def _indexed_files(index: Path) -> dict[Path, set[str]]:

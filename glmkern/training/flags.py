@@ -132,9 +132,6 @@ REFUSED: dict[str, Flag] = {
         f"resuming is {_LATER}; --ptuning_checkpoint starts a new run from a saved prefix",
     ),
     "dataset_name": Flag(None, "the official script fails with it; name a file with --train_file"),
-    "save_safetensors": Flag(
-        False, f"a safetensors prefix is {_LATER}; pytorch_model.bin is always written"
-    ),
     "label_smoothing_factor": Flag(0.0, "the loss is the official cross entropy"),
     "optim_args": Flag(None, "adamw_hf and adamw_torch take none"),
     "adafactor": Flag(False, "--optim knows adamw_hf, adamw_torch and adamw_torch_fused"),
