@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from glmkern.checkpoint.files import read_tensors, require_float, weight_files
-from glmkern.checkpoint.native_glm import from_glm_stream, glm_shapes, native_config
+from glmkern.checkpoint.native_glm import LM_HEAD, from_glm_stream, glm_shapes, native_config
 from glmkern.checkpoint.prefix import prefix_name
 from glmkern.checkpoint.shapes import INV_FREQ, SCALE, WEIGHT, expected_shapes, is_linear_weight
 from glmkern.errors import InputError
@@ -32,8 +32,7 @@ def read_base(folder: str | Path, config: ChatGLMConfig) -> Iterator[tuple[str, 
     folder = Path(folder)
     bits = stored_bits(folder)
     native = native_config(folder)
-    tied = native is not None and native.get("tie_word_embeddings", False)
-    expected = expected_shapes(config, bits) if native is None else glm_shapes(config, tied)
+    expected = expected_shapes(config, bits) if native is None else glm_shapes(config)
     homes: dict[str, Path] = {}
     prefix_bytes = 0
     for path, promised in weight_files(folder).items():
@@ -56,6 +55,10 @@ def read_base(folder: str | Path, config: ChatGLMConfig) -> Iterator[tuple[str, 
             f"the folder {folder} holds only a prefix ({prefix_bytes / 1e6:.1f} MB), not a base "
             "model; pass it as --ptuning_checkpoint"
         )
+    # As transformers has it, an output layer in the files is its own whatever config.json says.
+    tied = bool(native and native.get("tie_word_embeddings")) and LM_HEAD not in homes
+    if tied:
+        del expected[LM_HEAD]
     missing = [name for name in expected if name not in homes]
     if missing:
         raise InputError(

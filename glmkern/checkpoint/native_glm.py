@@ -30,10 +30,11 @@ from glmkern.checkpoint.shapes import (
 from glmkern.model.config import ChatGLMConfig
 from glmkern.model.glm_config import MODEL_TYPE, from_glm_config, to_glm_config
 
+LM_HEAD = "lm_head.weight"
 OUTSIDE_LAYERS = {
     EMBEDDING: "model.embed_tokens.weight",
     FINAL_NORM: "model.norm.weight",
-    OUTPUT_LAYER: "lm_head.weight",
+    OUTPUT_LAYER: LM_HEAD,
 }
 IN_LAYER = {
     "input_layernorm.weight": "input_layernorm.weight",
@@ -53,14 +54,11 @@ def native_config(folder: Path) -> dict[str, Any] | None:
     return values if values.get("model_type") == MODEL_TYPE else None
 
 
-def glm_shapes(config: ChatGLMConfig, tied: bool = False) -> dict[str, tuple[int, ...]]:
-    """Every native key of the base with its shape; where embeddings are `tied`, no lm_head."""
+def glm_shapes(config: ChatGLMConfig) -> dict[str, tuple[int, ...]]:
+    """Every native key of the base, in the model's order, with its shape."""
     official = expected_shapes(config).items()
     empty = ((name, torch.empty(shape, device="meta")) for name, shape in official)
-    shapes = {name: tuple(tensor.shape) for name, tensor in to_glm_stream(empty, config)}
-    if tied:
-        del shapes[OUTSIDE_LAYERS[OUTPUT_LAYER]]
-    return shapes
+    return {name: tuple(tensor.shape) for name, tensor in to_glm_stream(empty, config)}
 
 
 def to_glm_stream(
@@ -108,8 +106,11 @@ def from_glm_state(
     """
     values = dict(hf_config) if isinstance(hf_config, Mapping) else hf_config.to_dict()
     config = from_glm_config(values)
+    embedding, head = state[OUTSIDE_LAYERS[EMBEDDING]], state.get(LM_HEAD)
     tied = values.get("tie_word_embeddings", False)
-    stream = ((name, state[name]) for name in glm_shapes(config, tied))
+    tied = tied and (head is None or head.data_ptr() == embedding.data_ptr())
+    names = [name for name in glm_shapes(config) if not (tied and name == LM_HEAD)]
+    stream = ((name, state[name]) for name in names)
     official = dict(from_glm_stream(stream, config, tied))
     return config, {name: official[name] for name in expected_shapes(config)}
 
