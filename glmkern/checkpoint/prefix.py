@@ -90,8 +90,9 @@ def write_prefix(
         raise ValueError(f"a prefix has the weights {PROJECTED} or {FLAT}, not {tuple(state)}")
     # Copies, because torch.save writes the whole storage of which a tensor may be a part.
     official = {
-        OFFICIAL + name: tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
-        for name, tensor in state.items()
+        OFFICIAL + name: state[name].detach().to("cpu", torch.float32, copy=True).contiguous()
+        for name in PROJECTED
+        if name in state
     }
     if layout == "bin":
         path = Path(folder) / "pytorch_model.bin"
