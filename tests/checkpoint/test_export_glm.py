@@ -1,6 +1,8 @@
 """A base as a folder of the native GlmForCausalLM: what transformers and glmkern read from it."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -266,3 +268,42 @@ def test_the_name_of_the_base_stays(tmp_path, base):
     assert ChatGLMConfig.from_pretrained(target).family == "chatglm3-6b"
     assert GlmForCausalLM.from_pretrained(target).config.model_type == "glm"
     assert expected_shapes(ChatGLMConfig.from_pretrained(target)).keys() == read(target).keys()
+
+
+def test_resident_memory_is_bounded(tmp_path):
+    """A base of 92 MiB to the native layout and back, in shards of 6 MiB."""
+    program = """
+import sys, threading, time, torch
+from glmkern.checkpoint import base, expected_shapes, read_base, write_base, write_glm
+from glmkern.model.config import ChatGLMConfig
+
+def resident_mib():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096 / 2**20
+
+def watch():
+    while True:
+        seen.append(resident_mib())
+        time.sleep(0.002)
+
+config = ChatGLMConfig(num_layers=8, padded_vocab_size=1024, hidden_size=512, kv_channels=32,
+                       num_attention_heads=32, ffn_hidden_size=512, multi_query_attention=True,
+                       multi_query_group_num=32)
+folder = sys.argv[1]
+source, native, back = (f"{folder}/{name}" for name in ("source", "native", "back"))
+limit = 6 * 2**20
+write_base(source, config, ((n, torch.ones(s)) for n, s in expected_shapes(config).items()), limit)
+base.MAPPED_BYTES = 12 * 2**20
+seen = [resident_mib()]
+threading.Thread(target=watch, daemon=True).start()
+write_glm(native, config, read_base(source, config), limit)
+write_base(back, config, read_base(native, config), limit)
+print(max(seen) - seen[0])
+for name, tensor in read_base(back, config):
+    assert tensor.sum() == tensor.numel()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    # A mapping of 12, a shard of 6, the largest tensor of 6 with its parts, and copies of both.
+    assert float(done.stdout) < 60, done.stdout
