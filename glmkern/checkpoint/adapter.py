@@ -7,6 +7,7 @@ R(T) k.
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,7 +54,7 @@ def rotate_keys(
     """
     layers, groups, channels = geometry
     rotary = channels // 2
-    rotated = rows.clone()
+    rotated = rows.clone(memory_format=torch.contiguous_format)
     keys = rotated.view(-1, layers, 2, groups, channels)[:, :, 0, :, :rotary]  # [T, L, G, C / 2]
     frequencies = BASE ** (-torch.arange(0, rotary, 2, dtype=torch.float64) / rotary)
     angles = positions / rope_ratio * frequencies  # [C / 4]
@@ -96,7 +97,7 @@ def write_adapter(
         "task_type": "CAUSAL_LM",
         "token_dim": width,
     }
-    keys = rotate_keys(rows, geometry, tokens, config.rope_ratio).contiguous()
+    keys = rotate_keys(rows, geometry, tokens, config.rope_ratio)
     metadata = {FAMILY: config.family, ROPE_RATIO: str(config.rope_ratio)}
     with NewFiles(folder) as new:
         weights, settings = new.temporary(), new.temporary()
@@ -139,9 +140,18 @@ def read_adapter(path: Path, config: ChatGLMConfig | None = None) -> torch.Tenso
             f"{KEY} in {file} has shape {list(tensors[KEY].shape)}, but {ADAPTER_CONFIG} asks for "
             f"{expected}; the two do not belong together"
         )
-    ratio = read_metadata(file).get(ROPE_RATIO, config.rope_ratio if config else 1)
     rows = trained_tensor(file, KEY, tensors[KEY])
-    return rotate_keys(rows, geometry, -tokens, float(ratio))
+    return rotate_keys(rows, geometry, -tokens, _rope_ratio(file, config))
+
+
+def _rope_ratio(file: Path, config: ChatGLMConfig | None) -> float:
+    """Of the base that the adapter was rotated for."""
+    said = read_metadata(file).get(ROPE_RATIO)
+    if said is None:
+        return config.rope_ratio if config else 1
+    if not re.fullmatch(r"[1-9]\d*(\.\d+)?", said):
+        raise InputError(f"{file} says rope_ratio {said!r}, which is no number; export it again")
+    return float(said)
 
 
 def _read_settings(path: Path) -> tuple[int, Geometry]:

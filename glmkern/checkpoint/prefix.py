@@ -88,6 +88,8 @@ def write_prefix(
     """
     if set(state) not in (set(FLAT), set(PROJECTED)):
         raise ValueError(f"a prefix has the weights {PROJECTED} or {FLAT}, not {tuple(state)}")
+    if layout not in ("bin", "safetensors"):
+        raise ValueError(f"layout must be 'bin' or 'safetensors', not {layout!r}")
     # Copies, because torch.save writes the whole storage of which a tensor may be a part.
     official = {
         OFFICIAL + name: state[name].detach().to("cpu", torch.float32, copy=True).contiguous()

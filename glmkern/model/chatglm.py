@@ -71,7 +71,7 @@ class ChatGLM(nn.Module):
             pre_seq_len: prefix tokens, P; None: config.pre_seq_len, or no prefix.
             prefix_projection: the prefix goes through a two-layer MLP.
             prefix_checkpoint: a trained prefix, file or folder, or a PEFT adapter of one.
-            rope_precision: "float32", or "model" for ChatGLM2's rounding (see rotary.py).
+            rope_precision: "float32", or "model" for the official rounding (see rotary.py).
 
         Raises:
             InputError: the folder or the prefix is missing, broken or does not fit.

@@ -10,7 +10,7 @@ from glmkern.verbs import parse
 FORMATS = {
     "bin": "official prefix",
     "safetensors": "prefix in safetensors",
-    "peft": "PEFT adapter, keys rotated",
+    "peft": "PEFT adapter (keys rotated)",
     "glm": "native GlmForCausalLM",
 }
 

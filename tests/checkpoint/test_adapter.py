@@ -240,6 +240,22 @@ def test_weights_that_are_refused(adapter, tensors, sentence):
         read_prefix(adapter)
 
 
+@pytest.mark.parametrize("ratio", ["", "0", "-1", "nan", "sixteen"])
+def test_a_rope_ratio_that_is_none(adapter, ratio):
+    file = adapter / "adapter_model.safetensors"
+    save_file(load_file(file), file, metadata={"rope_ratio": ratio})
+    with pytest.raises(InputError, match=f"says rope_ratio '{ratio}', which is no number"):
+        read_prefix(adapter)
+
+
+def test_rows_in_any_memory_order(tmp_path, adapter):
+    rows = read_prefix(adapter)["embedding.weight"]
+    strided = write_adapter(tmp_path / "strided", rows.T.contiguous().T,
+                            ChatGLMConfig.from_dict(SMALL))
+    assert torch.equal(read_adapter(strided), read_adapter(write_adapter(
+        tmp_path / "plain", rows, ChatGLMConfig.from_dict(SMALL))))
+
+
 def test_missing_weights(adapter):
     (adapter / "adapter_model.safetensors").unlink()
     with pytest.raises(InputError, match="has adapter_config.json, but lacks adapter_model.safe"):

@@ -123,8 +123,8 @@ def test_what_is_printed_and_written(tmp_path, run, capsys):
     written = {
         "bin": ({"pytorch_model.bin", "config.json"}, "official prefix of 5 tokens, 0.0"),
         "safetensors": ({"model.safetensors", "config.json"}, "prefix in safetensors of 5 tokens"),
-        "peft": ({"adapter_config.json", "adapter_model.safetensors"}, "PEFT adapter, keys rotated "
-                 "of 5 tokens, projection folded into a flat prefix, 0.00 MB"),
+        "peft": ({"adapter_config.json", "adapter_model.safetensors"}, "PEFT adapter (keys rotated)"
+                 " of 5 tokens, projection folded into a flat prefix, 0.00 MB"),
     }
     for layout, (names, line) in written.items():
         target = tmp_path / layout
