@@ -132,9 +132,6 @@ REFUSED: dict[str, Flag] = {
         f"resuming is {_LATER}; --ptuning_checkpoint starts a new run from a saved prefix",
     ),
     "dataset_name": Flag(None, "the official script fails with it; name a file with --train_file"),
-    "save_safetensors": Flag(
-        False, f"a safetensors prefix is {_LATER}; pytorch_model.bin is always written"
-    ),
     "optim_args": Flag(None, "adamw_hf and adamw_torch take none"),
     "adafactor": Flag(False, "--optim knows adamw_hf, adamw_torch and adamw_torch_fused"),
     "auto_find_batch_size": Flag(

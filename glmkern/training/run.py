@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from glmkern import __version__
-from glmkern.checkpoint import resolve_folder
+from glmkern.checkpoint import read_prefix, resolve_folder, write_prefix
 from glmkern.checkpoint.atomic import write_text
 from glmkern.errors import InputError
 from glmkern.model.chatglm import ChatGLM
@@ -164,6 +164,9 @@ def write_companions(folder: Path, config: ChatGLMConfig, tokenizer: ChatGLMToke
                   "pad_token_id": config.pad_token_id}
     write_text(folder / "generation_config.json", _json(generation))
     write_text(folder / "glmkern.json", _json({"version": __version__, **arguments.to_dict()}))
+    if arguments.training.save_safetensors:
+        # The bits of the pytorch_model.bin that is in the folder already.
+        write_prefix(folder, read_prefix(folder), "safetensors", config.family)
 
 
 def _json(value: object) -> str:

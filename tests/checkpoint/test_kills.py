@@ -16,7 +16,9 @@ from glmkern.checkpoint import (
     write_base,
     write_prefix,
 )
+from glmkern.checkpoint.adapter import read_adapter, write_adapter
 from glmkern.checkpoint.atomic import write_text
+from glmkern.checkpoint.export import export_glm
 from glmkern.errors import InputError
 from glmkern.model.config import ChatGLMConfig
 from glmkern.tokenizer import ChatGLMTokenizer
@@ -113,15 +115,44 @@ def test_a_quantised_folder(tmp_path, shared, layout):
     assert all(each == found[-1] or "no config.json" in each for each in found)
 
 
-def test_a_prefix(tmp_path):
+def test_a_native_folder(tmp_path):
+    source, target = tmp_path / "source", tmp_path / "target"
+    weights = random_weights(CONFIG)
+    write_base(source, CONFIG, weights)
+    target.mkdir()
+    found = kill_everywhere(target, lambda: export_glm(source, target), lambda: weights_in(target))
+    assert found[-1] == {name: tensor.tolist() for name, tensor in weights.items()}
+    assert all(each == found[-1] or "no config.json" in each for each in found)
+
+
+@pytest.mark.parametrize("layout", ["bin", "safetensors"])
+def test_a_prefix(tmp_path, layout):
     folder = tmp_path / "checkpoint"
     old, new = ({"embedding.weight": torch.randn(3, 8)} for _ in range(2))
-    write_prefix(folder, old)
-    found = kill_everywhere(folder, lambda: write_prefix(folder, new),
+    write_prefix(folder, old, layout)
+    found = kill_everywhere(folder, lambda: write_prefix(folder, new, layout),
                             lambda: read_prefix(folder)["embedding.weight"].tolist())
     values = [state["embedding.weight"].tolist() for state in (old, new)]
     assert [found[0], found[-1]] == values
     assert all(each in values for each in found)
+
+
+def test_an_adapter(tmp_path):
+    """Two files: in between, the folder says that it holds none."""
+    folder = tmp_path / "adapter"
+    old, new = (torch.randn(3, CONFIG.kv_size) for _ in range(2))
+    write_adapter(folder, old, CONFIG)
+
+    def read():
+        try:
+            return read_adapter(folder).tolist()
+        except InputError as error:
+            return str(error)
+
+    first = read()
+    found = kill_everywhere(folder, lambda: write_adapter(folder, new, CONFIG), read)
+    assert found[0] == first != found[-1]
+    assert all(each in (first, found[-1]) or "adapter_config.json" in each for each in found)
 
 
 def test_small_files(tmp_path, shared):

@@ -83,7 +83,7 @@ def test_quantise_save_load_and_save_again(tmp_path, store, half, codes, config,
     source = store(half, "sharded_bin")
     (source / "tokenizer.model").write_bytes(b"a tokenizer")
     (source / "modeling_chatglm.py").write_text("raise SystemExit")
-    monkeypatch.setattr(write_base, "__defaults__", (limit, "safetensors"))
+    monkeypatch.setattr(write_base, "__defaults__", (limit, "safetensors", ()))
     first = quantize_folder(source, tmp_path / "first", bits, layout)
     stored = ChatGLMConfig.from_pretrained(first)
     assert stored == quantized(config, bits)
