@@ -13,6 +13,10 @@ from glmkern.checkpoint.atomic import write_text
 from glmkern.errors import InputError
 from glmkern.model.chatglm import ChatGLM
 from glmkern.model.config import ChatGLMConfig
+from glmkern.plan.first_steps import FirstSteps
+from glmkern.plan.machines import this_machine
+from glmkern.plan.precision import Precision
+from glmkern.plan.prediction import Job, Prediction, predict
 from glmkern.tokenizer import ChatGLMTokenizer
 from glmkern.training.arguments import (
     Arguments,
@@ -21,6 +25,8 @@ from glmkern.training.arguments import (
     TrainingArguments,
 )
 from glmkern.training.dataset import TrainingRows, build_training_rows, read_examples
+from glmkern.training.progress import write_line
+from glmkern.training.reports import Reports, check_reports
 from glmkern.training.run_folder import RunFolder
 from glmkern.training.seeding import set_seed, use_deterministic_libraries
 from glmkern.training.state import metrics_table
@@ -36,6 +42,7 @@ def run_training(arguments: Arguments) -> dict[str, float]:
     """
     model_args, data_args, training_args, notes = arguments
     check_arguments(arguments, os.environ)
+    check_reports(training_args)
     check_output_folder(Path(training_args.output_dir), training_args.overwrite_output_dir)
     device = choose_device(training_args)
     dtype = choose_dtype(model_args, training_args, device)
@@ -67,6 +74,7 @@ def run_training(arguments: Arguments) -> dict[str, float]:
             config, pre_seq_len=model_args.pre_seq_len,
             prefix_projection=model_args.prefix_projection,
             quantization_bit=model_args.quantization_bit or config.quantization_bit)
+        prediction = predict_run(arguments, config, rows, device, dtype)
         model = load_model(folder, model_args, device, dtype)
         trainer = Trainer(
             model, rows.rows, training_args,
@@ -76,7 +84,17 @@ def run_training(arguments: Arguments) -> dict[str, float]:
             row_names=[example.index for example in examples])
     except ValueError as error:  # a configuration or combination of flags that is not supported
         raise InputError(str(error)) from error
+    reports = Reports(training_args, lambda: trainer.state.log_history, arguments.to_dict())
+    first_steps = FirstSteps(prediction, device, write_line)
+
+    def after_step(step: int) -> None:
+        first_steps(step)
+        reports.after_step(step)
+
+    trainer.on_step = after_step if _is_main_process() else None
     metrics = trainer.train()
+    if _is_main_process():
+        reports.close()
     metrics["train_samples"] = min(data_args.max_train_samples or len(rows.rows), len(rows.rows))
     for line in metrics_table(metrics):
         print(line)
@@ -115,6 +133,23 @@ def load_model(folder: Path, args: ModelArguments, device: torch.device,
     model.prefix_dropout = args.prefix_dropout
     model.recompute = args.recompute
     return model
+
+
+def predict_run(arguments: Arguments, config: ChatGLMConfig, rows: TrainingRows,
+                device: torch.device, dtype: torch.dtype) -> Prediction:
+    """Print which number has which precision, and the memory and time that are predicted."""
+    precision = Precision.of(config, dtype, device, arguments.model.rope_precision)
+    job = Job.of(arguments, config, precision, rows.rows,
+                 processes=int(os.environ.get("WORLD_SIZE", 1)))
+    prediction = predict(job, this_machine(device.type, precision.activations))
+    if _is_main_process():
+        print(*precision.lines(job.config.quantization_bit), *prediction.summary(), sep="\n")
+    return prediction
+
+
+def _is_main_process() -> bool:
+    """Whether this is the one of the launcher's processes that prints and writes."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def check_fit(rows: TrainingRows, tokenizer: ChatGLMTokenizer, config: ChatGLMConfig) -> None:
