@@ -13,10 +13,7 @@ from glmkern.checkpoint.atomic import write_text
 from glmkern.errors import InputError
 from glmkern.model.chatglm import ChatGLM
 from glmkern.model.config import ChatGLMConfig
-from glmkern.plan.first_steps import FirstSteps
-from glmkern.plan.machines import this_machine
-from glmkern.plan.precision import Precision
-from glmkern.plan.prediction import Job, Prediction, predict
+from glmkern.plan.run import FirstSteps, predict_run
 from glmkern.tokenizer import ChatGLMTokenizer
 from glmkern.training.arguments import (
     Arguments,
@@ -74,7 +71,9 @@ def run_training(arguments: Arguments) -> dict[str, float]:
             config, pre_seq_len=model_args.pre_seq_len,
             prefix_projection=model_args.prefix_projection,
             quantization_bit=model_args.quantization_bit or config.quantization_bit)
-        prediction = predict_run(arguments, config, rows, device, dtype)
+        prediction, lines = predict_run(arguments, config, rows.rows, device, dtype)
+        if _is_main_process():
+            print(*lines, sep="\n")
         model = load_model(folder, model_args, device, dtype)
         trainer = Trainer(
             model, rows.rows, training_args,
@@ -133,18 +132,6 @@ def load_model(folder: Path, args: ModelArguments, device: torch.device,
     model.prefix_dropout = args.prefix_dropout
     model.recompute = args.recompute
     return model
-
-
-def predict_run(arguments: Arguments, config: ChatGLMConfig, rows: TrainingRows,
-                device: torch.device, dtype: torch.dtype) -> Prediction:
-    """Print which number has which precision, and the memory and time that are predicted."""
-    precision = Precision.of(config, dtype, device, arguments.model.rope_precision)
-    job = Job.of(arguments, config, precision, rows.rows,
-                 processes=int(os.environ.get("WORLD_SIZE", 1)))
-    prediction = predict(job, this_machine(device.type, precision.activations))
-    if _is_main_process():
-        print(*precision.lines(job.config.quantization_bit), *prediction.summary(), sep="\n")
-    return prediction
 
 
 def _is_main_process() -> bool:

@@ -1,15 +1,31 @@
-"""What was predicted against what is measured, once a run is under way."""
+"""A run's own prediction: made before the base is loaded, and held against its first steps."""
 
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
-from glmkern.plan.machines import GIB
-from glmkern.plan.prediction import Prediction
+from glmkern.model.config import ChatGLMConfig
+from glmkern.model.packing import Row
+from glmkern.plan.machines import GIB, this_machine
+from glmkern.plan.precision import Precision
+from glmkern.plan.prediction import Job, Prediction, predict
+from glmkern.training.arguments import Arguments
 from glmkern.training.progress import peak_memory
 
 COMPARED_STEPS = 3
+
+
+def predict_run(arguments: Arguments, config: ChatGLMConfig, rows: Sequence[Row],
+                device: torch.device, dtype: torch.dtype) -> tuple[Prediction, list[str]]:
+    """The memory and time of this run on this machine, and the lines that tell them and which
+    number has which precision; to be called before the base takes memory."""
+    precision = Precision.of(config, dtype, device, arguments.model.rope_precision)
+    job = Job.of(arguments, config, precision, rows,
+                 processes=int(os.environ.get("WORLD_SIZE", 1)))
+    prediction = predict(job, this_machine(device.type, precision.activations))
+    return prediction, [*precision.lines(job.config.quantization_bit), *prediction.summary()]
 
 
 class FirstSteps:
