@@ -167,16 +167,16 @@ class Prediction:
 
     def _time(self) -> str:
         if not self.job.steps:
-            return f"{self.seconds:.3g} s a step"
+            return f"{as_seconds(self.seconds)} a step"
         run = datetime.timedelta(seconds=round(self.seconds * self.job.steps))
-        return f"{self.seconds:.3g} s a step, {run} for {self.job.steps:,} steps"
+        return f"{as_seconds(self.seconds)} a step, {run} for {self.job.steps:,} steps"
 
     def _with_recompute(self, recompute: str) -> str:
         """A line of what another --recompute would need, and the largest pack that fits then."""
         other, row = replace(self.job, recompute=recompute), self.job.longest_row
         predicted = predict(other, self.machine)
         line = (f"  {recompute:<5}  {predicted.total / GIB:6.2f} GiB, "
-                f"{predicted.seconds:.3g} s a step")
+                f"{as_seconds(predicted.seconds)} a step")
         if not self.machine.memory:
             return line
         tokens = largest_pack(other, self.machine)
@@ -185,6 +185,11 @@ class Prediction:
         at_least = "at least " if tokens == LARGEST_PACK else ""
         return (f"{line}; {at_least}{tokens:,} tokens fit at once, {tokens // row:,} rows of the "
                 f"longest, {row:,} tokens")
+
+
+def as_seconds(seconds: float) -> str:
+    """Three digits, or all before the point."""
+    return f"{seconds:.3g} s" if seconds < 999.5 else f"{seconds:,.0f} s"
 
 
 def predict(job: Job, machine: Machine) -> Prediction:

@@ -10,7 +10,7 @@ from glmkern.model.config import ChatGLMConfig
 from glmkern.model.packing import Row
 from glmkern.plan.machines import GIB, this_machine
 from glmkern.plan.precision import Precision
-from glmkern.plan.prediction import Job, Prediction, predict
+from glmkern.plan.prediction import Job, Prediction, as_seconds, predict
 from glmkern.training.arguments import Arguments
 from glmkern.training.progress import peak_memory
 
@@ -39,9 +39,9 @@ class FirstSteps:
         self._steps: dict[int, float] = {}  # when each ended
 
     def __call__(self, step: int) -> None:
-        if len(self._steps) == COMPARED_STEPS:
+        if step in self._steps or len(self._steps) == COMPARED_STEPS:
             return
-        self._steps.setdefault(step, time.perf_counter())
+        self._steps[step] = time.perf_counter()
         if len(self._steps) == COMPARED_STEPS:
             times = list(self._steps.values())
             self.write(self._comparison((times[-1] - times[0]) / (COMPARED_STEPS - 1)))
@@ -49,6 +49,6 @@ class FirstSteps:
     def _comparison(self, seconds: float) -> str:
         expected, memory = self.prediction.seconds, self.prediction.compared
         peak = peak_memory(self.device)
-        return (f"predicted {expected:.3g} s a step and {memory / GIB:.2f} GiB, in the first "
-                f"{COMPARED_STEPS} steps measured {seconds:.3g} s ({seconds / expected:.2f} times)"
-                f" and {peak / GIB:.2f} GiB ({peak / memory:.2f} times)")
+        return (f"predicted {as_seconds(expected)} a step and {memory / GIB:.2f} GiB, in the first "
+                f"{COMPARED_STEPS} steps measured {as_seconds(seconds)} ({seconds / expected:.2f} "
+                f"times) and {peak / GIB:.2f} GiB ({peak / memory:.2f} times)")
