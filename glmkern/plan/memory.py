@@ -2,6 +2,7 @@
 
 import math
 
+from glmkern.checkpoint.base import MAPPED_BYTES
 from glmkern.checkpoint.shapes import (
     EMBEDDING,
     OUTPUT_LAYER,
@@ -32,6 +33,13 @@ def base_bytes(config: ChatGLMConfig, precision: Precision) -> int:
         else:
             total += elements * (weights if name in (EMBEDDING, OUTPUT_LAYER) else small)
     return total
+
+
+def mapped_bytes(config: ChatGLMConfig, precision: Precision) -> int:
+    """Pages of the weights' files that are resident while a CPU reads them: some, and a tensor."""
+    tensor = config.hidden_size * DTYPE_BYTES[precision.weights] * max(
+        config.padded_vocab_size, 2 * config.ffn_hidden_size)
+    return min(MAPPED_BYTES + tensor, base_bytes(config, precision))
 
 
 def prefix_parameters(config: ChatGLMConfig, pre_seq_len: int) -> int:

@@ -9,8 +9,15 @@ from typing import Any
 from glmkern.model.config import ChatGLMConfig
 from glmkern.model.layer import RECOMPUTE
 from glmkern.model.packing import Row
-from glmkern.plan.machines import GIB, Machine
-from glmkern.plan.memory import DTYPE_BYTES, base_bytes, prefix_bytes, saved_bytes, work_bytes
+from glmkern.plan.machines import GIB, OPTIMISER, Machine
+from glmkern.plan.memory import (
+    DTYPE_BYTES,
+    base_bytes,
+    mapped_bytes,
+    prefix_bytes,
+    saved_bytes,
+    work_bytes,
+)
 from glmkern.plan.precision import Precision
 from glmkern.plan.work import RowLength, linear_weights, step_flops
 from glmkern.training.arguments import Arguments
@@ -97,6 +104,7 @@ class Prediction:
     machine: Machine
     largest_pack: RowLength
     memory: dict[str, int]
+    reading: int  # bytes while a CPU reads the base
     tokens: float  # a step
     flops: float  # a step
     seconds: float  # a step
@@ -104,7 +112,7 @@ class Prediction:
     @property
     def total(self) -> int:
         """Bytes at the peak, the process or context included."""
-        return sum(self.memory.values())
+        return max(sum(self.memory.values()), self.reading)
 
     @property
     def compared(self) -> int:
@@ -138,7 +146,9 @@ class Prediction:
             f"on {machine.name}",
             "predicted memory at the peak, GiB:",
             *(f"  {name:<{width}}  {size / GIB:6.2f}" for name, size in self.memory.items()),
-            f"  {'total':<{width}}  {self.total / GIB:6.2f}{verdict}",
+            *([f"  {'while the base is read':<{width}}  {self.reading / GIB:6.2f}"]
+              * (self.reading == self.total)),
+            f"  {'peak':<{width}}  {self.total / GIB:6.2f}{verdict}",
             f"  while {self.largest_pack.tokens:,} tokens are computed at once, "
             f"{self.largest_pack.labelled:,} of them labelled",
             f"predicted time, assuming {machine.assumption}:",
@@ -205,7 +215,8 @@ def predict(job: Job, machine: Machine) -> Prediction:
         tokens += sum(row.tokens for row in rows) / len(steps)
         flops += step / len(steps)
         seconds += max(step / machine.flops, read / machine.bandwidth, calls) / len(steps)
-    return Prediction(job, machine, largest, memory_parts(job, machine, largest), tokens, flops,
+    memory = memory_parts(job, machine, largest)
+    return Prediction(job, machine, largest, memory, reading_bytes(job, machine), tokens, flops,
                       seconds)
 
 
@@ -222,13 +233,22 @@ def memory_parts(job: Job, machine: Machine, pack: RowLength) -> dict[str, int]:
     }
 
 
+def reading_bytes(job: Job, machine: Machine) -> int:
+    """Bytes while a CPU reads the base, without optimiser yet; a GPU's allocator sees no file."""
+    if machine.device != "cpu":
+        return 0
+    base = base_bytes(job.config, job.precision)
+    return machine.overhead - OPTIMISER + base + mapped_bytes(job.config, job.precision)
+
+
 def largest_pack(job: Job, machine: Machine) -> int:
     """The most tokens that are predicted to fit, as they are in the rows; 0 where not one does."""
     share = sum(row.labelled for row in job.rows) / sum(row.tokens for row in job.rows)
 
     def fits(tokens: int) -> bool:
         pack = RowLength(tokens, round(tokens * share))
-        return sum(memory_parts(job, machine, pack).values()) <= machine.memory
+        training = sum(memory_parts(job, machine, pack).values())
+        return max(training, reading_bytes(job, machine)) <= machine.memory
 
     low, high = 0, LARGEST_PACK
     while low < high:

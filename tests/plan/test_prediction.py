@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench.bench_full_size import PREFIX, PROMPT, RESPONSE, chatglm2_6b
 from bench.train_models import OURS, WORKLOADS, make_model
+from glmkern.checkpoint.base import MAPPED_BYTES
 from glmkern.errors import InputError
 from glmkern.model.packing import pack_rows
 from glmkern.plan import machines
@@ -199,9 +200,21 @@ def test_largest_pack_just_fits(recompute):
     assert predict(at, small).fits and not predict(over, small).fits
 
 
+def test_reading_may_take_more_than_training():
+    """A wide base and one short row: pages of the files, and no optimiser yet."""
+    planned = job(chatglm2_6b(), [(10, 3)], Precision("float32", "float16"))
+    predicted = predict(planned, machine())
+    base = base_bytes(planned.config, planned.precision)
+    assert predicted.total == PROCESS + base + MAPPED_BYTES + 2 * 65024 * 4096
+    assert predicted.total > sum(predicted.memory.values())
+    assert "while the base is read" in "\n".join(predicted.table())
+    on_gpu = predict(planned, machine(device="cuda"))
+    assert on_gpu.total == sum(on_gpu.memory.values())
+
+
 @pytest.mark.parametrize("memory, words", [
     (30, None), (20, "--recompute mlp"), (14, "--recompute layer"),
-    (12.6, "--recompute layer --tokens_per_pack 193"),
+    (12.8, "--recompute layer --tokens_per_pack 193"),
     (10, "--quantization_bit 4 --recompute mlp"),
     (4.9, "--quantization_bit 4 --recompute layer --tokens_per_pack 193"),
     (3, "lower --max_source_length")])
