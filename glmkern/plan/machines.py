@@ -23,9 +23,11 @@ PROBE_BYTES = {"cpu": 2**26, "cuda": 2**30}
 
 
 class DataSheet(NamedTuple):
-    """gib: memory a program sees before any of it is used (where ECC takes a sixteenth, the rest);
-    half and single: TFLOP/s, dense, float16 in tensor cores with float32 sums, and float32;
-    bandwidth: GB/s; capability: sm_NN."""
+    """What its maker says of a GPU, of one with variants the SXM one.
+
+    gib: memory, less a sixteenth where ECC takes that; half and single: TFLOP/s, of dense float16
+    products with float32 sums in tensor cores, and of float32; bandwidth: GB/s; capability: sm_NN.
+    """
 
     name: str
     gib: float
@@ -113,21 +115,22 @@ def _plain(name: str) -> str:
 
 @functools.cache
 def this_machine(device: str, dtype: str) -> Machine:
-    """This machine's CPU or GPU, from matrix products and reads that take less than a second."""
+    """This machine's CPU or GPU ("cpu", "cuda", "cuda:1"), from matrix products and reads that
+    take less than a second."""
     import torch
 
-    number = getattr(torch, dtype)
-    size, share = PROBE_SIZE[device], (
-        CPU_SHARE_OF_PRODUCT if device == "cpu" else GPU_SHARE_OF_PRODUCT)
+    kind, number = device.partition(":")[0], getattr(torch, dtype)
+    share = CPU_SHARE_OF_PRODUCT if kind == "cpu" else GPU_SHARE_OF_PRODUCT
+    size, read_bytes = PROBE_SIZE[kind], PROBE_BYTES[kind]
     # A generator of their own: the run's random numbers do not depend on being predicted.
     a, b = torch.full((2, size, size), 0.5, device=device, dtype=number)
     out = torch.empty_like(a)
     rate = 2 * size**3 / _seconds(lambda: torch.mm(a, b, out=out), device)
-    read = torch.ones(PROBE_BYTES[device] // 4, device=device)
-    bandwidth = PROBE_BYTES[device] / _seconds(lambda: read.sum(), device)
-    if device == "cuda":
-        free, _ = torch.cuda.mem_get_info()
-        name, memory, overhead = torch.cuda.get_device_name(), free, 0
+    read = torch.ones(read_bytes // 4, device=device)
+    bandwidth = read_bytes / _seconds(lambda: read.sum(), device)
+    if kind == "cuda":
+        memory, _ = torch.cuda.mem_get_info(device)
+        name, overhead = torch.cuda.get_device_name(device), 0
         words = f"{memory / GIB:.1f} GiB free"
     else:
         resident = resident_bytes()
@@ -136,7 +139,7 @@ def this_machine(device: str, dtype: str) -> Machine:
         name, words = "this CPU", f"{torch.get_num_threads()} threads, {memory / GIB:.1f} GiB free"
     return Machine(
         f"{name} (measured: {words}, {rate / 1e9:,.0f} GFLOP/s in {dtype} products, "
-        f"{bandwidth / 1e9:.0f} GB/s read)", device, memory, overhead, rate * share, bandwidth,
+        f"{bandwidth / 1e9:.0f} GB/s read)", kind, memory, overhead, rate * share, bandwidth,
         f"{share:.0%} of the measured rate of products")
 
 
@@ -148,8 +151,8 @@ def _seconds(call: Callable[[], object], device: str) -> float:
     for _ in range(5):
         start = time.perf_counter()
         call()
-        if device == "cuda":
-            torch.cuda.synchronize()
+        if device != "cpu":
+            torch.cuda.synchronize(device)
         times.append(time.perf_counter() - start)
     return min(times[1:])
 

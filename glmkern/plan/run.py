@@ -24,7 +24,7 @@ def predict_run(arguments: Arguments, config: ChatGLMConfig, rows: Sequence[Row]
     precision = Precision.of(config, dtype, device, arguments.model.rope_precision)
     job = Job.of(arguments, config, precision, rows,
                  processes=int(os.environ.get("WORLD_SIZE", 1)))
-    prediction = predict(job, this_machine(device.type, precision.activations))
+    prediction = predict(job, this_machine(str(device), precision.activations))
     return prediction, [*precision.lines(job.config.quantization_bit), *prediction.summary()]
 
 

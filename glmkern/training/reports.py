@@ -50,23 +50,38 @@ def _is_installed(package: str) -> bool:
 
 
 class Reports:
-    """Follows a run's log_history: `after_step` after every optimiser step, `close` at the end.
+    """Follows a run's log_history, in a `with` block around the training.
+
+    `after_step` is called after every optimiser step. Leaving the block reports the rest, and draws
+    the loss where --plot_loss asks for it and nothing failed.
 
     Args:
         args: report_to, logging_dir, plot_loss and output_dir.
         history: gives the trainer's log_history as it is by then.
         flags: what was asked for, shown beside the curves.
+        writes: False in all processes of a run but one.
     """
 
     def __init__(self, args: TrainingArguments, history: Callable[[], LogHistory],
-                 flags: dict[str, Any] | None = None):
+                 flags: dict[str, Any] | None = None, writes: bool = True):
         self.args, self.history, self.flags = args, history, flags or {}
         names = args.report_to or ()
-        self._to_tensorboard = TENSORBOARD in names or (
-            "all" in names and _is_installed(TENSORBOARD))
+        asked = TENSORBOARD in names or ("all" in names and _is_installed(TENSORBOARD))
+        self._to_tensorboard = asked and writes
+        self._draws = args.plot_loss and writes
         self._writer = None
         self._reported = 0  # entries of the history
-        self._first_step = 1  # of this process
+        self._first_step = 0  # of this process
+
+    def __enter__(self) -> "Reports":
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        if self._writer is not None:
+            self._report()
+            self._writer.close()
+        if self._draws and kind is None:
+            draw_loss(self.history(), Path(self.args.output_dir) / LOSS_CURVE)
 
     def after_step(self, step: int) -> None:
         """Report what was logged since the last call; `step` is the step just taken."""
@@ -75,20 +90,14 @@ class Reports:
         if self._writer is None:
             self._first_step = step
             self._writer = self._open(resumed=step > 1)
+        self._report()
+
+    def _report(self) -> None:
         history = self.history()
         for entry in history[self._reported:]:
             if entry["step"] >= self._first_step:
                 self._add(entry)
         self._reported = len(history)
-
-    def close(self) -> None:
-        """Report the rest, and draw the loss where --plot_loss asks for it."""
-        if self._writer is not None or self.history():
-            self.after_step(self._first_step)
-        if self._writer is not None:
-            self._writer.close()
-        if self.args.plot_loss:
-            draw_loss(self.history(), Path(self.args.output_dir) / LOSS_CURVE)
 
     def _open(self, resumed: bool):
         """The event file; a resumed run goes on in the newest folder, and hides there what its

@@ -83,17 +83,16 @@ def run_training(arguments: Arguments) -> dict[str, float]:
             row_names=[example.index for example in examples])
     except ValueError as error:  # a configuration or combination of flags that is not supported
         raise InputError(str(error)) from error
-    reports = Reports(training_args, lambda: trainer.state.log_history, arguments.to_dict())
     first_steps = FirstSteps(prediction, device, write_line)
+    with Reports(training_args, lambda: trainer.state.log_history, arguments.to_dict(),
+                 writes=_is_main_process()) as reports:
 
-    def after_step(step: int) -> None:
-        first_steps(step)
-        reports.after_step(step)
+        def after_step(step: int) -> None:
+            first_steps(step)
+            reports.after_step(step)
 
-    trainer.on_step = after_step if _is_main_process() else None
-    metrics = trainer.train()
-    if _is_main_process():
-        reports.close()
+        trainer.on_step = after_step if _is_main_process() else None
+        metrics = trainer.train()
     metrics["train_samples"] = min(data_args.max_train_samples or len(rows.rows), len(rows.rows))
     for line in metrics_table(metrics):
         print(line)

@@ -56,7 +56,7 @@ def plan(arguments: Arguments, gpu: str | None = None) -> list[str]:
     config = ChatGLMConfig.from_pretrained(folder)
     precision = Precision.of(config, dtype, device, model.rope_precision)
     machine = named_gpu(gpu, precision.activations) if gpu else this_machine(
-        device.type, precision.activations)
+        str(device), precision.activations)
     rows, lines = _rows(arguments, folder)
     try:
         job = Job.of(arguments, config, precision, rows)

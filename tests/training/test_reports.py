@@ -9,13 +9,13 @@ import torch
 
 from glmkern import cli
 from glmkern.errors import InputError
-from glmkern.training import reports
+from glmkern.training import reports, run
 from glmkern.training.progress import Progress
 from glmkern.training.reports import Reports, check_reports, smoothed, tag
 from glmkern.training.state import TrainerState
 from tests import test_official_run as official_run
 from tests.test_official_run import command, refused
-from tests.training.stand_in import arguments
+from tests.training.stand_in import Hooked, arguments
 
 base, rows, flags = official_run.base, official_run.rows, official_run.flags  # fixtures
 TRAINED = {"loss": 3.5, "learning_rate": 0.02, "epoch": 0.5}
@@ -117,19 +117,19 @@ def test_names_are_those_of_transformers(name, expected):
 
 def test_entries_are_reported_once_and_in_time(installed, tmp_path):
     history = []
-    following = Reports(arguments(report_to=("tensorboard",), logging_dir=str(tmp_path / "tb")),
-                        lambda: history, {"seed": 42})
-    following.after_step(1)
-    history += logged((1, TRAINED), (1, EVALUATED))
-    following.after_step(2)
-    writer, = Writer.made
-    assert writer.log_dir == str(tmp_path / "tb") and writer.purge_step is None
-    assert json.loads(writer.texts["args"]) == {"seed": 42}
-    expected = [("train/loss", 3.5, 1), ("train/learning_rate", 0.02, 1), ("train/epoch", 0.5, 1),
-                ("eval/loss", 3.25, 1), ("eval/rouge-1", 30.0, 1), ("train/epoch", 0.5, 1)]
-    assert writer.scalars == expected and writer.flushed == len(expected)
-    history += logged((2, {"train_runtime": 8.5}))
-    following.close()
+    args = arguments(report_to=("tensorboard",), logging_dir=str(tmp_path / "tb"))
+    with Reports(args, lambda: history, {"seed": 42}) as following:
+        following.after_step(1)
+        history += logged((1, TRAINED), (1, EVALUATED))
+        following.after_step(2)
+        writer, = Writer.made
+        assert writer.log_dir == str(tmp_path / "tb") and writer.purge_step is None
+        assert json.loads(writer.texts["args"]) == {"seed": 42}
+        expected = [("train/loss", 3.5, 1), ("train/learning_rate", 0.02, 1),
+                    ("train/epoch", 0.5, 1), ("eval/loss", 3.25, 1), ("eval/rouge-1", 30.0, 1),
+                    ("train/epoch", 0.5, 1)]
+        assert writer.scalars == expected and writer.flushed == len(expected)
+        history += logged((2, {"train_runtime": 8.5}))
     assert writer.scalars == [*expected, ("train/train_runtime", 8.5, 2)] and writer.closed
 
 
@@ -137,10 +137,9 @@ def test_a_resumed_run_goes_on_where_it_was(installed, tmp_path):
     args = arguments(report_to=("all",), output_dir=str(tmp_path))
     (tmp_path / "runs" / "Jan01_00-00-00_host").mkdir(parents=True)
     history = logged((5, TRAINED), (10, TRAINED))
-    following = Reports(args, lambda: history)
-    following.after_step(11)
-    history += logged((11, {"loss": 2.0}))
-    following.after_step(12)
+    with Reports(args, lambda: history) as following:
+        following.after_step(11)
+        history += logged((11, {"loss": 2.0}))
     writer, = Writer.made
     assert writer.log_dir == str(tmp_path / "runs" / "Jan01_00-00-00_host")
     assert writer.purge_step == 11 and writer.scalars == [("train/loss", 2.0, 11)]
@@ -153,12 +152,23 @@ def test_a_new_run_has_a_new_folder(installed, tmp_path):
     assert folder.startswith(str(tmp_path / "runs")) and "Jan01_00-00-00_host" not in folder
 
 
-@pytest.mark.parametrize("names", [None, ("none",)])
-def test_nothing_is_reported_unasked(installed, tmp_path, names):
-    following = Reports(arguments(report_to=names, output_dir=str(tmp_path)),
-                        lambda: logged((1, TRAINED)))
-    following.after_step(1)
-    following.close()
+def test_a_failed_run_keeps_its_events_and_draws_nothing(installed, tmp_path):
+    args = arguments(report_to=("tensorboard",), plot_loss=True, output_dir=str(tmp_path))
+    history = []
+    with pytest.raises(KeyboardInterrupt), Reports(args, lambda: history) as following:
+        following.after_step(1)
+        history += logged((1, TRAINED))
+        raise KeyboardInterrupt
+    writer, = Writer.made
+    assert len(writer.scalars) == 3 and writer.closed
+    assert not (tmp_path / "training_loss.png").exists()
+
+
+@pytest.mark.parametrize("names, writes", [(None, True), (("none",), True), (("all",), False)])
+def test_nothing_is_reported_unasked_or_by_other_ranks(installed, tmp_path, names, writes):
+    args = arguments(report_to=names, output_dir=str(tmp_path), plot_loss=not writes)
+    with Reports(args, lambda: logged((1, TRAINED)), writes=writes) as following:
+        following.after_step(1)
     assert not Writer.made and not any(tmp_path.iterdir())
 
 
@@ -166,7 +176,8 @@ def test_nothing_is_reported_unasked(installed, tmp_path, names):
 
 def test_loss_curve(installed, tmp_path):
     history = logged((2, {"loss": 4.0}), (2, EVALUATED), (4, {"loss": 3.0}), (4, {"x": 1}))
-    Reports(arguments(plot_loss=True, output_dir=str(tmp_path)), lambda: history).close()
+    with Reports(arguments(plot_loss=True, output_dir=str(tmp_path)), lambda: history):
+        pass
     assert [path.name for path in tmp_path.iterdir()] == ["training_loss.png"]
     assert (tmp_path / "training_loss.png").read_bytes().startswith(b"\x89PNG")
     lines = Figure.last.lines
@@ -188,7 +199,8 @@ def test_smoothing():
 
 # Through the command line
 
-def test_a_run_is_reported_and_drawn(installed, flags, tmp_path):
+def test_a_run_is_reported_and_drawn(installed, flags, monkeypatch, tmp_path):
+    monkeypatch.setattr(run, "Trainer", Hooked)
     asked = {"report_to": "tensorboard", "plot_loss": True, "logging_dir": tmp_path / "tb"}
     assert cli.main(command({**flags, **asked})) == 0
     history = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
