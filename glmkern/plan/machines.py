@@ -119,16 +119,12 @@ def this_machine(device: str, dtype: str) -> Machine:
     take less than a second."""
     import torch
 
-    kind, number = device.partition(":")[0], getattr(torch, dtype)
+    kind = device.partition(":")[0]
+    rate, bandwidth = _product_rate(device, kind, dtype), _read_rate(device, kind)
     share = CPU_SHARE_OF_PRODUCT if kind == "cpu" else GPU_SHARE_OF_PRODUCT
-    size, read_bytes = PROBE_SIZE[kind], PROBE_BYTES[kind]
-    # A generator of their own: the run's random numbers do not depend on being predicted.
-    a, b = torch.full((2, size, size), 0.5, device=device, dtype=number)
-    out = torch.empty_like(a)
-    rate = 2 * size**3 / _seconds(lambda: torch.mm(a, b, out=out), device)
-    read = torch.ones(read_bytes // 4, device=device)
-    bandwidth = read_bytes / _seconds(lambda: read.sum(), device)
     if kind == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)  # the run's own peak is what will be compared
         memory, _ = torch.cuda.mem_get_info(device)
         name, overhead = torch.cuda.get_device_name(device), 0
         words = f"{memory / GIB:.1f} GiB free"
@@ -141,6 +137,26 @@ def this_machine(device: str, dtype: str) -> Machine:
         f"{name} (measured: {words}, {rate / 1e9:,.0f} GFLOP/s in {dtype} products, "
         f"{bandwidth / 1e9:.0f} GB/s read)", kind, memory, overhead, rate * share, bandwidth,
         f"{share:.0%} of the measured rate of products")
+
+
+def _product_rate(device: str, kind: str, dtype: str) -> float:
+    """Floating point operations a second of a square matrix product."""
+    import torch
+
+    size = PROBE_SIZE[kind]
+    # A generator of its own: the run's random numbers do not depend on being predicted.
+    generator = torch.Generator(device).manual_seed(0)
+    a, b = torch.rand(2, size, size, generator=generator, device=device).to(getattr(torch, dtype))
+    out = torch.empty_like(a)
+    return 2 * size**3 / _seconds(lambda: torch.mm(a, b, out=out), device)
+
+
+def _read_rate(device: str, kind: str) -> float:
+    """Bytes a second of adding up a tensor that no cache holds."""
+    import torch
+
+    numbers = torch.ones(PROBE_BYTES[kind] // 4, device=device)
+    return numbers.nbytes / _seconds(numbers.sum, device)
 
 
 def _seconds(call: Callable[[], object], device: str) -> float:

@@ -137,18 +137,17 @@ class Prediction:
 
     def table(self) -> list[str]:
         """Lines of all that is predicted, for `glmkern plan`."""
-        machine, width = self.machine, max(map(len, self.memory))
-        verdict = ""
-        if machine.memory:
-            verdict = f" of {machine.memory / GIB:.1f}; " + (
-                "it fits" if self.fits else f"it does not fit: {self.cure()}")
-        return [
+        parts = dict(self.memory)
+        if self.total == self.reading:
+            parts["while the base is read"] = self.reading
+        machine, width = self.machine, max(map(len, parts))
+        verdict = "it fits" if self.fits else f"it does not fit: {self.cure()}"
+        limit = f" of {machine.memory / GIB:.1f}; {verdict}" if machine.memory else ""
+        lines = [
             f"on {machine.name}",
             "predicted memory at the peak, GiB:",
-            *(f"  {name:<{width}}  {size / GIB:6.2f}" for name, size in self.memory.items()),
-            *([f"  {'while the base is read':<{width}}  {self.reading / GIB:6.2f}"]
-              * (self.reading == self.total)),
-            f"  {'peak':<{width}}  {self.total / GIB:6.2f}{verdict}",
+            *(f"  {name:<{width}}  {size / GIB:6.2f}" for name, size in parts.items()),
+            f"  {'peak':<{width}}  {self.total / GIB:6.2f}{limit}",
             f"  while {self.largest_pack.tokens:,} tokens are computed at once, "
             f"{self.largest_pack.labelled:,} of them labelled",
             f"predicted time, assuming {machine.assumption}:",
@@ -156,8 +155,8 @@ class Prediction:
             f"  a step has {self.tokens:,.0f} tokens and {self.flops / 1e12:.3g} TFLOP",
             "predicted for every --recompute:",
             *map(self._with_recompute, RECOMPUTE),
-            *filter(None, [machine.note]),
         ]
+        return lines + [machine.note] if machine.note else lines
 
     def cure(self) -> str:
         """The least change of the flags that is predicted to fit."""
@@ -189,7 +188,7 @@ class Prediction:
                 f"{as_seconds(predicted.seconds)} a step")
         if not self.machine.memory:
             return line
-        tokens = largest_pack(other, self.machine)
+        tokens = tokens_that_fit(other, self.machine)
         if tokens < row:
             return f"{line}; not one row of {row:,} tokens fits"
         at_least = "at least " if tokens == LARGEST_PACK else ""
@@ -209,7 +208,7 @@ def predict(job: Job, machine: Machine) -> Prediction:
     largest = max(pack for step in packs for pack in step)
     tokens, flops, seconds = 0.0, 0.0, 0.0
     for rows, computed in zip(steps, packs, strict=True):
-        step = step_flops(job.config, rows, job.config.pre_seq_len, job.recompute)
+        step = step_flops(job.config, rows, job.config.pre_seq_len, job.recompute, len(computed))
         read = 2 * len(computed) * linear_weights(job.config) * _bytes_a_weight(job)
         calls = len(computed) * job.config.num_layers * SECONDS_PER_LAYER
         tokens += sum(row.tokens for row in rows) / len(steps)
@@ -241,7 +240,7 @@ def reading_bytes(job: Job, machine: Machine) -> int:
     return machine.overhead - OPTIMISER + base + mapped_bytes(job.config, job.precision)
 
 
-def largest_pack(job: Job, machine: Machine) -> int:
+def tokens_that_fit(job: Job, machine: Machine) -> int:
     """The most tokens that are predicted to fit, as they are in the rows; 0 where not one does."""
     share = sum(row.labelled for row in job.rows) / sum(row.tokens for row in job.rows)
 
@@ -255,7 +254,6 @@ def largest_pack(job: Job, machine: Machine) -> int:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(middle) else (low, middle - 1)
     return low
-
 
 
 def _bytes_a_weight(job: Job) -> float:

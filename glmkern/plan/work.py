@@ -21,11 +21,12 @@ class RowLength(NamedTuple):
 
 
 def step_flops(config: ChatGLMConfig, rows: Sequence[RowLength], pre_seq_len: int,
-               recompute: str = "none") -> int:
+               recompute: str = "none", packs: int = 1) -> int:
     """Floating point operations of the rows, forward and backward; a multiply-add is two.
 
     Args:
         recompute: "none", "mlp" or "layer", what the backward pass computes again.
+        packs: how many times the prefix is made, which --prefix_projection multiplies.
     """
     tokens = sum(row.tokens for row in rows)
     labelled = sum(row.labelled for row in rows)
@@ -35,8 +36,8 @@ def step_flops(config: ChatGLMConfig, rows: Sequence[RowLength], pre_seq_len: in
     total = linear_flops(config, tokens) + output + 2 * tokens * config.num_layers * again
     total += int((1 + ATTENTION_BACKWARD + (recompute == "layer")) * attention)
     if config.prefix_projection:
-        # The two trained matrices, forward, and backward in both arguments; once a pack.
-        total += 3 * 2 * 2 * pre_seq_len * config.kv_size * config.hidden_size
+        # The two trained matrices, forward, and backward in both arguments.
+        total += packs * 3 * 2 * 2 * pre_seq_len * config.kv_size * config.hidden_size
     return total
 
 

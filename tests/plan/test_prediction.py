@@ -17,7 +17,7 @@ from glmkern.plan import machines
 from glmkern.plan.machines import GIB, GPUS, OPTIMISER, PROCESS, Machine, named_gpu, this_machine
 from glmkern.plan.memory import base_bytes, prefix_parameters, saved_bytes
 from glmkern.plan.precision import Precision
-from glmkern.plan.prediction import Job, Prediction, largest_pack, predict
+from glmkern.plan.prediction import Job, Prediction, predict, tokens_that_fit
 from glmkern.plan.work import RowLength, attention_flops, linear_flops, linear_weights, step_flops
 from glmkern.training.batching import pack_step
 from glmkern.training.dataset import Row
@@ -172,6 +172,16 @@ def test_linear_flops_are_those_torch_counts():
     assert backward == 2 * tokens * linear_weights(config) - first
 
 
+def test_projection_flops_are_those_torch_counts():
+    """The two trained matrices, forward and backward, once for every pack."""
+    model = small_model(projection=True)
+    with FlopCounterMode(display=False) as counter:
+        sum(k.sum() + v.sum() for k, v in model.prefix_encoder()).backward()
+    lengths, plain = [RowLength(9, 4)], replace(model.config, prefix_projection=False)
+    added = step_flops(model.config, lengths, 5, packs=3) - step_flops(plain, lengths, 5, packs=3)
+    assert added == 3 * counter.get_total_flops()
+
+
 def test_attention_flops_count_what_is_seen():
     config, lengths = chatglm2_6b(), [RowLength(3, 1), RowLength(11, 4)]
     seen = sum(1 for n, _ in lengths for query in range(n)
@@ -195,7 +205,7 @@ def test_largest_pack_just_fits(recompute):
     config = replace(chatglm2_6b(), quantization_bit=4)
     planned = job(config, [(192, 0)], recompute=recompute, budget=0)
     small = machine(memory=7 * GIB)
-    tokens = largest_pack(planned, small)
+    tokens = tokens_that_fit(planned, small)
     at, over = (replace(planned, rows=[RowLength(n, 0)]) for n in (tokens, tokens + 1))
     assert predict(at, small).fits and not predict(over, small).fits
 
