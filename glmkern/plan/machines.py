@@ -152,7 +152,7 @@ def _product_rate(device: str, kind: str, dtype: str) -> float:
 
 
 def _read_rate(device: str, kind: str) -> float:
-    """Bytes a second of adding up a tensor that no cache holds."""
+    """Bytes a second of adding up a tensor that few caches hold."""
     import torch
 
     numbers = torch.ones(PROBE_BYTES[kind] // 4, device=device)

@@ -18,6 +18,8 @@ from glmkern.plan.work import RowLength
 DTYPE_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 # The prefix, its gradient, two moments; and what the layers see of it, with its gradient.
 PREFIX_COPIES, SEGMENT_COPIES = 4, 2
+# cuBLAS's work space, and one slab of dequantised weights, at most half the L2 cache.
+GPU_WORK = 64 * 2**20
 
 
 def base_bytes(config: ChatGLMConfig, precision: Precision) -> int:

@@ -12,6 +12,7 @@ from glmkern.model.packing import Row
 from glmkern.plan.machines import GIB, OPTIMISER, Machine
 from glmkern.plan.memory import (
     DTYPE_BYTES,
+    GPU_WORK,
     base_bytes,
     mapped_bytes,
     prefix_bytes,
@@ -221,14 +222,14 @@ def predict(job: Job, machine: Machine) -> Prediction:
 
 def memory_parts(job: Job, machine: Machine, pack: RowLength) -> dict[str, int]:
     """Bytes by part while `pack` is computed."""
-    config, dtype = job.config, job.precision.activations
+    config, dtype, on_gpu = job.config, job.precision.activations, machine.device == "cuda"
+    work = work_bytes(config, pack, dtype, job.recompute) + (GPU_WORK if on_gpu else 0)
     return {
         "base weights": base_bytes(config, job.precision),
         "prefix, gradient, optimiser": prefix_bytes(config, config.pre_seq_len),
         "kept for the backward pass": saved_bytes(config, pack, dtype, job.recompute),
-        "work space": work_bytes(config, pack, dtype, job.recompute),
-        "Python and torch" if machine.device == "cpu" else "context and libraries":
-            machine.overhead,
+        "work space": work,
+        "context and libraries" if on_gpu else "Python and torch": machine.overhead,
     }
 
 
