@@ -22,6 +22,7 @@ _UNUSED = "the official script never reads it"
 _HUB = "it only acts with --push_to_hub"
 _FSDP = "it only acts with --fsdp"
 _ONE_PROCESS = "a run is one process"
+_LOGS = "the numbers always go to trainer_log.jsonl and trainer_state.json"
 _NO_WORKERS = "rows are tokenised once and stay in memory, so there is nothing to load in parallel"
 _NO_PADDING = "rows are packed end to end, so there is no padding to save"
 _COMPILED = "the kernels are compiled ahead of time"
@@ -73,7 +74,7 @@ ACCEPTED: dict[str, Flag] = {
     "log_level_replica": Flag("warning", _ONE_PROCESS),
     "log_on_each_node": Flag(True, _ONE_PROCESS),
     "logging_nan_inf_filter": Flag(True, "a NaN or infinite loss stops the run, never hidden"),
-    "run_name": Flag(None, "TensorBoard names a run by its --logging_dir"),
+    "run_name": Flag(None, _LOGS),
     "skip_memory_metrics": Flag(True, "the progress bar shows the peak memory"),
     "save_on_each_node": Flag(False, _ONE_PROCESS),
     # data loading
