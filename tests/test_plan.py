@@ -68,7 +68,8 @@ def test_the_published_command_for_a_gpu(chatglm2_6b, shared, capsys):
         "--quantization_bit", "4", "--gpu", "L4"], capsys)
     assert text.startswith("2,000 rows read, 0 of them left out")
     assert "408 of 2,000 prompts cut, which loses the end of the question" in text
-    assert "tokens a row: mean 129.2, median 129, longest 193; 258,495 in all" in text
+    assert "tokens a row: mean 129.2, median 129, longest 193; 258,495 in all\n" in text
+    assert "the end token is learned in all 2,000 rows, after a cut response too\n" in text
     assert "padding avoided: 33% of the official 193 tokens a row" in text
     assert "linears 4-bit codes with float16 scales" in text and "loss scale 65536" in text
     assert "on L4 (data sheet: 22.5 GiB, 121 TFLOP/s in float16, 300 GB/s)" in text

@@ -228,8 +228,7 @@ class RowStatistics:
                          f"of the question (--max_source_length {self.longest_prompt} keeps all)")
         if self.truncated_responses:
             parts.append(f"{self.truncated_responses:,} of {used:,} responses cut "
-                         f"(--max_target_length {self.longest_response} keeps all), each of them "
-                         "still with its end token")
+                         f"(--max_target_length {self.longest_response} keeps all)")
         if len(parts) == 1:
             parts.append(f"none cut (the longest prompt has {self.longest_prompt} tokens, the "
                          f"longest response {self.longest_response})")

@@ -162,6 +162,7 @@ def describe_rows(rows: TrainingRows, args: DataTrainingArguments) -> list[str]:
         f"longest {lengths[-1]}; {total:,} in all",
         f"padding avoided: {1 - total / padded:.0%} of the official "
         f"{args.max_source_length + args.max_target_length + 1} tokens a row",
+        f"the end token is learned in all {len(lengths):,} rows, after a cut response too",
     ]
 
 
