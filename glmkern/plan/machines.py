@@ -18,7 +18,7 @@ PROCESS, OPTIMISER = 224 * 2**20, 147 * 2**20
 # a CPU is the middle of the training steps in bench/results (docs/plan.md).
 GPU_SHARE_OF_DATA_SHEET, GPU_SHARE_OF_PRODUCT, CPU_SHARE_OF_PRODUCT = 0.5, 0.7, 1.1
 GPU_SHARE_OF_BANDWIDTH = 0.8
-PROBE_SIZE = {"cpu": 1024, "cuda": 8192}
+PROBE_SIZE = {"cpu": 1536, "cuda": 8192}
 PROBE_BYTES = {"cpu": 2**26, "cuda": 2**30}
 
 
