@@ -1,11 +1,18 @@
 """`glmkern plan --model_name_or_path BASE [training flags] [--gpu NAME]`."""
 
+from __future__ import annotations
+
 import argparse
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from glmkern.training.arguments import Arguments
 from glmkern.training.parser import parse as parse_flags
+
+if TYPE_CHECKING:
+    from glmkern.training.dataset import Row
 
 # What checking a training command asks for and a plan can do without.
 STAND_INS = {"train_file": "rows.json", "prompt_column": "prompt", "response_column": "response"}
@@ -76,7 +83,7 @@ def _as_a_run(arguments: Arguments) -> Arguments:
     return arguments._replace(data=data, training=training)
 
 
-def _rows(arguments: Arguments, folder):
+def _rows(arguments: Arguments, folder: Path) -> tuple[Sequence[Row] | None, list[str]]:
     """The rows of --train_file, or None, and the lines that describe them."""
     from glmkern.tokenizer import ChatGLMTokenizer
     from glmkern.training.dataset import build_training_rows, read_examples
