@@ -41,6 +41,7 @@ from bench.train_models import (
     make_model,
 )
 from glmkern import ChatGLM, ChatGLMConfig
+from glmkern.plan.work import RowLength, linear_weights, step_flops
 
 # The official scheme without checkpointing, measured apart from this code on this model and rows.
 OFFICIAL_SECONDS, OFFICIAL_GEMM_RATE = 3.34, 140e9
@@ -64,25 +65,9 @@ def works(names: Sequence[str]) -> list[Work]:
 
 def flops(config: ChatGLMConfig, lengths: Sequence[tuple[int, int]]) -> int:
     """Useful flops of one step over rows of (tokens of the prompt, tokens learned)."""
-    tokens = [sum(row) for row in lengths]
     # The first token of a row has nothing before it that could predict it.
-    predicted = sum(min(learned, row - 1) for (_, learned), row in zip(lengths, tokens,
-                                                                       strict=True))
-    output = 2 * config.hidden_size * config.padded_vocab_size * predicted
-    scores = config.num_attention_heads * sum(n * (n + 1) // 2 + n * PREFIX for n in tokens)
-    attention = int(3.5 * 4 * config.kv_channels * scores) * config.num_layers
-    return linear_flops(config, sum(tokens)) + 2 * output + attention
-
-
-def linear_flops(config: ChatGLMConfig, tokens: int) -> int:
-    """Of the four linears of every layer, forward and backward."""
-    in_qkv = config.hidden_size * config.qkv_size
-    return 2 * tokens * (2 * linear_weights(config) - in_qkv)
-
-
-def linear_weights(config: ChatGLMConfig) -> int:
-    return config.num_layers * config.hidden_size * (
-        config.qkv_size + config.query_size + 3 * config.ffn_hidden_size)
+    rows = [RowLength(sum(row), min(row[1], sum(row) - 1)) for row in lengths]
+    return step_flops(config, rows, PREFIX)
 
 
 def peak_memory(workload: str, implementation: str) -> dict[str, float]:

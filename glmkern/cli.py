@@ -19,12 +19,13 @@ usage: glmkern --do_train --flag value ...   the official ptuning/main.py comman
 verbs:
   train     tune a prefix; the official flags, --do_train understood (train --help lists them)
   demo      tune a prefix on the small base that comes with the package
+  plan      memory and time of a training command, told before anything is loaded
   quantize  a base with its linears in 4 or 8 bits, as a folder of its own
   export    a prefix for the official code or PEFT, or a base for transformers
   backends  which implementation of each op runs on this machine, and why
   version   the version"""
 
-LATER = ("predict", "chat", "bench", "doctor", "plan")
+LATER = ("predict", "chat", "bench", "doctor")
 EXIT_FAILED_RUN, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 
 
@@ -113,6 +114,7 @@ def _take_no_arguments(verb: str, argv: list[str]) -> None:
 VERBS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
     "demo": _module("glmkern.demo"),
+    "plan": _module("glmkern.verbs.plan"),
     "quantize": _module("glmkern.verbs.quantize"),
     "export": _module("glmkern.verbs.export"),
     "backends": _backends,

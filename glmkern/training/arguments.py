@@ -118,6 +118,15 @@ class TrainingArguments:
     logging_strategy: str = _flag("steps", "when to log", INTERVALS)
     logging_first_step: bool = _flag(False, "log the first step too")
     logging_steps: float = _flag(500, "steps between logs; below 1 a share of all steps")
+    report_to: tuple | None = _flag(
+        None, "tensorboard, all that is installed, or none, which is the default here"
+    )
+    logging_dir: str | None = _flag(
+        None, "folder of TensorBoard's event files; else runs/<date>_<host> in --output_dir"
+    )
+    plot_loss: bool = _flag(
+        False, "draw the loss into training_loss.png at the end; needs matplotlib", own=True
+    )
     save_strategy: str = _flag("steps", "when to save a checkpoint", INTERVALS)
     save_steps: float = _flag(500, "steps between checkpoints; below 1 a share of all steps")
     save_total_limit: int | None = _flag(None, "keep only this many checkpoints, the newest")

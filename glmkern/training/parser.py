@@ -83,6 +83,10 @@ def _add_honoured(group: argparse._ArgumentGroup, each: dataclasses.Field) -> No
             *_spellings(each.name), dest=each.name, nargs="?", const=True, metavar="BOOL", help=text
         )
         _add_negation(group, each.name)
+    elif _base(each.type) is tuple:
+        group.add_argument(
+            *_spellings(each.name), dest=each.name, nargs="+", metavar="NAME", help=text
+        )
     else:
         choices = each.metadata["choices"]
         metavar = "{" + ",".join(choices) + "}" if choices else _base(each.type).__name__.upper()
@@ -213,15 +217,22 @@ def _read_str(value: Any) -> str:
     return str(value)
 
 
+def _read_names(value: Any) -> tuple[str, ...]:
+    words = value if isinstance(value, (list, tuple)) else [value]
+    return tuple(name for word in words for name in _read_str(word).lower().split(","))
+
+
 _READERS: dict[type, Callable] = {
     bool: _read_bool,
     int: _read_int,
     float: _read_float,
     str: _read_str,
+    tuple: _read_names,
 }
 _KINDS: dict[Callable, str] = {
     _read_bool: "True or False",
     _read_int: "a whole number",
     _read_float: "a finite number",
     _read_str: "a text",
+    _read_names: "names",
 }

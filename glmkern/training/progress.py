@@ -12,6 +12,8 @@ from tqdm import tqdm
 from glmkern.training.state import TrainerState
 
 GIB = 2**30
+# A logged number, and what LLaMA-Factory's tools call it in trainer_log.jsonl.
+FILE_NAMES = {"loss": "loss", "eval_loss": "eval_loss", "learning_rate": "lr"}
 
 
 class Progress:
@@ -41,12 +43,14 @@ class Progress:
 
     def write(self, line: str) -> None:
         """Print a line without disturbing the bar."""
-        tqdm.write(line, file=sys.stdout)
+        write_line(line)
 
     def log(self, logs: dict[str, float], state: TrainerState) -> None:
-        """Print the official log line of a window of steps, and append it to the log file."""
+        """Print the official log line, and append it to the log file where it has a loss: that of
+        a window of steps ("loss") or of an evaluation ("eval_loss")."""
         self.write(str(logs))
-        if self._log_file is None:
+        losses = {FILE_NAMES[name]: logs[name] for name in FILE_NAMES if name in logs}
+        if self._log_file is None or not losses.keys() & {"loss", "eval_loss"}:
             return
         if self._log is None:
             self._log = self._log_file.open("w", encoding="utf-8")
@@ -58,8 +62,7 @@ class Progress:
         self._log.write(json.dumps({
             "current_steps": state.global_step,
             "total_steps": state.max_steps,
-            "loss": logs["loss"],
-            "lr": logs["learning_rate"],
+            **losses,
             "epoch": logs["epoch"],
             "percentage": round(100 * state.global_step / state.max_steps, 2),
             "elapsed_time": str(datetime.timedelta(seconds=int(elapsed))),
@@ -77,6 +80,11 @@ class Progress:
 
     def _tokens_per_second(self) -> float:
         return self.tokens / max(time.monotonic() - self._start, 1e-9)
+
+
+def write_line(line: str) -> None:
+    """Print a line above whatever bar there is."""
+    tqdm.write(line, file=sys.stdout)
 
 
 def peak_memory(device: torch.device) -> int:

@@ -13,6 +13,7 @@ from glmkern.checkpoint.atomic import write_text
 from glmkern.errors import InputError
 from glmkern.model.chatglm import ChatGLM
 from glmkern.model.config import ChatGLMConfig
+from glmkern.plan.run import FirstSteps, predict_run
 from glmkern.tokenizer import ChatGLMTokenizer
 from glmkern.training.arguments import (
     Arguments,
@@ -21,6 +22,8 @@ from glmkern.training.arguments import (
     TrainingArguments,
 )
 from glmkern.training.dataset import TrainingRows, build_training_rows, read_examples
+from glmkern.training.progress import write_line
+from glmkern.training.reports import Reports, check_reports
 from glmkern.training.run_folder import RunFolder
 from glmkern.training.seeding import set_seed, use_deterministic_libraries
 from glmkern.training.state import metrics_table
@@ -36,6 +39,7 @@ def run_training(arguments: Arguments) -> dict[str, float]:
     """
     model_args, data_args, training_args, notes = arguments
     check_arguments(arguments, os.environ)
+    check_reports(training_args)
     check_output_folder(Path(training_args.output_dir), training_args.overwrite_output_dir)
     device = choose_device(training_args)
     dtype = choose_dtype(model_args, training_args, device)
@@ -67,6 +71,9 @@ def run_training(arguments: Arguments) -> dict[str, float]:
             config, pre_seq_len=model_args.pre_seq_len,
             prefix_projection=model_args.prefix_projection,
             quantization_bit=model_args.quantization_bit or config.quantization_bit)
+        prediction, lines = predict_run(arguments, config, rows.rows, device, dtype)
+        if _is_main_process():
+            print(*lines, sep="\n")
         model = load_model(folder, model_args, device, dtype)
         model.label_smoothing = training_args.label_smoothing_factor
         trainer = Trainer(
@@ -77,7 +84,16 @@ def run_training(arguments: Arguments) -> dict[str, float]:
             row_names=[example.index for example in examples])
     except ValueError as error:  # a configuration or combination of flags that is not supported
         raise InputError(str(error)) from error
-    metrics = trainer.train()
+    first_steps = FirstSteps(prediction, device, write_line)
+    with Reports(training_args, lambda: trainer.state.log_history, arguments.to_dict(),
+                 writes=_is_main_process()) as reports:
+
+        def after_step(step: int) -> None:
+            first_steps(step)
+            reports.after_step(step)
+
+        trainer.on_step = after_step if _is_main_process() else None
+        metrics = trainer.train()
     metrics["train_samples"] = min(data_args.max_train_samples or len(rows.rows), len(rows.rows))
     for line in metrics_table(metrics):
         print(line)
@@ -119,6 +135,11 @@ def load_model(folder: Path, args: ModelArguments, device: torch.device,
     return model
 
 
+def _is_main_process() -> bool:
+    """Whether this is the one of the launcher's processes that prints and writes."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def check_fit(rows: TrainingRows, tokenizer: ChatGLMTokenizer, config: ChatGLMConfig) -> None:
     """Raise InputError where the rows are too long, or the tokenizer too large, for the base."""
     longest = max(len(row.input_ids) for row in rows.rows)
@@ -143,6 +164,7 @@ def describe_rows(rows: TrainingRows, args: DataTrainingArguments) -> list[str]:
         f"longest {lengths[-1]}; {total:,} in all",
         f"padding avoided: {1 - total / padded:.0%} of the official "
         f"{args.max_source_length + args.max_target_length + 1} tokens a row",
+        f"the end token is learned in all {len(lengths):,} rows, after a cut response too",
     ]
 
 

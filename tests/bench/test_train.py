@@ -12,6 +12,7 @@ from bench.train_models import ADVERTISEGEN_ROWS, OFFICIAL, OURS, WORKLOADS, Wor
 from glmkern import ChatGLMConfig
 from glmkern.model.modules import FrozenLinear
 from glmkern.model.packing import IGNORE_INDEX
+from glmkern.plan.work import linear_flops
 from glmkern.tokenizer import ChatGLMTokenizer
 from glmkern.training.dataset import build_training_rows, read_examples
 from tests.model.oracles import small_model
@@ -51,7 +52,7 @@ def test_linear_flops(model, monkeypatch):
     monkeypatch.setattr(FrozenLinear, "_has_kernel", lambda self, x: False)
     with FlopCounterMode(display=False) as counter:
         steps(model, "float32")[OURS].run()
-    assert counter.get_total_flops() == bench_train.linear_flops(model.config, tokens=33)
+    assert counter.get_total_flops() == linear_flops(model.config, tokens=33)
 
 
 def products(step, weights: set[tuple[int, int]]) -> int:

@@ -62,6 +62,15 @@ class Recorder(Trainer):
         return self.losses[-1]
 
 
+class Hooked(Trainer):
+    """Calls `on_step` after every step."""
+
+    def _take_step(self, window):
+        super()._take_step(window)
+        if self.on_step is not None:
+            self.on_step(self.state.global_step)
+
+
 def arguments(**flags) -> TrainingArguments:
     return TrainingArguments(**{"output_dir": "out", "disable_tqdm": True, **flags})
 

@@ -129,6 +129,9 @@ def test_official_default_given_explicitly_changes_nothing(name, tmp_path):
     (["--local-rank=0"], "local_rank", 0),
     (["--tf32", "False"], "tf32", False),
     (["--logging_steps", "0.1"], "logging_steps", 0.1),
+    (["--report_to", "TensorBoard"], "report_to", ("tensorboard",)),
+    (["--report_to", "none", "wandb", "--do_train"], "report_to", ("none", "wandb")),
+    (["--report_to=all,tensorboard"], "report_to", ("all", "tensorboard")),
 ])
 def test_spellings(argv, name, value):
     assert parse(argv).to_dict()[name] == value
@@ -155,14 +158,15 @@ def test_flags_from_json(tmp_path):
     path = tmp_path / "flags.json"
     path.write_text(json.dumps({
         "do_train": True, "max_steps": 3000, "learning_rate": "2e-2", "num_train_epochs": 2,
-        "report_to": ["none", "tensorboard"], "fsdp": [], "data_seed": None, "eval_strategy": "no",
+        "report_to": ["tensorboard"], "fsdp": [], "data_seed": None, "eval_strategy": "no",
         "tokens_per_pack": 4096, "num_beams": 4}))
     arguments = parse([str(path)])
     assert arguments.training.do_train is True
     assert arguments.training.learning_rate == 0.02
     assert arguments.training.num_train_epochs == 2.0
     assert arguments.training.tokens_per_pack == "4096"
-    assert [note.split()[0] for note in arguments.notes] == ["--report_to", "--num_beams"]
+    assert arguments.training.report_to == ("tensorboard",)
+    assert [note.split()[0] for note in arguments.notes] == ["--num_beams"]
 
 
 @pytest.mark.parametrize("content, words", [

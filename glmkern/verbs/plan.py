@@ -1,0 +1,103 @@
+"""`glmkern plan --model_name_or_path BASE [training flags] [--gpu NAME]`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from glmkern.training.arguments import Arguments
+from glmkern.training.parser import parse as parse_flags
+
+if TYPE_CHECKING:
+    from glmkern.training.dataset import Row
+
+# What checking a training command asks for and a plan can do without.
+STAND_INS = {"train_file": "rows.json", "prompt_column": "prompt", "response_column": "response"}
+
+
+def run(argv: Sequence[str]) -> int:
+    """Prints the memory and time that a training command is predicted to take."""
+    parser = argparse.ArgumentParser(
+        prog="glmkern plan",
+        usage="glmkern plan --model_name_or_path BASE --pre_seq_len N [training flags] "
+        "[--gpu NAME]",
+        description="Tell the memory and time of a training command before anything is loaded: the"
+        " flags of `glmkern train`, or its .json file. The base needs no more than its config.json."
+        " With --train_file and a tokenizer.model the real rows are counted; without, every row is"
+        " taken to be as long as the flags allow.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--gpu", metavar="NAME", help="plan for this GPU, not for this machine; a"
+                        " wrong name lists the known ones")
+    try:
+        own, flags = parser.parse_known_args(argv)
+    except SystemExit as ended:
+        return int(ended.code or 0)
+    arguments = parse_flags(flags, "glmkern plan")
+    for line in plan(arguments, own.gpu):
+        print(line)
+    return 0
+
+
+def plan(arguments: Arguments, gpu: str | None = None) -> list[str]:
+    """The lines of the plan; InputError for flags a run would refuse, or an unknown GPU."""
+    import torch
+
+    from glmkern.checkpoint import resolve_folder
+    from glmkern.errors import InputError
+    from glmkern.model.config import ChatGLMConfig
+    from glmkern.plan.machines import named_gpu, this_machine
+    from glmkern.plan.precision import Precision
+    from glmkern.plan.prediction import Job, predict
+    from glmkern.training.run import choose_device, choose_dtype
+    from glmkern.training.validation import check_arguments
+
+    check_arguments(_as_a_run(arguments), {})
+    model, training = arguments.model, arguments.training
+    device = torch.device("cuda") if gpu else choose_device(training)
+    dtype = choose_dtype(model, training, device)
+    folder = resolve_folder(model.model_name_or_path)
+    config = ChatGLMConfig.from_pretrained(folder)
+    precision = Precision.of(config, dtype, device, model.rope_precision)
+    machine = named_gpu(gpu, precision.activations) if gpu else this_machine(
+        str(device), precision.activations)
+    rows, lines = _rows(arguments, folder)
+    try:
+        job = Job.of(arguments, config, precision, rows)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    return [*lines, *precision.lines(job.config.quantization_bit), *predict(job, machine).table()]
+
+
+def _as_a_run(arguments: Arguments) -> Arguments:
+    """The flags with stand-ins for those that only a run needs, to be checked like a run's."""
+    data = arguments.data
+    if data.train_file is None:
+        data = replace(data, **{name: getattr(data, name) or value
+                                for name, value in STAND_INS.items()})
+    training = replace(arguments.training, do_train=True,
+                       output_dir=arguments.training.output_dir or "out")
+    return arguments._replace(data=data, training=training)
+
+
+def _rows(arguments: Arguments, folder: Path) -> tuple[Sequence[Row] | None, list[str]]:
+    """The rows of --train_file, or None, and the lines that describe them."""
+    from glmkern.tokenizer import ChatGLMTokenizer
+    from glmkern.training.dataset import build_training_rows, read_examples
+    from glmkern.training.run import describe_rows
+
+    data = arguments.data
+    if data.train_file is None:
+        tokens = data.max_source_length + data.max_target_length + 1
+        return None, [f"no --train_file: every row is taken to have {tokens:,} tokens"]
+    examples = read_examples(data.train_file, data.prompt_column, data.response_column,
+                             data.history_column, data.max_train_samples)
+    rows = build_training_rows(
+        examples, ChatGLMTokenizer.from_pretrained(folder),
+        max_source_length=data.max_source_length, max_target_length=data.max_target_length,
+        source_prefix=data.source_prefix,
+        ignore_pad_token_for_loss=data.ignore_pad_token_for_loss)
+    return rows.rows, describe_rows(rows, data)

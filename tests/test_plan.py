@@ -1,0 +1,231 @@
+"""`glmkern plan`, and what a training run says of itself at its start and after a few steps."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from glmkern import cli
+from glmkern.model.config import ChatGLMConfig
+from glmkern.plan import run as plan_run
+from glmkern.plan.machines import GIB, Machine
+from glmkern.plan.precision import Precision
+from glmkern.plan.run import FirstSteps
+from glmkern.training import run as training_run
+from tests import test_official_run as official_run
+from tests.model.oracles import SMALL
+from tests.test_official_run import command, refused
+from tests.training.stand_in import Hooked
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+base, rows, flags = official_run.base, official_run.rows, official_run.flags  # fixtures
+
+
+@pytest.fixture
+def chatglm2_6b(shared, tmp_path) -> Path:
+    """The published configuration and tokenizer, and no weights."""
+    folder = tmp_path / "chatglm2-6b"
+    folder.mkdir()
+    shutil.copy(shared / "data" / "configs" / "chatglm2-6b" / "config.json", folder)
+    shutil.copy(shared / "data" / "tokenizer" / "tokenizer.model", folder)
+    return folder
+
+
+@pytest.fixture
+def config_only(tmp_path) -> Path:
+    folder = tmp_path / "small"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({**SMALL, "model_type": "chatglm"}))
+    return folder
+
+
+def planned(argv: list[object], capsys) -> str:
+    assert cli.main(["plan", *map(str, argv)]) == 0
+    return capsys.readouterr().out
+
+
+def figure(text: str, name: str) -> float:
+    """The GiB of one line of the table."""
+    return float(re.search(rf"^  {re.escape(name)} +([\d.]+)", text, re.MULTILINE)[1])
+
+
+# The verb
+
+def test_the_published_command_for_a_gpu(chatglm2_6b, shared, capsys):
+    text = planned([
+        "--do_train", "--train_file", shared / "data" / "advertisegen" / "train.json",
+        "--validation_file", "dev.json", "--preprocessing_num_workers", "10",
+        "--prompt_column", "content", "--response_column", "summary", "--overwrite_cache",
+        "--model_name_or_path", chatglm2_6b, "--output_dir", "output/adgen",
+        "--max_source_length", "64", "--max_target_length", "128",
+        "--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "16",
+        "--max_steps", "3000", "--learning_rate", "2e-2", "--pre_seq_len", "128",
+        "--quantization_bit", "4", "--gpu", "L4"], capsys)
+    assert text.startswith("2,000 rows read, 0 of them left out")
+    assert "408 of 2,000 prompts cut, which loses the end of the question" in text
+    assert "tokens a row: mean 129.2, median 129, longest 193; 258,495 in all\n" in text
+    assert "the end token is learned in all 2,000 rows, after a cut response too\n" in text
+    assert "padding avoided: 33% of the official 193 tokens a row" in text
+    assert "linears 4-bit codes with float16 scales" in text and "loss scale 65536" in text
+    assert "on L4 (data sheet: 22.5 GiB, 121 TFLOP/s in float16, 300 GB/s)" in text
+    assert "assuming 50% of the data sheet's rate" in text and "for 3,000 steps\n" in text
+    # 28 * 203,948,032 / 2 bytes of codes, 2 * 2 * 65,024 * 4,096 of embedding and output layer.
+    assert figure(text, "base weights") == pytest.approx(3.66, abs=0.01)
+    parts = re.findall(r"^  [a-zA-Z ,]+? +([\d.]+)$", text, re.MULTILINE)
+    assert len(parts) == 5
+    assert figure(text, "peak") == pytest.approx(sum(map(float, parts)), abs=0.03)
+
+
+def test_a_config_alone_and_this_machine(config_only, capsys):
+    text = planned(["--model_name_or_path", config_only, "--pre_seq_len", "8", "--no_cuda",
+                    "--max_source_length", "20", "--max_target_length", "9",
+                    "--per_device_train_batch_size", "3", "--gradient_accumulation_steps", "2"],
+                   capsys)
+    assert text.startswith("no --train_file: every row is taken to have 30 tokens\n")
+    assert "on this CPU (measured: " in text
+    assert "while 180 tokens are computed at once, 60 of them labelled" in text
+    assert " s a step\n" in text and "for 0 steps" not in text
+    assert not any(config_only.parent.joinpath(name).exists() for name in ("out", "output"))
+
+
+def test_recompute_trades_memory_for_time(chatglm2_6b, capsys):
+    lines = planned(["--model_name_or_path", chatglm2_6b, "--pre_seq_len", "128", "--gpu", "H100"],
+                    capsys).splitlines()
+    start = lines.index("predicted for every --recompute:")
+    numbers = [re.match(rf"  {name} +([\d.]+) GiB, ([\d.]+) s a step; (at least )?([\d,]+) tokens "
+                        "fit at once", line)
+               for name, line in zip(("none", "mlp", "layer"), lines[start + 1:], strict=False)]
+    memory, seconds, tokens = zip(*((float(m[1]), float(m[2]), int(m[4].replace(",", "")))
+                                    for m in numbers), strict=True)
+    assert memory[0] > memory[1] > memory[2] and seconds[0] < seconds[1] < seconds[2]
+    assert tokens[0] < tokens[1] < tokens[2]
+
+
+def test_flags_from_a_file(config_only, tmp_path, capsys):
+    path = tmp_path / "flags.json"
+    path.write_text(json.dumps({"model_name_or_path": str(config_only), "pre_seq_len": 8}))
+    assert "on T4 (" in planned([path, "--gpu", "T4"], capsys)
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--gpu", "RTX 4091"], "--gpu RTX 4091 is not in the table (nearest: RTX 4090); known are V1"),
+    (["--pre_seq_len", "0"], "--pre_seq_len is 0"),
+    (["--max_step", "3"], "there is no flag --max_step; the nearest is --max_steps"),
+    (["--fp16", "--no_cuda"], "--fp16 needs a GPU"),
+    (["--train_file", "rows.json"], "--prompt_column is missing"),
+    (["--train_file", "rows.json", "--prompt_column", "a", "--response_column", "b"],
+     "rows.json cannot be read"),
+    (["--model_name_or_path", "missing/base"], "missing/base"),
+])
+def test_mistakes(config_only, capsys, argv, words):
+    start = ["plan", "--model_name_or_path", str(config_only), "--pre_seq_len", "8"]
+    assert words in refused([*start, *argv], capsys)
+
+
+def test_what_does_not_fit_a_prefix_is_one_sentence(config_only, capsys):
+    values = json.loads((config_only / "config.json").read_text())
+    (config_only / "config.json").write_text(json.dumps({**values, "multi_query_attention": False}))
+    argv = ["plan", "--model_name_or_path", str(config_only), "--pre_seq_len", "8"]
+    assert "with multi_query_attention False" in refused(argv, capsys)
+
+
+def test_a_gpu_without_a_name(capsys):
+    assert cli.main(["plan", "--gpu"]) == 2
+    assert "--gpu: expected one argument" in capsys.readouterr().err
+
+
+def test_help_needs_no_torch():
+    code = ("import sys; from glmkern.cli import main; assert main(['plan', '--help']) == 0; "
+            "sys.exit('torch' in sys.modules)")
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True,
+                          text=True)
+    assert done.returncode == 0, done.stderr
+    assert "--gpu NAME" in done.stdout
+
+
+# At the start of a run, and after a few steps
+
+def test_a_run_tells_what_it_expects_and_what_came(flags, monkeypatch, capsys):
+    monkeypatch.setattr(training_run, "Trainer", Hooked)
+    assert cli.main(command(flags)) == 0
+    text = capsys.readouterr().out
+    before, _, after = text.partition("***** Running training *****")
+    assert "precision: linears float32, embedding and output layer float32, activations float32" \
+        in before
+    expected = re.search(r"^predicted: ([\d.]+) GiB at the peak, ([\d.e-]+) s a step, .* for 4 "
+                         r"steps\npredicted for this CPU \(measured: ", before, re.MULTILINE)
+    came = re.search(r"^predicted ([\d.e-]+) s a step and ([\d.]+) GiB, in the first 3 steps "
+                     r"measured ([\d.e-]+) s \([\d.]+ times\) and ([\d.]+) GiB", after,
+                     re.MULTILINE)
+    assert (came[2], came[1]) == (expected[1], expected[2])
+    assert float(came[3]) > 0 and float(came[4]) > 0.1
+    # After the third step and before the log of the fourth.
+    assert after.index("in the first 3 steps") < after.index("{'loss'", after.index("{'loss'") + 1)
+    assert after.count("in the first 3 steps") == 1
+
+
+def test_other_ranks_say_nothing(flags, monkeypatch, capsys):
+    monkeypatch.setattr(training_run, "Trainer", Hooked)
+    monkeypatch.setenv("RANK", "1")
+    assert cli.main(command(flags)) == 0
+    assert "predicted" not in capsys.readouterr().out
+
+
+class Clock:
+    """time.perf_counter of a machine whose first step takes long."""
+
+    def __init__(self, *times):
+        self.times = list(times)
+
+    def __call__(self):
+        return self.times.pop(0)
+
+
+def test_the_first_step_is_not_timed(monkeypatch):
+    monkeypatch.setattr(plan_run.time, "perf_counter", Clock(100.0, 102.0, 104.0))
+    monkeypatch.setattr(plan_run, "peak_memory", lambda device: 3 * GIB)
+
+    class Expected:
+        seconds, compared = 1.6, 4 * GIB
+
+    written = []
+    first_steps = FirstSteps(Expected, torch.device("cpu"), written.append)
+    for step in (41, 42, 42, 43, 44, 45):  # resumed after 40
+        first_steps(step)
+    assert written == ["predicted 1.6 s a step and 4.00 GiB, in the first 3 steps measured 2 s "
+                       "(1.25 times) and 3.00 GiB (0.75 times)"]
+
+
+# Precision
+
+@pytest.mark.parametrize("stored, dtype, device, rope, bits, expected", [
+    ("float16", "float32", "cpu", "float32", 0, ["linears float16", "output layer float16",
+     "activations float32", "angles float32", "no loss scale"]),
+    ("float16", "bfloat16", "cpu", "model", 4, ["4-bit codes with float16 scales",
+     "layer bfloat16", "activations bfloat16", "angles bfloat16", "no loss scale"]),
+    ("bfloat16", "float16", "cuda", "float32", 8, ["8-bit codes with bfloat16 scales",
+     "layer float16", "loss scale 65536, halved where the gradient overflows"]),
+    (None, "float32", "cuda", "float32", 0, ["linears float32", "activations float32"]),
+])
+def test_precision(stored, dtype, device, rope, bits, expected):
+    config = ChatGLMConfig.from_dict({**SMALL, "torch_dtype": stored})
+    precision = Precision.of(config, getattr(torch, dtype), torch.device(device), rope)
+    text = "\n".join(precision.lines(bits))
+    assert all(words in text for words in expected)
+    assert "prefix, its gradient and the optimiser float32" in text
+
+
+def test_a_gpu_is_compared_by_what_its_allocator_counts(monkeypatch):
+    from glmkern.plan.prediction import Job, predict
+    from glmkern.plan.work import RowLength
+
+    config = ChatGLMConfig.from_dict({**SMALL, "pre_seq_len": 5})
+    job = Job(config, Precision("float16", "float16"), [RowLength(9, 3)], 1, 1, 0, "none", 1)
+    here = Machine("a GPU", "cuda", 8 * GIB, GIB, 1e12, 1e11, "nothing")
+    predicted = predict(job, here)
+    assert predicted.total - predicted.compared == GIB
