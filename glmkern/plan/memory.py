@@ -22,7 +22,8 @@ PREFIX_COPIES, SEGMENT_COPIES = 4, 2
 GPU_WORK = 64 * 2**20
 
 
-def base_bytes(config: ChatGLMConfig, precision: Precision) -> int:
+def base_bytes(config: ChatGLMConfig, precision: Precision, output_layer_bit: int = 0,
+               offload_embedding: bool = False) -> int:
     """The frozen weights and the rotary table; config.quantization_bit is as they are computed."""
     weights, small = DTYPE_BYTES[precision.weights], DTYPE_BYTES[precision.activations]
     total = config.seq_length * config.kv_channels // 2 * DTYPE_BYTES[precision.rope]
@@ -32,6 +33,10 @@ def base_bytes(config: ChatGLMConfig, precision: Precision) -> int:
             total += elements * (1 if config.quantization_bit else weights)
         elif name.endswith(SCALE):
             total += elements * DTYPE_BYTES[precision.scales]
+        elif name == OUTPUT_LAYER and output_layer_bit:
+            total += elements + shape[0] * DTYPE_BYTES[precision.scales]
+        elif name == EMBEDDING and offload_embedding:
+            continue
         else:
             total += elements * (weights if name in (EMBEDDING, OUTPUT_LAYER) else small)
     return total

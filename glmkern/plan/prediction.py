@@ -42,6 +42,7 @@ class Job:
         micro_batch, accumulation: rows, and micro-batches of an optimiser step in this process.
         budget: tokens of a pack; 0: a micro-batch is a pack.
         steps: optimiser steps of the run; 0: as many as its data file will give.
+        output_layer_bit, offload_embedding: the flags of these names.
     """
 
     config: ChatGLMConfig
@@ -52,6 +53,8 @@ class Job:
     budget: int
     recompute: str
     steps: int
+    output_layer_bit: int = 0
+    offload_embedding: bool = False
 
     @classmethod
     def of(cls, arguments: Arguments, config: ChatGLMConfig, precision: Precision,
@@ -71,7 +74,8 @@ class Job:
             lengths = [RowLength(len(row.input_ids), labelled_tokens(row)) for row in rows]
             steps = Plan.of(len(lengths), training).max_steps
         return cls(config, precision, lengths, batch, accumulation,
-                   token_budget(training.tokens_per_pack), model.recompute, steps)
+                   token_budget(training.tokens_per_pack), model.recompute, steps,
+                   model.output_layer_bit or 0, model.offload_embedding)
 
     @property
     def longest_row(self) -> int:
@@ -225,7 +229,8 @@ def memory_parts(job: Job, machine: Machine, pack: RowLength) -> dict[str, int]:
     config, dtype, on_gpu = job.config, job.precision.activations, machine.device == "cuda"
     work = work_bytes(config, pack, dtype, job.recompute) + (GPU_WORK if on_gpu else 0)
     return {
-        "base weights": base_bytes(config, job.precision),
+        "base weights": base_bytes(config, job.precision, job.output_layer_bit,
+                                   on_gpu and job.offload_embedding),
         "prefix, gradient, optimiser": prefix_bytes(config, config.pre_seq_len),
         "kept for the backward pass": saved_bytes(config, pack, dtype, job.recompute),
         "work space": work,
@@ -237,7 +242,7 @@ def reading_bytes(job: Job, machine: Machine) -> int:
     """Bytes while a CPU reads the base, without optimiser yet; a GPU's allocator sees no file."""
     if machine.device != "cpu":
         return 0
-    base = base_bytes(job.config, job.precision)
+    base = base_bytes(job.config, job.precision, job.output_layer_bit)
     return machine.overhead - OPTIMISER + base + mapped_bytes(job.config, job.precision)
 
 

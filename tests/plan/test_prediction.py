@@ -93,20 +93,26 @@ def test_as_measured(name):
 
 # Memory, counted
 
+@pytest.mark.parametrize("output_layer_bit", [0, 8])
 @pytest.mark.parametrize("bits", [0, 4, 8])
 @pytest.mark.parametrize("rope", ["float32", "model"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_base_bytes_are_those_of_a_model(dtype, rope, bits):
+def test_base_bytes_are_those_of_a_model(dtype, rope, bits, output_layer_bit):
     changes = {"ffn_hidden_size": 38, "torch_dtype": "float16"}
     model = small_model(changes, pre_seq_len=None, dtype=dtype)
     if bits:
         model.quantize(bits)
+    if output_layer_bit:
+        model.transformer.output_layer.quantize_(output_layer_bit)
     precision = Precision.of(model.config, dtype, torch.device("cpu"), rope)
     model.cos_sin = model.cos_sin.to(getattr(torch, precision.rope))
     tensors = [*model.parameters(), *model.buffers()]
     stored = replace(precision, weights=str(dtype).removeprefix("torch."),
                      scales=str(dtype).removeprefix("torch."))  # not loaded from a folder
-    assert base_bytes(model.config, stored) == sum(each.nbytes for each in tensors)
+    total = sum(each.nbytes for each in tensors)
+    assert base_bytes(model.config, stored, output_layer_bit) == total
+    embedding = model.transformer.embedding.word_embeddings.weight.nbytes
+    assert base_bytes(model.config, stored, output_layer_bit, True) == total - embedding
 
 
 @pytest.mark.parametrize("projection", [False, True])
