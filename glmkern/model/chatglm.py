@@ -1,9 +1,9 @@
 """ChatGLM2 with a frozen base and a trained prefix, over packed tokens."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +13,11 @@ from glmkern.model.config import ChatGLMConfig
 from glmkern.model.layer import RECOMPUTE, Layer, Pass, dropout_seeds
 from glmkern.model.modules import FrozenLinear, FrozenNorm, frozen, kept_dtype
 from glmkern.model.packing import IGNORE_INDEX, PackedBatch, unpad
-from glmkern.model.prefix import PrefixEncoder
+from glmkern.model.prefix import PrefixEncoder, PrefixSwitch
 from glmkern.model.rotary import rotary_table
+
+if TYPE_CHECKING:
+    from glmkern.tokenizer import ChatGLMTokenizer, History
 
 PREFIX_DROPOUT = 0.1
 _LAYERS = "transformer.encoder.layers"
@@ -27,7 +30,7 @@ class ModelOutput(NamedTuple):
     logits: Tensor
 
 
-class ChatGLM(nn.Module):
+class ChatGLM(PrefixSwitch, nn.Module):
     """The model. Its state_dict has the official names, `transformer.…`.
 
     Attributes:
@@ -50,6 +53,7 @@ class ChatGLM(nn.Module):
         self.transformer = _Transformer(config)
         if pre_seq_len is not None:
             self.transformer.prefix_encoder = PrefixEncoder(config, pre_seq_len, prefix_projection)
+        self.begin_prefixes()
         self.register_buffer("cos_sin", None, persistent=False)
 
     @classmethod
@@ -159,11 +163,6 @@ class ChatGLM(nn.Module):
         return self
 
     @property
-    def prefix_encoder(self) -> PrefixEncoder | None:
-        """The trained part, or None for the plain base."""
-        return self.transformer.prefix_encoder
-
-    @property
     def dtype(self) -> torch.dtype:
         """The dtype of activations, and of weights but those that kept_dtype keeps in half."""
         return self.transformer.encoder.layers[0].input_layernorm.weight.dtype
@@ -234,6 +233,24 @@ class ChatGLM(nn.Module):
         """Continues a left-padded batch of prompts; see glmkern.generation.generate."""
         from glmkern.generation import generate
         return generate(self, input_ids, attention_mask, **options)
+
+    def stream_generate(self, input_ids: Tensor, attention_mask: Tensor | None = None,
+                        **options) -> Iterator[Tensor]:
+        """The ids so far after every step; see glmkern.generation.stream_generate."""
+        from glmkern.generation import stream_generate
+        return stream_generate(self, input_ids, attention_mask, **options)
+
+    def chat(self, tokenizer: "ChatGLMTokenizer", query: str, history: "History | None" = None,
+             **options) -> tuple[str, list[tuple[str, str]]]:
+        """The reply to `query` and the history with this round; see glmkern.chat.chat."""
+        from glmkern.chat import chat
+        return chat(self, tokenizer, query, history, **options)
+
+    def stream_chat(self, tokenizer: "ChatGLMTokenizer", query: str,
+                    history: "History | None" = None, **options) -> Iterator[tuple]:
+        """chat() as the reply grows; see glmkern.chat.stream_chat."""
+        from glmkern.chat import stream_chat
+        return stream_chat(self, tokenizer, query, history, **options)
 
     def _hidden(self, batch: PackedBatch, dropout_offset: int, seed: int) -> Tensor:
         """[T, H] behind the final norm, in training mode with dropout."""
