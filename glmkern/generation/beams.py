@@ -2,9 +2,9 @@
 
 Every prompt has K beams. A step scores their continuations by the sum of log-probabilities and
 takes the best 2K, or draws as many. An end token among the first K of these makes a finished text;
-the first K others are the next beams. Texts are compared by sum / length, where the length counts
-the prompt and its padding. A prompt is done when it has K finished texts that are all better than
-the best candidate now is.
+the first K others are the next beams. Texts are compared by sum / length^length_penalty, where the
+length counts the prompt and its padding. A prompt is done when it has K finished texts that are all
+better than the best candidate now is.
 """
 
 from collections.abc import Sequence
@@ -20,14 +20,14 @@ UNUSED = -1e9  # the sum of all but a prompt's first beam, as long as they are t
 
 
 class BeamOutput(NamedTuple):
-    """sequences: int64 [B, S'], prompts and what follows them; scores: their sum / length, [B]."""
+    """sequences: int64 [B, S'], prompts and what follows them; scores: what they won by, [B]."""
 
     sequences: Tensor
     scores: Tensor
 
 
 class Finished(NamedTuple):
-    """A finished text: its sum / length, and its ids [S'] without an end token."""
+    """A finished text: its sum / length^length_penalty, and its ids [S'] without an end token."""
 
     score: float
     ids: Tensor
@@ -40,13 +40,14 @@ class Search:
 
     row: int
     num_beams: int
+    length_penalty: float
     best: list[Finished] = field(default_factory=list)
     done: bool = False
 
     def add(self, ids: Tensor, total: float) -> None:
         """Takes a finished text whose log-probabilities have the sum `total`, if it is among the
         best."""
-        score = total / len(ids)
+        score = self._score(total, len(ids))
         if len(self.best) < self.num_beams or score > self.best[0].score:
             self.best.append(Finished(score, ids))
             self.best = sorted(self.best, key=lambda text: text.score)[-self.num_beams:]
@@ -64,8 +65,11 @@ class Search:
             if len(going_on) == self.num_beams:
                 break
         self.done = (len(self.best) == self.num_beams
-                     and self.best[0].score >= sums[0] / ids.shape[1])
+                     and self.best[0].score >= self._score(sums[0], ids.shape[1]))
         return going_on
+
+    def _score(self, total: float, length: int) -> float:
+        return total / length ** self.length_penalty
 
 
 @dataclass(frozen=True)
@@ -74,8 +78,8 @@ class BeamSearch:
 
     decoder: Decoder
     num_beams: int
+    length_penalty: float = 1.0
 
-    @torch.no_grad()
     def run(self, input_ids: Tensor, hidden: Tensor, max_length: int) -> BeamOutput:
         """Continues prompts [B, S], which the cache has read up to their hidden states [B, H]."""
         decoder, cache = self.decoder, self.decoder.cache
@@ -86,7 +90,7 @@ class BeamSearch:
         sums = torch.zeros(rows, self.num_beams, device=ids.device)
         if not decoder.sampling.do_sample:
             sums[:, 1:] = UNUSED
-        searches = [Search(row, self.num_beams) for row in range(rows)]
+        searches = [Search(row, self.num_beams, self.length_penalty) for row in range(rows)]
         running = searches
         hidden = hidden[every]
         cache.select(every)

@@ -37,7 +37,6 @@ class Decoder:
             scores = processor(input_ids, scores)
         return scores
 
-    @torch.no_grad()
     def run(self, input_ids: Tensor, hidden: Tensor, max_length: int) -> Iterator[Tensor]:
         """Continues prompts [B, S], which the cache has read up to their hidden states [B, H].
 

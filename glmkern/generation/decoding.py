@@ -1,6 +1,7 @@
 """generate and stream_generate: their arguments, checked and completed."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,10 +14,9 @@ from glmkern.model.chatglm import ChatGLM
 from glmkern.model.packing import unpad
 
 
-@torch.no_grad()
 def generate(model: ChatGLM, input_ids: Tensor, attention_mask: Tensor | None = None, *,
-             num_beams: int = 1, max_length: int | None = None,
-             max_new_tokens: int | None = None, **options) -> Tensor:
+             num_beams: int = 1, length_penalty: float = 1.0, max_length: int | None = None,
+             max_new_tokens: int | None = None, **options: Any) -> Tensor:
     """Continues every row of a batch of prompts until an end token or the length limit.
 
     A row's text does not depend on the rows beside it. Rows that have ended cost nothing, unless
@@ -28,6 +28,8 @@ def generate(model: ChatGLM, input_ids: Tensor, attention_mask: Tensor | None = 
         attention_mask: [B, S], zero at padding; None: no padding.
         num_beams: more than 1 looks for a likelier text with so many beams, or with do_sample draws
             them; see beams.py.
+        length_penalty: with beams, the power of the length that a text's logarithm of probability
+            is divided by.
         max_length: most tokens of a row, the padded prompt included; None: config.max_length. At
             most config.seq_length, the positions the model has.
         max_new_tokens: instead of max_length, most new tokens.
@@ -46,15 +48,16 @@ def generate(model: ChatGLM, input_ids: Tensor, attention_mask: Tensor | None = 
     hidden = _read_prompts(decoder.cache, input_ids, attention_mask, max_length)
     input_ids = input_ids.to(model.device)
     if num_beams > 1:
-        return BeamSearch(decoder, num_beams).run(input_ids, hidden, max_length).sequences
+        return BeamSearch(decoder, num_beams, length_penalty).run(
+            input_ids, hidden, max_length).sequences
     *_, sequences = decoder.run(input_ids, hidden, max_length)
     return sequences
 
 
-@torch.no_grad()
 def stream_generate(model: ChatGLM, input_ids: Tensor, attention_mask: Tensor | None = None, *,
                     max_length: int | None = None, max_new_tokens: int | None = None,
-                    past_key_values: KeyValueCache | None = None, **options) -> Iterator[Tensor]:
+                    past_key_values: KeyValueCache | None = None,
+                    **options: Any) -> Iterator[Tensor]:
     """generate() one step after another, without beams.
 
     Args:

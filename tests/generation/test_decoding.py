@@ -6,13 +6,12 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import GlmConfig, GlmForCausalLM
 
-from glmkern.checkpoint import to_glm_state
 from glmkern.generation import KeyValueCache
 from glmkern.generation.cache import BLOCK
 from glmkern.generation.sampling import Sampling, replace_invalid_scores
-from tests.model.oracles import padded_batch, recorded_model, relative_error, small_model
+from tests.generation.oracles import Recorder, glm_twin, prompts
+from tests.model.oracles import recorded_model, relative_error, small_model
 
 VARIANTS = {
     "groups": {}, "one group": dict(multi_query_group_num=1),
@@ -30,31 +29,6 @@ def folder(golden):
 @pytest.fixture(scope="module")
 def cases(folder):
     return json.loads((folder / "cases.json").read_text())
-
-
-class Recorder:
-    """A logits processor that keeps what it sees."""
-
-    def __init__(self):
-        self.scores = []
-
-    def __call__(self, input_ids, scores):
-        self.scores.append(scores)
-        return scores
-
-
-def glm_twin(model):
-    """transformers' GlmForCausalLM with the weights of a model without a prefix."""
-    values, state = to_glm_state(model.state_dict(), model.config)
-    twin = GlmForCausalLM(GlmConfig(**values))
-    twin.load_state_dict(state)
-    return twin.eval()
-
-
-def prompts(lengths):
-    """input_ids and attention_mask of random prompts, padded on the left."""
-    batch = padded_batch(lengths, 151, "left")
-    return batch["input_ids"], batch["attention_mask"]
 
 
 # The official record
