@@ -5,11 +5,12 @@ Nothing here imports torch before a verb needs it, so that help and mistakes are
 
 import difflib
 import importlib
+import os
 import sys
 from collections.abc import Callable, Sequence
 
 from glmkern import __version__
-from glmkern.errors import InputError, TrainingError
+from glmkern.errors import InputError, Interrupted, TrainingError
 
 USAGE = """\
 usage: glmkern --do_train --flag value ...   the official ptuning/main.py command line
@@ -28,7 +29,8 @@ EXIT_FAILED_RUN, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line and return its exit status: 0, 1 failed run, 2 bad input, 130 Ctrl-C."""
+    """Run a command line and return its exit status: 0, 1 failed run, 2 bad input, 130 Ctrl-C,
+    143 SIGTERM."""
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         return _dispatch(argv)
@@ -36,6 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(error, EXIT_BAD_INPUT)
     except TrainingError as error:
         return _fail(error, EXIT_FAILED_RUN)
+    except Interrupted as stop:
+        from glmkern.training.resume import resume_command
+
+        return _fail(f"{stop}; go on with: {resume_command(argv, os.environ)}", stop.status)
     except KeyboardInterrupt:
         return _fail("interrupted", EXIT_INTERRUPTED)
 

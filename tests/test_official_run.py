@@ -96,7 +96,7 @@ def test_official_run(flags, tmp_path, capsys):
     assert {path.name for path in last.iterdir()} == {
         "pytorch_model.bin", "config.json", "generation_config.json", "tokenizer.model",
         "tokenizer_config.json", "special_tokens_map.json", "optimizer.pt", "scheduler.pt",
-        "rng_state.pth", "trainer_state.json", "glmkern.json"}
+        "rng_state.pth", "trainer_state.json", "resume.json", "glmkern.json"}
 
     stored = torch.load(last / "pytorch_model.bin", weights_only=True)
     assert {name: (value.dtype, tuple(value.shape)) for name, value in stored.items()} == {

@@ -111,7 +111,9 @@ class TrainingArguments:
     logging_steps: float = _flag(500, "steps between logs; below 1 a share of all steps")
     save_strategy: str = _flag("steps", "when to save a checkpoint", INTERVALS)
     save_steps: float = _flag(500, "steps between checkpoints; below 1 a share of all steps")
-    save_total_limit: int | None = _flag(None, "keep only this many checkpoints, the newest")
+    save_total_limit: int | None = _flag(
+        None, "keep only this many checkpoints, the newest and always the best"
+    )
     no_cuda: bool = _flag(False, "compute on the CPU although there is a GPU")
     seed: int = _flag(42, "seed of the prefix, of the order of rows and of dropout")
     data_seed: int | None = _flag(None, "seed of the order of rows alone")
@@ -121,9 +123,31 @@ class TrainingArguments:
     deterministic: bool = _flag(
         False, "the same bits on every run, also from the libraries underneath", own=True
     )
-    local_rank: int = _flag(-1, "set by the launcher; a run is one process")
+    local_rank: int = _flag(-1, "the GPU of this process; torchrun says it too")
     dataloader_drop_last: bool = _flag(False, "leave out an epoch's last, shorter micro-batch")
     disable_tqdm: bool | None = _flag(None, "no progress bar; the log lines stay")
+    resume_from_checkpoint: str | None = _flag(
+        None, "go on with a stopped run: its checkpoint-N folder, or auto for the newest of"
+        " --output_dir (a fresh start where there is none)"
+    )
+    group_by_length: bool = _flag(False, "rows of like length in a step, the longest ones first")
+    ddp_timeout: int = _flag(1800, "seconds a process waits for the others")
+    ddp_backend: str | None = _flag(
+        None, "how processes communicate; nccl on GPUs and gloo on CPUs without it",
+        ("nccl", "gloo")
+    )
+    evaluation_strategy: str = _flag("no", "when to evaluate", INTERVALS)
+    eval_steps: float | None = _flag(
+        None, "steps between evaluations, --logging_steps without it; below 1 a share of all steps"
+    )
+    eval_delay: float = _flag(0, "no evaluation before this step, or epoch")
+    load_best_model_at_end: bool = _flag(False, "end with the best checkpoint's prefix")
+    metric_for_best_model: str | None = _flag(
+        None, "the metric that is best; loss with --load_best_model_at_end"
+    )
+    greater_is_better: bool | None = _flag(
+        None, "whether the best metric is the greatest; the least for a loss without it"
+    )
 
 
 SECTIONS = (ModelArguments, DataTrainingArguments, TrainingArguments)

@@ -21,6 +21,8 @@ from glmkern.training.arguments import (
     TrainingArguments,
 )
 from glmkern.training.dataset import TrainingRows, build_training_rows, read_examples
+from glmkern.training.distributed import World, join_world
+from glmkern.training.resume import check_same_run, find_checkpoint
 from glmkern.training.run_folder import RunFolder
 from glmkern.training.seeding import set_seed, use_deterministic_libraries
 from glmkern.training.state import metrics_table
@@ -32,12 +34,27 @@ def run_training(arguments: Arguments) -> dict[str, float]:
     """Train as the official script does and write what it writes; returns the training metrics.
 
     Raises InputError where files or flags are wrong, before the base is loaded where that can be
-    told, and TrainingError where the run fails.
+    told, TrainingError where the run fails, and Interrupted where a signal stops it.
     """
-    model_args, data_args, training_args, notes = arguments
+    training_args = arguments.training
     check_arguments(arguments, os.environ)
-    check_output_folder(Path(training_args.output_dir), training_args.overwrite_output_dir)
     device = choose_device(training_args)
+    with join_world(training_args, device) as world, world.first_prints():
+        output = Path(training_args.output_dir)
+        checkpoint = find_checkpoint(training_args.resume_from_checkpoint, output)
+        if checkpoint is not None:
+            check_same_run(checkpoint, arguments.to_dict())
+        elif training_args.resume_from_checkpoint is not None:
+            print(f"no checkpoint in {output} to resume from: the run starts afresh")
+        else:
+            check_output_folder(output, training_args.overwrite_output_dir)
+        world.wait_for_all()  # before the first writes into the folder that the others look at
+        return _train(arguments, device, world, checkpoint)
+
+
+def _train(arguments: Arguments, device: torch.device, world: World,
+           checkpoint: Path | None) -> dict[str, float]:
+    model_args, data_args, training_args, notes = arguments
     dtype = choose_dtype(model_args, training_args, device)
     for note in notes:
         print(note)
@@ -73,15 +90,16 @@ def run_training(arguments: Arguments) -> dict[str, float]:
             folder=RunFolder(training_args.output_dir, training_args.save_total_limit),
             write_companions=lambda checkpoint: write_companions(
                 checkpoint, saved_config, tokenizer, arguments),
-            row_names=[example.index for example in examples])
+            row_names=[example.index for example in examples], world=world)
     except ValueError as error:  # a configuration or combination of flags that is not supported
         raise InputError(str(error)) from error
-    metrics = trainer.train()
+    metrics = trainer.train(checkpoint)
     metrics["train_samples"] = min(data_args.max_train_samples or len(rows.rows), len(rows.rows))
     for line in metrics_table(metrics):
         print(line)
-    trainer.folder.write_results("train", metrics)
-    trainer.folder.write_state(trainer.state)
+    if world.is_first:
+        trainer.folder.write_results("train", metrics)
+        trainer.folder.write_state(trainer.state)
     return metrics
 
 
@@ -89,7 +107,7 @@ def choose_device(args: TrainingArguments) -> torch.device:
     """The GPU of this process, or the CPU where there is none or --no_cuda is given."""
     if args.no_cuda or not torch.cuda.is_available():
         return torch.device("cpu")
-    # The official script would spread over all visible GPUs; a run here is one process on one.
+    # The official script would spread over all visible GPUs; a process here computes on one.
     rank = int(os.environ.get("LOCAL_RANK", max(args.local_rank, 0)))
     return torch.device("cuda", rank)
 

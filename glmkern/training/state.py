@@ -3,7 +3,7 @@
 import datetime
 import json
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from glmkern.training.arguments import TrainingArguments
@@ -93,13 +93,20 @@ class TrainerState:
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2, sort_keys=True) + "\n"
 
+    @classmethod
+    def from_json(cls, text: str) -> "TrainerState":
+        """What `to_json` wrote; keys that other releases of transformers add are left out."""
+        known = {each.name for each in fields(cls)}
+        return cls(**{name: value for name, value in json.loads(text).items() if name in known})
 
-def speed_metrics(plan: Plan, runtime: float) -> dict[str, float]:
-    """train_runtime in seconds, and samples and steps per second."""
+
+def speed_metrics(plan: Plan, steps: int, runtime: float) -> dict[str, float]:
+    """train_runtime in seconds, and samples and steps per second, of `steps` steps of the plan."""
+    samples = plan.train_samples * steps / plan.max_steps
     return {
         "train_runtime": round(runtime, 4),
-        "train_samples_per_second": round(plan.train_samples / runtime, 3),
-        "train_steps_per_second": round(plan.max_steps / runtime, 3),
+        "train_samples_per_second": round(samples / runtime, 3),
+        "train_steps_per_second": round(steps / runtime, 3),
     }
 
 

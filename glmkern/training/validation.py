@@ -12,6 +12,7 @@ from glmkern.training.arguments import (
     TrainingArguments,
 )
 
+LAUNCHER = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 POLYNOMIAL_END = 1e-7  # the learning rate at which the polynomial schedule ends
 
 
@@ -46,10 +47,13 @@ def _require_count(name: str, value: int | None) -> None:
 
 def _check_launcher(environment: Mapping[str, str]) -> None:
     size = environment.get("WORLD_SIZE", "1")
-    if size != "1":
+    if not size.isdecimal() or int(size) < 1:
+        raise InputError(f"the variable WORLD_SIZE is {size!r}; unset it, or start with torchrun")
+    missing = [name for name in LAUNCHER if name not in environment]
+    if int(size) > 1 and missing:
         raise InputError(
-            f"the launcher started {size} processes and a run is one process in this release; "
-            "pass --nproc-per-node 1 to torchrun, or start without it"
+            f"the variable WORLD_SIZE is {size}, but {', '.join(missing)} are not set; start with "
+            "torchrun --standalone --nproc-per-node N, or unset WORLD_SIZE"
         )
 
 
@@ -99,12 +103,37 @@ def _check_training(training: TrainingArguments) -> None:
             f"--learning_rate is {training.learning_rate}; the polynomial schedule needs one above "
             f"its end, {POLYNOMIAL_END}"
         )
+    _require_count("ddp_timeout", training.ddp_timeout)
     _check_interval("logging_steps", training.logging_steps, training.logging_strategy, least=True)
     _check_interval("save_steps", training.save_steps, training.save_strategy, least=False)
+    if training.evaluation_strategy == "steps" and training.eval_steps is not None:
+        _check_interval("eval_steps", training.eval_steps, "steps", least=False)
+        _require_range("eval_steps", training.eval_steps, 0, math.inf, "at least 0")
+    _check_best(training)
     if training.tokens_per_pack != "auto" and not training.tokens_per_pack.isdecimal():
         raise InputError(
             f"--tokens_per_pack is {training.tokens_per_pack}; it must be auto or a whole number "
             "of tokens (0 is one micro-batch at a time)"
+        )
+
+
+def _check_best(training: TrainingArguments) -> None:
+    """The best model can only be loaded where every save comes with an evaluation."""
+    if not training.load_best_model_at_end:
+        return
+    if training.evaluation_strategy != training.save_strategy:
+        raise InputError(
+            f"--load_best_model_at_end needs evaluations and saves at the same time, but "
+            f"--evaluation_strategy is {training.evaluation_strategy} and --save_strategy is "
+            f"{training.save_strategy}; give both the same"
+        )
+    every = training.eval_steps or training.logging_steps
+    shares = (every < 1, training.save_steps < 1)
+    whole = math.isclose(training.save_steps / every, round(training.save_steps / every))
+    if training.save_strategy == "steps" and (shares[0] != shares[1] or not whole):
+        raise InputError(
+            f"--load_best_model_at_end needs an evaluation at every save, but --save_steps is "
+            f"{training.save_steps:g} and --eval_steps is {every:g}; make it a multiple of that"
         )
 
 

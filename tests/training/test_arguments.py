@@ -198,7 +198,6 @@ def test_missing_json(tmp_path):
     (["--optim", "sgd"], "choose adamw_hf, adamw_torch or adamw_torch_fused"),
     (["--lr_scheduler_type", "reduce_lr_on_plateau"], "--lr_scheduler_type"),
     (["--do_predict"], "--do_predict is refused: prediction is not in this release"),
-    (["--eval_strategy", "steps"], "--evaluation_strategy steps is refused"),
     (["--quantization_bit", "four"], "--quantization_bit takes a whole number, not 'four'"),
     (["--deepspeed", "ds.json"], "--deepspeed ds.json is refused"),
     (["--label_smoothing_factor", "0.1"], "--label_smoothing_factor 0.1 is refused"),
@@ -250,9 +249,35 @@ def test_agreeing_precisions_are_fine():
     check_arguments(parse([*TRAIN, "--bf16", "--model_dtype", "bfloat16"]), {})
 
 
-def test_several_processes_are_refused():
-    with pytest.raises(InputError, match="started 4 processes"):
-        check_arguments(parse(TRAIN), {"WORLD_SIZE": "4"})
+def test_several_processes_need_the_launcher():
+    launched = {"WORLD_SIZE": "4", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost",
+                "MASTER_PORT": "29500"}
+    check_arguments(parse(TRAIN), launched)
+    del launched["RANK"], launched["MASTER_PORT"]
+    with pytest.raises(InputError, match="WORLD_SIZE is 4, but RANK, MASTER_PORT are not set"):
+        check_arguments(parse(TRAIN), launched)
+    with pytest.raises(InputError, match="WORLD_SIZE is 'many'"):
+        check_arguments(parse(TRAIN), {"WORLD_SIZE": "many"})
+
+
+@pytest.mark.parametrize("argv, words", [
+    ([], "--evaluation_strategy is no and --save_strategy is steps"),
+    (["--evaluation_strategy", "epoch"], "give both the same"),
+    (["--evaluation_strategy", "steps", "--eval_steps", "3", "--save_steps", "10"],
+     "--save_steps is 10 and --eval_steps is 3"),
+    (["--evaluation_strategy", "steps", "--eval_steps", "0.1", "--save_steps", "10"], "multiple"),
+])
+def test_the_best_model_needs_an_evaluation_at_every_save(argv, words):
+    assert words in refusal(*TRAIN, "--load_best_model_at_end", *argv)
+    fitting = ["--evaluation_strategy", "steps", "--eval_steps", "0.1", "--save_steps", "0.3"]
+    check_arguments(parse([*TRAIN, "--load_best_model_at_end", *fitting]), {})
+
+
+def test_flags_behind_a_file_go_before_it(tmp_path):
+    path = tmp_path / "flags.json"
+    path.write_text('{"max_steps": 3, "seed": 4}')
+    training = parse([str(path), "--max_steps", "5", "--group-by-length"]).training
+    assert (training.max_steps, training.seed, training.group_by_length) == (5, 4, True)
 
 
 def test_output_folder(tmp_path):

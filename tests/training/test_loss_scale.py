@@ -17,7 +17,7 @@ def test_an_overflowing_step_is_repeated_with_the_same_masks(tiny, tiny_rows, ca
         trainer = Recorder(model, tiny_rows, arguments(
             per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=3,
             learning_rate=1e-2))
-        trainer.loss_scale = LossScale(scale)
+        trainer.gradient.loss_scale = LossScale(scale)
         trainer.train()
         return model.prefix_encoder.embedding.weight.detach(), trainer
 

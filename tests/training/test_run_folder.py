@@ -17,7 +17,7 @@ def saved(folder) -> set[str]:
 
 
 CHECKPOINT_FILES = {"pytorch_model.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth",
-                    "trainer_state.json"}
+                    "trainer_state.json", "resume.json"}
 
 
 def train_into(folder, rows=None, model=None, save_total_limit=None, **flags):
