@@ -66,9 +66,10 @@ OFFICIAL = {
     "sortish_sampler": False, "predict_with_generate": False, "generation_max_length": None,
     "generation_num_beams": None, "generation_config": None,
 }
-TRAIN = ["--do_train", "--model_name_or_path", "base", "--train_file", "rows.json",
-         "--prompt_column", "content", "--response_column", "summary", "--output_dir", "out",
-         "--pre_seq_len", "128"]
+BASE = ["--model_name_or_path", "base", "--prompt_column", "content",
+        "--response_column", "summary", "--output_dir", "out"]
+TRAIN = ["--do_train", *BASE, "--train_file", "rows.json", "--pre_seq_len", "128"]
+EVALUATE = ["--do_eval", *BASE, "--validation_file", "rows.json"]
 
 
 def refusal(*argv: str) -> str:
@@ -122,6 +123,8 @@ def test_official_default_given_explicitly_changes_nothing(name, tmp_path):
     (["--learning_rate", "2e-2"], "learning_rate", 0.02),
     (["--learning_rate=1", "--learning_rate=2"], "learning_rate", 2.0),
     (["--per_gpu_train_batch_size", "2"], "per_device_train_batch_size", 2),
+    (["--per_gpu_eval_batch_size", "2"], "per_device_eval_batch_size", 2),
+    (["--eval_strategy", "steps"], "evaluation_strategy", "steps"),
     (["--use_cpu"], "no_cuda", True),
     (["--full_determinism"], "deterministic", True),
     (["--source_prefix", ""], "source_prefix", ""),
@@ -147,8 +150,22 @@ def test_published_train_sh():
         "--pre_seq_len", "128"])
     check_arguments(arguments, {"WORLD_SIZE": "1", "LOCAL_RANK": "0"})
     noted = [note.split()[0] for note in arguments.notes]
-    assert noted == ["--validation_file", "--preprocessing_num_workers", "--overwrite_cache",
-                     "--per_device_eval_batch_size", "--predict_with_generate"]
+    assert noted == ["--preprocessing_num_workers", "--overwrite_cache"]
+
+
+def test_published_evaluate_sh():
+    arguments = parse([
+        "--do_predict", "--validation_file", "AdvertiseGen/dev.json",
+        "--test_file", "AdvertiseGen/dev.json", "--overwrite_cache",
+        "--prompt_column", "content", "--response_column", "summary",
+        "--model_name_or_path", "THUDM/chatglm2-6b",
+        "--ptuning_checkpoint", "./output/adgen/checkpoint-3000", "--output_dir", "./output/adgen",
+        "--overwrite_output_dir", "--max_source_length", "64", "--max_target_length", "64",
+        "--per_device_eval_batch_size", "1", "--predict_with_generate", "--pre_seq_len", "128",
+        "--quantization_bit", "4"])
+    check_arguments(arguments, {})
+    assert arguments.generates and not arguments.evaluates
+    assert [note.split()[0] for note in arguments.notes] == ["--overwrite_cache"]
 
 
 def test_flags_from_json(tmp_path):
@@ -162,7 +179,8 @@ def test_flags_from_json(tmp_path):
     assert arguments.training.learning_rate == 0.02
     assert arguments.training.num_train_epochs == 2.0
     assert arguments.training.tokens_per_pack == "4096"
-    assert [note.split()[0] for note in arguments.notes] == ["--report_to", "--num_beams"]
+    assert arguments.data.num_beams == 4
+    assert [note.split()[0] for note in arguments.notes] == ["--report_to"]
 
 
 @pytest.mark.parametrize("content, words", [
@@ -197,12 +215,10 @@ def test_missing_json(tmp_path):
     (["--do_train", "perhaps"], "--do_train takes True or False, not 'perhaps'"),
     (["--optim", "sgd"], "choose adamw_hf, adamw_torch or adamw_torch_fused"),
     (["--lr_scheduler_type", "reduce_lr_on_plateau"], "--lr_scheduler_type"),
-    (["--do_predict"], "--do_predict is refused: prediction is not in this release"),
-    (["--eval_strategy", "steps"], "--evaluation_strategy steps is refused"),
     (["--quantization_bit", "four"], "--quantization_bit takes a whole number, not 'four'"),
     (["--deepspeed", "ds.json"], "--deepspeed ds.json is refused"),
     (["--label_smoothing_factor", "0.1"], "--label_smoothing_factor 0.1 is refused"),
-    ([], "pass --do_train"),
+    ([], "pass --do_train, --do_eval or --do_predict"),
 ])
 def test_mistakes(argv, words):
     assert words in refusal(*argv)
@@ -244,6 +260,68 @@ def test_what_training_needs(missing, words):
 ])
 def test_ranges(argv, words):
     assert words in refusal(*TRAIN, *argv)
+
+
+@pytest.mark.parametrize("task, file", [
+    (["--do_eval"], "validation_file"), (["--eval_strategy", "epoch"], "validation_file"),
+    (["--do_predict"], "test_file")])
+def test_what_evaluation_needs(task, file):
+    check_arguments(parse([*BASE, *task, f"--{file}", "rows.json"]), {})
+    assert f"--{file} is missing; name the file of" in refusal(*BASE, *task)
+
+
+def test_a_checkpoint_says_how_long_its_prefix_is():
+    for flags in (TRAIN[:TRAIN.index("--pre_seq_len")], EVALUATE):
+        check_arguments(parse([*flags, "--ptuning_checkpoint", "old"]), {})
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--pre_seq_len", "128"], "without --ptuning_checkpoint is a random prefix"),
+    (["--max_target_length", "2"], "--max_target_length is 2; it must be at least 3 in evaluation"),
+    (["--val_max_target_length", "2"], "--val_max_target_length is 2"),
+    (["--per_device_eval_batch_size", "0"], "--per_device_eval_batch_size is 0"),
+    (["--num_beams", "0"], "--num_beams is 0"),
+    (["--generation_num_beams", "0"], "--generation_num_beams is 0"),
+    (["--generation_max_length", "0"], "--generation_max_length is 0"),
+    (["--max_eval_samples", "0"], "--max_eval_samples is 0"),
+    (["--max_predict_samples", "0"], "--max_predict_samples is 0"),
+    (["--eval_delay=-1"], "--eval_delay is -1"),
+    (["--eval_strategy", "steps", "--eval_steps=-1"], "or --evaluation_strategy no"),
+    (["--eval_strategy", "steps", "--eval_steps=1.5"], "--eval_steps is 1.5"),
+])
+def test_ranges_of_evaluation(argv, words):
+    check_arguments(parse(EVALUATE), {})
+    assert words in refusal(*EVALUATE, *argv)
+
+
+@pytest.mark.parametrize("argv, words", [
+    ([], "--evaluation_strategy is no and --save_strategy is steps"),
+    (["--eval_strategy", "epoch"], "give them the same value"),
+    (["--eval_strategy", "steps", "--eval_steps", "200"], "500 is not a multiple of --eval_steps"),
+    (["--eval_strategy", "steps", "--eval_steps", "0.3", "--save_steps", "0.7"], "0.7 is not a"),
+    (["--eval_strategy", "steps", "--save_steps", "0.5"], "0.5 is not a multiple"),
+    (["--eval_strategy", "steps", "--metric_for_best_model", "bleu-4"],
+     "the evaluation has loss (more with --predict_with_generate)"),
+    (["--eval_strategy", "steps", "--predict_with_generate", "--metric_for_best_model", "f1"],
+     "--metric_for_best_model is f1; the evaluation has loss, rouge-1, rouge-2, rouge-l, bleu-4"),
+])
+def test_what_the_best_model_needs(argv, words):
+    flags = [*TRAIN, "--validation_file", "dev.json", "--load_best_model_at_end"]
+    for fine in (["--eval_strategy", "epoch", "--save_strategy", "epoch"],
+                 ["--eval_strategy", "steps", "--eval_steps", "250"],
+                 ["--eval_strategy", "steps", "--eval_steps", "0.1", "--save_steps", "0.3"],
+                 ["--eval_strategy", "steps", "--predict_with_generate",
+                  "--metric_for_best_model", "eval_rouge-l"]):
+        check_arguments(parse([*flags, *fine]), {})
+    assert words in refusal(*flags, *argv)
+
+
+@pytest.mark.parametrize("package", ["jieba", "rouge_chinese", "nltk"])
+def test_packages_of_the_scores(monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    check_arguments(parse(EVALUATE), {})
+    message = refusal(*EVALUATE, "--predict_with_generate")
+    assert f"needs {package} for its scores; pip install 'glmkern[eval]'" in message
 
 
 def test_agreeing_precisions_are_fine():
