@@ -51,19 +51,17 @@ def answer(model: ChatGLM, rows: EvaluationRows, decoding: Decoding) -> Iterator
     """
     generator = torch.Generator(model.device).manual_seed(decoding.seed)
     for batch in _batches(rows, decoding.batch_size):
-        room = decoding.max_length - len(rows.input_ids[batch.start])
-        if room < 1:
+        prompts = torch.tensor(rows.input_ids[batch.start:batch.stop])
+        mask = torch.tensor(rows.attention_mask[batch.start:batch.stop])
+        width = prompts.shape[1]
+        if width >= decoding.max_length:
             yield [[] for _ in batch]
             continue
-        # Without the columns that are padding in every row of the batch; the room stays.
-        width = max(sum(rows.attention_mask[index]) for index in batch)
-        prompts = torch.tensor([rows.input_ids[index][-width:] for index in batch])
-        mask = torch.tensor([rows.attention_mask[index][-width:] for index in batch])
         options = {"num_beams": decoding.num_beams} if decoding.num_beams > 1 else {}
         try:
             output = model.generate(
-                prompts, mask, max_length=width + room, do_sample=decoding.do_sample, top_p=TOP_P,
-                top_k=TOP_K, temperature=TEMPERATURE, generator=generator, **options)
+                prompts, mask, max_length=decoding.max_length, do_sample=decoding.do_sample,
+                top_p=TOP_P, top_k=TOP_K, temperature=TEMPERATURE, generator=generator, **options)
         except torch.OutOfMemoryError as error:
             raise TrainingError(
                 f"{_named(batch)}: ran out of GPU memory; lower --per_device_eval_batch_size (now "

@@ -29,7 +29,6 @@ def check_arguments(arguments: Arguments, environment: Mapping[str, str]) -> Non
     _check_training(training)
     if arguments.evaluates or training.do_predict:
         _check_evaluation(arguments)
-    _check_best_model(arguments)
     _check_precision(arguments.model, training)
 
 
@@ -115,10 +114,8 @@ def _check_training(training: TrainingArguments) -> None:
             f"--learning_rate is {training.learning_rate}; the polynomial schedule needs one above "
             f"its end, {POLYNOMIAL_END}"
         )
-    _check_interval("logging_steps", training.logging_steps, "logging_strategy",
-                    training.logging_strategy, least=True)
-    _check_interval("save_steps", training.save_steps, "save_strategy",
-                    training.save_strategy, least=False)
+    _check_interval("logging_steps", training.logging_steps, training.logging_strategy, least=True)
+    _check_interval("save_steps", training.save_steps, training.save_strategy, least=False)
     _require_range("sample_prompts", training.sample_prompts, 0, math.inf, "at least 0")
     if training.tokens_per_pack != "auto" and not training.tokens_per_pack.isdecimal():
         raise InputError(
@@ -137,31 +134,15 @@ def _check_evaluation(arguments: Arguments) -> None:
     _require_count("generation_num_beams", training.generation_num_beams)
     _require_count("generation_max_length", training.generation_max_length)
     _require_range("eval_delay", training.eval_delay, 0, math.inf, "at least 0")
-    _check_interval("eval_steps", training.eval_steps or training.logging_steps,
-                    "evaluation_strategy", training.evaluation_strategy, least=True)
+    _check_best_metric(arguments)
     if arguments.generates:
         require_packages()
 
 
-def _check_best_model(arguments: Arguments) -> None:
-    """As transformers: an evaluation at every save, and a metric that it has."""
-    training = arguments.training
-    if not training.load_best_model_at_end:
-        return
-    if training.evaluation_strategy != training.save_strategy:
-        raise InputError(
-            "--load_best_model_at_end needs an evaluation at every save, but "
-            f"--evaluation_strategy is {training.evaluation_strategy} and --save_strategy is "
-            f"{training.save_strategy}; give them the same value"
-        )
-    every = training.eval_steps or training.logging_steps
-    if training.evaluation_strategy == "steps" and not _is_multiple(training.save_steps, every):
-        raise InputError(
-            "--load_best_model_at_end needs an evaluation at every save, but --save_steps "
-            f"{training.save_steps:g} is not a multiple of --eval_steps {every:g}"
-        )
+def _check_best_metric(arguments: Arguments) -> None:
+    """Raise InputError where an evaluation will not have --metric_for_best_model."""
     names = ("loss", *NAMES) if arguments.generates else ("loss",)
-    metric = (training.metric_for_best_model or "loss").removeprefix("eval_")
+    metric = (arguments.training.metric_for_best_model or "loss").removeprefix("eval_")
     if metric not in names:
         raise InputError(
             f"--metric_for_best_model is {metric}; the evaluation has {', '.join(names)}"
@@ -169,22 +150,12 @@ def _check_best_model(arguments: Arguments) -> None:
         )
 
 
-def _is_multiple(value: float, of: float) -> bool:
-    """Of two step counts, or two shares of all steps, which are compared to a millionth."""
-    if (value < 1) != (of < 1):
-        return False
-    if value < 1:
-        value, of = round(value * 1e6), round(of * 1e6)
-    return value % of == 0
-
-
-def _check_interval(name: str, steps: float, strategy: str, value: str, least: bool) -> None:
-    """`strategy` and its `value` say whether `steps` count; `least`: zero is an error; else zero
-    or less means never, as officially for save_steps."""
-    if value != "steps":
+def _check_interval(name: str, steps: float, strategy: str, least: bool) -> None:
+    """`least`: zero is an error; else zero or less means never, as officially for save_steps."""
+    if strategy != "steps":
         return
     if least and steps <= 0:
-        raise InputError(f"--{name} is {steps:g}; it must be above 0, or --{strategy} no")
+        raise InputError(f"--{name} is {steps:g}; it must be above 0, or --logging_strategy no")
     if steps > 1 and steps != int(steps):
         raise InputError(f"--{name} is {steps:g}; it must be a whole number, or a share below 1")
 

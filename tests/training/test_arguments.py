@@ -286,34 +286,21 @@ def test_a_checkpoint_says_how_long_its_prefix_is():
     (["--max_eval_samples", "0"], "--max_eval_samples is 0"),
     (["--max_predict_samples", "0"], "--max_predict_samples is 0"),
     (["--eval_delay=-1"], "--eval_delay is -1"),
-    (["--eval_strategy", "steps", "--eval_steps=-1"], "or --evaluation_strategy no"),
-    (["--eval_strategy", "steps", "--eval_steps=1.5"], "--eval_steps is 1.5"),
+    (["--metric_for_best_model", "bleu-4"],
+     "the evaluation has loss (more with --predict_with_generate)"),
+    (["--predict_with_generate", "--metric_for_best_model", "eval_f1"],
+     "--metric_for_best_model is f1; the evaluation has loss, rouge-1, rouge-2, rouge-l, bleu-4"),
 ])
 def test_ranges_of_evaluation(argv, words):
     check_arguments(parse(EVALUATE), {})
     assert words in refusal(*EVALUATE, *argv)
 
 
-@pytest.mark.parametrize("argv, words", [
-    ([], "--evaluation_strategy is no and --save_strategy is steps"),
-    (["--eval_strategy", "epoch"], "give them the same value"),
-    (["--eval_strategy", "steps", "--eval_steps", "200"], "500 is not a multiple of --eval_steps"),
-    (["--eval_strategy", "steps", "--eval_steps", "0.3", "--save_steps", "0.7"], "0.7 is not a"),
-    (["--eval_strategy", "steps", "--save_steps", "0.5"], "0.5 is not a multiple"),
-    (["--eval_strategy", "steps", "--metric_for_best_model", "bleu-4"],
-     "the evaluation has loss (more with --predict_with_generate)"),
-    (["--eval_strategy", "steps", "--predict_with_generate", "--metric_for_best_model", "f1"],
-     "--metric_for_best_model is f1; the evaluation has loss, rouge-1, rouge-2, rouge-l, bleu-4"),
-])
-def test_what_the_best_model_needs(argv, words):
-    flags = [*TRAIN, "--validation_file", "dev.json", "--load_best_model_at_end"]
-    for fine in (["--eval_strategy", "epoch", "--save_strategy", "epoch"],
-                 ["--eval_strategy", "steps", "--eval_steps", "250"],
-                 ["--eval_strategy", "steps", "--eval_steps", "0.1", "--save_steps", "0.3"],
-                 ["--eval_strategy", "steps", "--predict_with_generate",
-                  "--metric_for_best_model", "eval_rouge-l"]):
-        check_arguments(parse([*flags, *fine]), {})
-    assert words in refusal(*flags, *argv)
+def test_metrics_for_the_best_model():
+    check_arguments(parse([*EVALUATE, "--metric_for_best_model", "eval_loss"]), {})
+    for name in ("loss", "rouge-l", "eval_bleu-4"):
+        check_arguments(parse([*EVALUATE, "--predict_with_generate",
+                               "--metric_for_best_model", name]), {})
 
 
 @pytest.mark.parametrize("package", ["jieba", "rouge_chinese", "nltk"])
