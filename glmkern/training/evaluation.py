@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from tqdm import tqdm
@@ -13,7 +13,8 @@ from tqdm import tqdm
 from glmkern.errors import TrainingError
 from glmkern.model.chatglm import ChatGLM
 from glmkern.tokenizer import ChatGLMTokenizer
-from glmkern.training.batching import pack_step
+from glmkern.training.arguments import Arguments
+from glmkern.training.batching import pack_step, token_budget
 from glmkern.training.dataset import (
     EvaluationRows,
     Examples,
@@ -63,6 +64,24 @@ class Evaluation:
     batch_size: int
     token_budget: int
     show_bar: bool = False
+
+    @classmethod
+    def of(cls, arguments: Arguments, model: ChatGLM, tokenizer: ChatGLMTokenizer,
+           data: EvaluationData) -> "Evaluation":
+        """What --do_eval and --do_predict measure."""
+        args = arguments.training
+        return cls(model, tokenizer, data,
+                   decoding=Decoding.of(arguments, model.config) if arguments.generates else None,
+                   batch_size=args.per_device_eval_batch_size,
+                   token_budget=token_budget(args.tokens_per_pack),
+                   show_bar=not args.disable_tqdm)
+
+    def greedy(self) -> "Evaluation":
+        """The same without draws: what --evaluation_strategy measures while training, as
+        officially."""
+        if self.decoding is None:
+            return self
+        return replace(self, decoding=replace(self.decoding, do_sample=False))
 
     def evaluate(self) -> dict[str, float]:
         """eval_loss, with answers also their scores, and the official eval_runtime etc.

@@ -11,7 +11,9 @@ import torch
 
 from glmkern.errors import InputError, TrainingError
 from glmkern.model.chatglm import ChatGLM
+from glmkern.model.config import ChatGLMConfig
 from glmkern.tokenizer import ChatGLMTokenizer
+from glmkern.training.arguments import Arguments
 from glmkern.training.dataset import EvaluationRows
 
 # What the official script passes to generate; top_k is the default of transformers.
@@ -39,6 +41,17 @@ class Decoding:
     num_beams: int = 1
     do_sample: bool = False
     seed: int = 0
+
+    @classmethod
+    def of(cls, arguments: Arguments, config: ChatGLMConfig) -> "Decoding":
+        """By the official flags and --greedy, within the positions of the base."""
+        _, data, training, _ = arguments
+        longest = (training.generation_max_length
+                   or data.max_source_length + data.max_target_length + 1)
+        return cls(max_length=min(longest, config.seq_length),
+                   batch_size=training.per_device_eval_batch_size,
+                   num_beams=data.num_beams or training.generation_num_beams or 1,
+                   do_sample=not training.greedy, seed=training.seed)
 
 
 def answer(model: ChatGLM, rows: EvaluationRows, decoding: Decoding) -> Iterator[list[list[int]]]:

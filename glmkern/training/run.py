@@ -2,7 +2,6 @@
 
 import json
 import os
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,13 +15,10 @@ from glmkern.model.chatglm import ChatGLM
 from glmkern.model.config import ChatGLMConfig
 from glmkern.tokenizer import ChatGLMTokenizer
 from glmkern.training.arguments import Arguments, ModelArguments, TrainingArguments
-from glmkern.training.batching import token_budget
-from glmkern.training.dataset import Example
 from glmkern.training.evaluation import Evaluation, EvaluationData
-from glmkern.training.prediction import Decoding, PredictionFile
+from glmkern.training.prediction import PredictionFile
 from glmkern.training.run_data import RunData, TrainingData, read_data
 from glmkern.training.run_folder import RunFolder
-from glmkern.training.samples import SampleWriter
 from glmkern.training.seeding import set_seed, use_deterministic_libraries
 from glmkern.training.state import metrics_table
 from glmkern.training.trainer import Trainer
@@ -35,12 +31,16 @@ def run(arguments: Arguments) -> dict[str, float]:
     Returns the metrics of all that was asked for. Raises InputError where files or flags are
     wrong, before the base is loaded where that can be told, and TrainingError where the run fails.
     """
+    training_args = arguments.training
     check_arguments(arguments, os.environ)
     arguments = take_prefix_from_checkpoint(arguments)
-    model_args, data_args, training_args, notes = arguments
     if training_args.do_train:
         check_output_folder(Path(training_args.output_dir), training_args.overwrite_output_dir)
-    device = choose_device(training_args)
+    return _run(arguments, choose_device(training_args))
+
+
+def _run(arguments: Arguments, device: torch.device) -> dict[str, float]:
+    model_args, data_args, training_args, notes = arguments
     dtype = choose_dtype(model_args, training_args, device)
     for note in notes:
         print(note)
@@ -63,34 +63,23 @@ def run(arguments: Arguments) -> dict[str, float]:
     folder = RunFolder(training_args.output_dir, training_args.save_total_limit)
     results, epoch = {}, {}
     if data.train is not None:
-        metrics = train(arguments, model, tokenizer, config, data, folder)
-        results |= finish("train", metrics, data_args.max_train_samples, data.train, folder)
+        metrics = _train(arguments, model, tokenizer, config, data, folder)
+        results |= _finish("train", metrics, data_args.max_train_samples, data.train, folder)
         epoch = {"epoch": metrics["epoch"]}
     folder.make()
     if data.validation is not None:
-        metrics = evaluation(arguments, model, tokenizer, data.validation).evaluate() | epoch
+        metrics = Evaluation.of(arguments, model, tokenizer, data.validation).evaluate() | epoch
         print(metrics)
-        results |= finish("eval", metrics, data_args.max_eval_samples, data.validation, folder)
+        results |= _finish("eval", metrics, data_args.max_eval_samples, data.validation, folder)
     if data.test is not None:
         with PredictionFile(folder.path / "generated_predictions.txt") as file:
-            metrics = evaluation(arguments, model, tokenizer, data.test).predict(file)
-        results |= finish("predict", metrics, data_args.max_predict_samples, data.test, folder)
+            metrics = Evaluation.of(arguments, model, tokenizer, data.test).predict(file)
+        results |= _finish("predict", metrics, data_args.max_predict_samples, data.test, folder)
     return results
 
 
-def take_prefix_from_checkpoint(arguments: Arguments) -> Arguments:
-    """--pre_seq_len and --prefix_projection as --ptuning_checkpoint has them, where the former is
-    not given."""
-    args = arguments.model
-    if args.ptuning_checkpoint is None or args.pre_seq_len is not None:
-        return arguments
-    length, _, projection = describe_prefix(read_prefix(args.ptuning_checkpoint))
-    return arguments._replace(
-        model=replace(args, pre_seq_len=length, prefix_projection=projection))
-
-
-def train(arguments: Arguments, model: ChatGLM, tokenizer: ChatGLMTokenizer, config: ChatGLMConfig,
-          data: RunData, folder: RunFolder) -> dict[str, float]:
+def _train(arguments: Arguments, model: ChatGLM, tokenizer: ChatGLMTokenizer,
+           config: ChatGLMConfig, data: RunData, folder: RunFolder) -> dict[str, float]:
     """Train the model's prefix; returns the metrics, and leaves checkpoints and state behind."""
     model_args, _, training_args, _ = arguments
     saved_config = replace(
@@ -109,51 +98,8 @@ def train(arguments: Arguments, model: ChatGLM, tokenizer: ChatGLMTokenizer, con
     return metrics
 
 
-def evaluation(arguments: Arguments, model: ChatGLM, tokenizer: ChatGLMTokenizer,
-               data: EvaluationData) -> Evaluation:
-    """What --do_eval and --do_predict measure on the rows of a file."""
-    args = arguments.training
-    return Evaluation(
-        model, tokenizer, data,
-        decoding=decoding(arguments, model.config) if arguments.generates else None,
-        batch_size=args.per_device_eval_batch_size, token_budget=token_budget(args.tokens_per_pack),
-        show_bar=not args.disable_tqdm)
-
-
-def evaluation_while_training(arguments: Arguments, model: ChatGLM, tokenizer: ChatGLMTokenizer,
-                              data: EvaluationData) -> Callable[[], dict[str, float]] | None:
-    """What --evaluation_strategy measures on the way; answers are greedy there, as officially."""
-    if arguments.training.evaluation_strategy == "no":
-        return None
-    whole = evaluation(arguments, model, tokenizer, data)
-    if whole.decoding is not None:
-        whole = replace(whole, decoding=replace(whole.decoding, do_sample=False))
-    return whole.evaluate
-
-
-def sample_writer(arguments: Arguments, model: ChatGLM, tokenizer: ChatGLMTokenizer,
-                  examples: Sequence[Example]) -> SampleWriter | None:
-    """What writes samples.md at every save."""
-    if not examples:
-        return None
-    return SampleWriter(
-        model, tokenizer, examples, decoding(arguments, model.config),
-        max_source_length=arguments.data.max_source_length,
-        source_prefix=arguments.data.source_prefix)
-
-
-def decoding(arguments: Arguments, config: ChatGLMConfig) -> Decoding:
-    """How prompts are answered, by the official flags and --greedy."""
-    _, data, args, _ = arguments
-    longest = args.generation_max_length or data.max_source_length + data.max_target_length + 1
-    return Decoding(
-        max_length=min(longest, config.seq_length), batch_size=args.per_device_eval_batch_size,
-        num_beams=data.num_beams or args.generation_num_beams or 1, do_sample=not args.greedy,
-        seed=args.seed)
-
-
-def finish(split: str, metrics: dict[str, float], limit: int | None,
-           data: TrainingData | EvaluationData, folder: RunFolder) -> dict[str, float]:
+def _finish(split: str, metrics: dict[str, float], limit: int | None,
+            data: TrainingData | EvaluationData, folder: RunFolder) -> dict[str, float]:
     """Count the rows, print the official table of a split and write its results."""
     count = len(data.examples)
     metrics[f"{split}_samples"] = min(limit or count, count)
@@ -161,6 +107,17 @@ def finish(split: str, metrics: dict[str, float], limit: int | None,
         print(line)
     folder.write_results(split, metrics)
     return metrics
+
+
+def take_prefix_from_checkpoint(arguments: Arguments) -> Arguments:
+    """--pre_seq_len and --prefix_projection as --ptuning_checkpoint has them, where the former is
+    not given."""
+    args = arguments.model
+    if args.ptuning_checkpoint is None or args.pre_seq_len is not None:
+        return arguments
+    length, _, projection = describe_prefix(read_prefix(args.ptuning_checkpoint))
+    return arguments._replace(
+        model=replace(args, pre_seq_len=length, prefix_projection=projection))
 
 
 def choose_device(args: TrainingArguments) -> torch.device:

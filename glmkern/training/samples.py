@@ -8,6 +8,7 @@ from pathlib import Path
 from glmkern.checkpoint.atomic import write_text
 from glmkern.model.chatglm import ChatGLM
 from glmkern.tokenizer import ChatGLMTokenizer
+from glmkern.training.arguments import Arguments
 from glmkern.training.dataset import Example, build_evaluation_rows
 from glmkern.training.evaluation import measuring
 from glmkern.training.prediction import Decoding, answer, clean, decode
@@ -34,6 +35,14 @@ class SampleWriter:
             examples, tokenizer, max_source_length=max_source_length, max_target_length=3,
             source_prefix=source_prefix)
         self.resumed = resumed
+
+    @classmethod
+    def of(cls, arguments: Arguments, model: ChatGLM, tokenizer: ChatGLMTokenizer,
+           examples: Sequence[Example], resumed: bool = False) -> "SampleWriter":
+        """By the official flags, which limit the answers as those of a prediction."""
+        return cls(model, tokenizer, examples, Decoding.of(arguments, model.config),
+                   max_source_length=arguments.data.max_source_length,
+                   source_prefix=arguments.data.source_prefix, resumed=resumed)
 
     def __call__(self, checkpoint: Path, step: int) -> None:
         path = checkpoint.parent / NAME
