@@ -1,4 +1,4 @@
-"""The command line: `glmkern <verb> ...`, or bare official flags, which train.
+"""The command line: `glmkern <verb> ...`, or bare official flags, which train and predict.
 
 Nothing here imports torch before a verb needs it, so that help and mistakes are instant.
 """
@@ -19,12 +19,14 @@ usage: glmkern --do_train --flag value ...   the official ptuning/main.py comman
 
 verbs:
   train     tune a prefix; the official flags, --do_train understood (train --help lists them)
+  predict   answer a test file and score the answers; the official flags, --do_predict and
+            --predict_with_generate understood
   demo      tune a prefix on the small base that comes with the package
   quantize  a base with its linears in 4 or 8 bits, as a folder of its own
   backends  which implementation of each op runs on this machine, and why
   version   the version"""
 
-LATER = ("predict", "chat", "bench", "doctor", "plan", "export")
+LATER = ("chat", "bench", "doctor", "plan", "export")
 EXIT_FAILED_RUN, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 
 
@@ -68,27 +70,32 @@ def _dispatch(argv: list[str]) -> int:
     raise InputError(f"there is no verb {verb!r}; the nearest is {nearest!r} (--help lists them)")
 
 
-def _official(argv: list[str], do_train: bool = False) -> int:
+def _official(argv: list[str], verb: str = "train", implied: Sequence[str] = ()) -> int:
+    """Run the official flow; `implied` are the tasks that the verb stands for."""
     from glmkern.training.parser import parse
 
     try:
-        arguments = parse(argv)
+        arguments = parse(argv, f"glmkern {verb}")
     except SystemExit as help_was_printed:
         return int(help_was_printed.code or 0)
-    if do_train:
-        arguments.training.do_train = True
+    for task in implied:
+        setattr(arguments.training, task, True)
     if arguments.training.deterministic:
         from glmkern.environment import make_deterministic
 
         make_deterministic()
-    from glmkern.training.run import run_training
+    from glmkern.training.run import run
 
-    run_training(arguments)
+    run(arguments)
     return 0
 
 
 def _train(argv: list[str]) -> int:
-    return _official(argv or ["--help"], do_train=True)
+    return _official(argv or ["--help"], "train", ["do_train"])
+
+
+def _predict(argv: list[str]) -> int:
+    return _official(argv or ["--help"], "predict", ["do_predict", "predict_with_generate"])
 
 
 def _module(name: str) -> Callable[[list[str]], int]:
@@ -117,6 +124,7 @@ def _take_no_arguments(verb: str, argv: list[str]) -> None:
 
 VERBS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
+    "predict": _predict,
     "demo": _module("glmkern.demo"),
     "quantize": _module("glmkern.verbs.quantize"),
     "backends": _backends,

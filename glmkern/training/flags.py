@@ -17,7 +17,6 @@ class Flag:
     reason: str
 
 
-_EVALUATION = "it only acts during evaluation and prediction"
 _UNUSED = "the official script never reads it"
 _HUB = "it only acts with --push_to_hub"
 _FSDP = "it only acts with --fsdp"
@@ -41,30 +40,18 @@ ACCEPTED: dict[str, Flag] = {
     # DataTrainingArguments
     "lang": Flag(None, _UNUSED),
     "dataset_config_name": Flag(None, _UNUSED),
-    "validation_file": Flag(None, _EVALUATION),
-    "test_file": Flag(None, _EVALUATION),
     "overwrite_cache": Flag(False, "rows are tokenised afresh in every run, without a cache"),
     "preprocessing_num_workers": Flag(None, _NO_WORKERS),
-    "val_max_target_length": Flag(None, _EVALUATION),
     "pad_to_max_length": Flag(False, _UNUSED),
-    "max_eval_samples": Flag(None, _EVALUATION),
-    "max_predict_samples": Flag(None, _EVALUATION),
-    "num_beams": Flag(None, _EVALUATION),
     "forced_bos_token": Flag(None, _UNUSED),
     # Seq2SeqTrainingArguments: evaluation
-    "predict_with_generate": Flag(False, _EVALUATION),
-    "generation_max_length": Flag(None, _EVALUATION),
-    "generation_num_beams": Flag(None, _EVALUATION),
-    "generation_config": Flag(None, _EVALUATION),
-    "prediction_loss_only": Flag(False, _EVALUATION),
-    "per_device_eval_batch_size": Flag(8, _EVALUATION),
-    "per_gpu_eval_batch_size": Flag(None, _EVALUATION),
-    "eval_accumulation_steps": Flag(None, _EVALUATION),
-    "include_inputs_for_metrics": Flag(False, _EVALUATION),
-    "use_legacy_prediction_loop": Flag(False, _EVALUATION),
-    "jit_mode_eval": Flag(False, _EVALUATION),
-    "bf16_full_eval": Flag(False, _EVALUATION),
-    "fp16_full_eval": Flag(False, _EVALUATION),
+    "generation_config": Flag(None, _UNUSED),
+    "eval_accumulation_steps": Flag(None, "answers are scored as they come"),
+    "include_inputs_for_metrics": Flag(False, "the official scores do not look at the prompts"),
+    "use_legacy_prediction_loop": Flag(False, "there is one loop"),
+    "jit_mode_eval": Flag(False, _COMPILED),
+    "bf16_full_eval": Flag(False, _PRECISION),
+    "fp16_full_eval": Flag(False, _PRECISION),
     "label_names": Flag(None, "the labels of a row are always the answer's tokens"),
     # logging
     "log_level": Flag("passive", "the header and the log lines are always printed"),
@@ -117,8 +104,6 @@ _LATER = "not in this release"
 _WHOLE_MODEL = "a prefix of a few MB is trained and the base is frozen: nothing is to be sharded"
 
 REFUSED: dict[str, Flag] = {
-    "do_eval": Flag(False, f"evaluation is {_LATER}"),
-    "do_predict": Flag(False, f"prediction is {_LATER}"),
     "dataset_name": Flag(None, "the official script fails with it; name a file with --train_file"),
     "save_safetensors": Flag(
         False, f"a safetensors prefix is {_LATER}; pytorch_model.bin is always written"
@@ -143,6 +128,7 @@ REFUSED: dict[str, Flag] = {
 ALIASES: dict[str, str] = {
     "eval_strategy": "evaluation_strategy",
     "per_gpu_train_batch_size": "per_device_train_batch_size",
+    "per_gpu_eval_batch_size": "per_device_eval_batch_size",
     "use_cpu": "no_cuda",
     "full_determinism": "deterministic",
 }

@@ -56,7 +56,8 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     parser = _Parser(
         prog=prog,
         usage=f"{prog} --flag value ...   or   {prog} flags.json [--flag value ...]",
-        description="Trains a prefix (P-tuning v2) with the flags of the official ptuning/main.py.",
+        description="Trains a prefix (P-tuning v2), evaluates and predicts, with the flags of the "
+        "official ptuning/main.py.",
         epilog="docs/flags.md lists every official flag, also those accepted without effect.",
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,

@@ -110,13 +110,13 @@ def speed_metrics(plan: Plan, steps: int, runtime: float) -> dict[str, float]:
     }
 
 
-def metrics_table(metrics: dict[str, float]) -> list[str]:
-    """The lines printed after training: names to the left, values to the right."""
+def metrics_table(metrics: dict[str, float], split: str = "train") -> list[str]:
+    """The lines printed after a split is done: names to the left, values to the right."""
     shown = {name: _formatted(name, value) for name, value in sorted(metrics.items())}
     name_width = max(map(len, shown))
     value_width = max(map(len, shown.values()))
     lines = [f"  {name:<{name_width}} = {value:>{value_width}}" for name, value in shown.items()]
-    return ["***** train metrics *****", *lines]
+    return [f"***** {split} metrics *****", *lines]
 
 
 def _formatted(name: str, value: float) -> str:
