@@ -199,6 +199,25 @@ def test_model_flags_reach_the_model(base):
     assert model.prefix_encoder.trans is not None
 
 
+def test_validation_file_is_not_needed_to_train(flags, rows, capsys):
+    """train.sh names one; without --do_eval it only gives the prompts of samples.md."""
+    other = rows.parent / "other.json"
+    other.write_text('{"question": "好"}')
+    assert cli.main(command({**flags, "validation_file": other})) == 0
+    text = capsys.readouterr().out
+    assert f"samples.md answers rows of {rows}, because {other} has no column 'content'" in text
+
+
+def test_label_smoothing_reaches_the_loss(flags, tmp_path):
+    ends = []
+    for factor in (0, 0.5):
+        folder = tmp_path / str(factor)
+        run = {**flags, "output_dir": folder, "label_smoothing_factor": factor}
+        assert cli.main(command(run)) == 0
+        ends.append(prefix(folder / "checkpoint-4"))
+    assert not torch.equal(*ends)
+
+
 def test_recompute_changes_no_bit(flags, tmp_path):
     ends = []
     for recompute in ("none", "mlp", "layer"):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from glmkern import ops
 from glmkern.model.config import ChatGLMConfig
+from glmkern.model.label_smoothing import smoothing_term
 from glmkern.model.layer import RECOMPUTE, Layer, Pass, dropout_seeds
 from glmkern.model.modules import FrozenLinear, FrozenNorm, frozen, kept_dtype
 from glmkern.model.packing import IGNORE_INDEX, PackedBatch, unpad
@@ -38,6 +39,7 @@ class ChatGLM(PrefixSwitch, nn.Module):
         transformer: the weights; all of them frozen but `transformer.prefix_encoder`.
         prefix_dropout: probability of dropping an element of the prefix in training mode.
         recompute: "none", "mlp" or "layer": what the backward pass computes again to save memory.
+        label_smoothing: in `loss`, the share of a label that goes to all tokens alike.
     """
 
     def __init__(self, config: ChatGLMConfig, *, pre_seq_len: int | None = None,
@@ -50,6 +52,7 @@ class ChatGLM(PrefixSwitch, nn.Module):
         self.rope_precision = rope_precision
         self.prefix_dropout = PREFIX_DROPOUT
         self.recompute = "none"
+        self.label_smoothing = 0.0
         self.transformer = _Transformer(config)
         if pre_seq_len is not None:
             self.transformer.prefix_encoder = PrefixEncoder(config, pre_seq_len, prefix_projection)
@@ -224,9 +227,14 @@ class ChatGLM(PrefixSwitch, nn.Module):
         batch = batch.to(self.device)
         with torch.autocast(self.device.type, enabled=False):
             hidden = self._hidden(batch, dropout_offset, seed)
-            return ops.linear_cross_entropy(
-                hidden, self.transformer.output_layer.weight, batch.labels,
-                token_weight=batch.token_weight, ignore_index=IGNORE_INDEX)
+            weight = self.transformer.output_layer.weight
+            loss = ops.linear_cross_entropy(hidden, weight, batch.labels,
+                                            token_weight=batch.token_weight,
+                                            ignore_index=IGNORE_INDEX)
+            if self.label_smoothing:
+                loss = loss + self.label_smoothing * smoothing_term(
+                    hidden, weight, batch.labels, batch.token_weight)
+            return loss
 
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None,
                  **options) -> Tensor:

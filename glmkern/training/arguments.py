@@ -134,6 +134,9 @@ class TrainingArguments:
     adam_beta2: float = _flag(0.999, "decay of the second moment")
     adam_epsilon: float = _flag(1e-8, "added to the root of the second moment")
     max_grad_norm: float = _flag(1.0, "clip the gradient to this norm; 0 does not clip")
+    label_smoothing_factor: float = _flag(
+        0.0, "share of every label that goes to all tokens alike, also in the evaluation loss"
+    )
     optim: str = _flag("adamw_hf", "optimiser", OPTIMIZERS)
     num_train_epochs: float = _flag(3.0, "passes over the rows, unless --max_steps is given")
     max_steps: int = _flag(-1, "optimiser steps; -1 leaves it to --num_train_epochs")

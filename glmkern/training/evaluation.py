@@ -3,7 +3,7 @@
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -14,16 +14,19 @@ from glmkern.errors import TrainingError
 from glmkern.model.chatglm import ChatGLM
 from glmkern.tokenizer import ChatGLMTokenizer
 from glmkern.training.arguments import Arguments
-from glmkern.training.batching import pack_step, token_budget
+from glmkern.training.batching import Pack, pack_step, token_budget
 from glmkern.training.dataset import (
     EvaluationRows,
-    Examples,
+    Example,
     TrainingRows,
     build_evaluation_rows,
     build_training_rows,
 )
 from glmkern.training.metrics import Scores
 from glmkern.training.prediction import Decoding, PredictionFile, answer, decode
+
+# Bounds the rows that are tensors at one time, however many the file has.
+BATCHES_PACKED_TOGETHER = 64
 
 
 @dataclass(frozen=True)
@@ -36,12 +39,13 @@ class EvaluationData:
         prompts: for generation, with the references the answers are compared with.
     """
 
-    examples: Examples
+    examples: Sequence[Example]
     rows: TrainingRows
     prompts: EvaluationRows
 
     @classmethod
-    def of(cls, examples: Examples, tokenizer: ChatGLMTokenizer, **lengths) -> "EvaluationData":
+    def of(cls, examples: Sequence[Example], tokenizer: ChatGLMTokenizer,
+           **lengths) -> "EvaluationData":
         """`lengths`: max_source_length, max_target_length and source_prefix."""
         return cls(examples, build_training_rows(examples, tokenizer, **lengths),
                    build_evaluation_rows(examples, tokenizer, **lengths))
@@ -113,18 +117,25 @@ class Evaluation:
 
     def _sum_of_losses(self, batches: list[range]) -> float:
         """The sum over batches of each one's mean over its labelled tokens."""
-        losses = 0.0
         with measuring(self.model):
-            for pack in pack_step(self.data.rows.rows, batches, self.token_budget):
-                loss = self.model.loss(pack.batch).item()
-                if not math.isfinite(loss):
-                    names = [self.data.examples[index].index for index in pack.rows]
-                    raise TrainingError(
-                        f"the evaluation loss is {loss} (rows {names[0]} to {names[-1]}); check "
-                        "these rows and the weights of the base and of the prefix, or compute "
-                        "with --model_dtype bfloat16 or float32")
-                losses += loss
-        return losses
+            return sum(self._loss(pack) for start in range(0, len(batches), BATCHES_PACKED_TOGETHER)
+                       for pack in pack_step(self.data.rows.rows,
+                                             batches[start:start + BATCHES_PACKED_TOGETHER],
+                                             self.token_budget))
+
+    def _loss(self, pack: Pack) -> float:
+        names = [self.data.examples[index].index for index in pack.rows]
+        where = f"rows {names[0]} to {names[-1]} of the evaluation"
+        try:
+            loss = self.model.loss(pack.batch).item()
+        except torch.OutOfMemoryError as error:
+            raise TrainingError(f"{where}: ran out of GPU memory; lower --tokens_per_pack (a pack "
+                                f"had {pack.tokens} tokens)") from error
+        if not math.isfinite(loss):
+            raise TrainingError(
+                f"{where}: the loss is {loss}; check these rows and the weights of the base and of "
+                "the prefix, or compute with --model_dtype bfloat16 or float32")
+        return loss
 
     def _scores(self, name: str, file: PredictionFile | None = None) -> dict[str, float]:
         """The mean scores of the answers; {} where none are asked for."""
@@ -149,7 +160,7 @@ class Evaluation:
             print(f"{scores.empty:,} of {scores.count:,} answers are empty and score 0")
         return scores.means()
 
-    def _measured(self, split: str, measure) -> dict[str, float]:
+    def _measured(self, split: str, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
         """The metrics of `measure` and the official speed, their names behind the split's."""
         start = time.monotonic()
         metrics = measure()

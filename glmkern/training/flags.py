@@ -108,7 +108,6 @@ REFUSED: dict[str, Flag] = {
     "save_safetensors": Flag(
         False, f"a safetensors prefix is {_LATER}; pytorch_model.bin is always written"
     ),
-    "label_smoothing_factor": Flag(0.0, "the loss is the official cross entropy"),
     "optim_args": Flag(None, "adamw_hf and adamw_torch take none"),
     "adafactor": Flag(False, "--optim knows adamw_hf, adamw_torch and adamw_torch_fused"),
     "auto_find_batch_size": Flag(

@@ -2,7 +2,6 @@
 
 import logging
 from importlib.util import find_spec
-from statistics import fmean
 
 from glmkern.errors import InputError
 
@@ -37,12 +36,8 @@ class Scores:
         jieba.setLogLevel(logging.WARNING)
         self._words, self._rouge = jieba.cut, Rouge()
         self._bleu, self._smoothing = sentence_bleu, SmoothingFunction().method3
-        self._values: dict[str, list[float]] = {name: [] for name in NAMES}
-        self.empty = 0
-
-    @property
-    def count(self) -> int:
-        return len(self._values[NAMES[0]])
+        self._totals = dict.fromkeys(NAMES, 0.0)
+        self.count = self.empty = 0
 
     def add(self, answer: str, reference: str) -> dict[str, float]:
         """Score one more answer; returns its scores, 0 to 100 with four decimals."""
@@ -52,12 +47,13 @@ class Scores:
             scores = dict.fromkeys(NAMES, 0.0)
             self.empty += 1
         for name, value in scores.items():
-            self._values[name].append(value)
+            self._totals[name] += value
+        self.count += 1
         return scores
 
     def means(self) -> dict[str, float]:
         """The mean of each score over the answers added, of which there must be one."""
-        return {name: fmean(values) for name, values in self._values.items()}
+        return {name: total / self.count for name, total in self._totals.items()}
 
     def _score(self, answer: str, reference: str) -> dict[str, float]:
         rouge = self._rouge.get_scores(

@@ -78,6 +78,7 @@ def _run(arguments: Arguments, device: torch.device, world: World,
     data = read_data(arguments, tokenizer, config)
     try:
         model = load_model(base, model_args, device, dtype)
+        model.label_smoothing = training_args.label_smoothing_factor
     except ValueError as error:  # a configuration or combination of flags that is not supported
         raise InputError(str(error)) from error
 

@@ -46,20 +46,32 @@ def read_data(arguments: Arguments, tokenizer: ChatGLMTokenizer, config: ChatGLM
     """
     args, training = arguments.data, arguments.training
     train = validation = test = None
-    validation_examples = None
     samples: Sequence[Example] = ()
-    if args.validation_file is not None and (arguments.evaluates or training.do_train):
-        validation_examples = _read(args.validation_file, args, args.max_eval_samples)
     if training.do_train:
         train = _training_data(args, tokenizer, config)
-        samples = (validation_examples or train.examples)[:training.sample_prompts]
     if arguments.evaluates:
-        validation = _evaluation_data(
-            args.validation_file, validation_examples, arguments, tokenizer, config)
+        examples = _read(args.validation_file, args, args.max_eval_samples)
+        validation = _evaluation_data(args.validation_file, examples, arguments, tokenizer, config)
+    if training.do_train and training.sample_prompts:
+        samples = _sample_source(args, train, validation)[:training.sample_prompts]
     if training.do_predict:
         examples = _read(args.test_file, args, args.max_predict_samples)
         test = _evaluation_data(args.test_file, examples, arguments, tokenizer, config)
     return RunData(train, validation, test, samples)
+
+
+def _sample_source(args: DataTrainingArguments, train: TrainingData,
+                   validation: EvaluationData | None) -> Sequence[Example]:
+    """Rows of --validation_file, which may be unfit where nothing else needs it, or of the
+    training."""
+    if validation is not None:
+        return validation.examples
+    if args.validation_file is not None:
+        try:
+            return _read(args.validation_file, args, args.max_eval_samples)
+        except InputError as error:
+            print(f"samples.md answers rows of {args.train_file}, because {error}")
+    return train.examples
 
 
 def _read(path: str, args: DataTrainingArguments, limit: int | None) -> Examples:

@@ -102,7 +102,7 @@ def _check_training(training: TrainingArguments) -> None:
         _require_count(name, getattr(training, name))
     for name in ("learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm", "warmup_steps"):
         _require_range(name, getattr(training, name), 0, math.inf, "at least 0")
-    for name in ("adam_beta1", "adam_beta2"):
+    for name in ("adam_beta1", "adam_beta2", "label_smoothing_factor"):
         if not 0 <= getattr(training, name) < 1:
             raise InputError(f"--{name} is {getattr(training, name)}; it must be in [0, 1)")
     _require_range("warmup_ratio", training.warmup_ratio, 0, 1, "in [0, 1]")

@@ -217,7 +217,6 @@ def test_missing_json(tmp_path):
     (["--lr_scheduler_type", "reduce_lr_on_plateau"], "--lr_scheduler_type"),
     (["--quantization_bit", "four"], "--quantization_bit takes a whole number, not 'four'"),
     (["--deepspeed", "ds.json"], "--deepspeed ds.json is refused"),
-    (["--label_smoothing_factor", "0.1"], "--label_smoothing_factor 0.1 is refused"),
     ([], "pass --do_train, --do_eval or --do_predict"),
 ])
 def test_mistakes(argv, words):
@@ -248,6 +247,7 @@ def test_what_training_needs(missing, words):
     (["--gradient_accumulation_steps", "0"], "--gradient_accumulation_steps is 0"),
     (["--learning_rate=-1"], "--learning_rate is -1.0"),
     (["--adam_beta2", "1"], "--adam_beta2 is 1.0"),
+    (["--label_smoothing_factor", "1"], "--label_smoothing_factor is 1.0; it must be in [0, 1)"),
     (["--warmup_ratio", "1.5"], "--warmup_ratio is 1.5"),
     (["--num_train_epochs", "0"], "--num_train_epochs is 0.0"),
     (["--logging_steps", "0"], "--logging_steps is 0"),

@@ -64,8 +64,23 @@ def test_loss_does_not_depend_on_the_packing(model, tokenizer, data, batch_size)
 def test_loss_that_is_not_finite_is_no_number_in_a_log(model, tokenizer, data):
     with torch.no_grad():
         model.prefix_encoder.embedding.weight[0] = math.nan
-    with pytest.raises(TrainingError, match=r"the evaluation loss is nan \(rows 0 to 6\)"):
+    with pytest.raises(TrainingError, match="rows 0 to 6 of the evaluation: the loss is nan"):
         evaluation(model, tokenizer, data, batch_size=4).loss()
+
+
+def test_memory_that_runs_out(model, tokenizer, data, monkeypatch):
+    def fail(batch):
+        raise torch.OutOfMemoryError("2 GiB")
+
+    monkeypatch.setattr(model, "loss", fail)
+    with pytest.raises(TrainingError, match="ran out of GPU memory; lower --tokens_per_pack"):
+        evaluation(model, tokenizer, data).loss()
+
+
+def test_many_batches_are_packed_in_turns(model, tokenizer, data, monkeypatch):
+    whole = evaluation(model, tokenizer, data, batch_size=1).loss()
+    monkeypatch.setattr("glmkern.training.evaluation.BATCHES_PACKED_TOGETHER", 3)
+    assert evaluation(model, tokenizer, data, batch_size=1).loss() == pytest.approx(whole, rel=1e-6)
 
 
 class Scripted:
