@@ -66,8 +66,20 @@ class RunFolder:
             os.replace(partial, final)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-        self._delete_older(final, best)
+        self.delete_older(final, best)
         return final
+
+    def delete_older(self, newest: Path, best: Path | None = None) -> None:
+        """Delete the oldest checkpoints beyond --save_total_limit, but not `newest` and `best`."""
+        if not self.save_total_limit or self.save_total_limit < 0:
+            return
+        others = [path for path in self.path.glob(f"{CHECKPOINT}*")
+                  if path.is_dir() and path not in (newest, best)]
+        others.sort(key=lambda path: path.stat().st_mtime_ns)
+        kept = max(self.save_total_limit - len({newest, best} - {None}), 0)
+        for path in others[: max(len(others) - kept, 0)]:
+            with suppress(OSError):
+                self._delete(path)
 
     def remove_litter(self) -> None:
         """Delete what a killed run was writing or deleting."""
@@ -91,17 +103,6 @@ class RunFolder:
             except (ValueError, KeyError, TypeError):
                 continue  # a line that was cut, or not ours
         write_text(log, "".join(kept))
-
-    def _delete_older(self, newest: Path, best: Path | None) -> None:
-        if not self.save_total_limit or self.save_total_limit < 0:
-            return
-        others = [path for path in self.path.glob(f"{CHECKPOINT}*")
-                  if path.is_dir() and path not in (newest, best)]
-        others.sort(key=lambda path: path.stat().st_mtime_ns)
-        kept = max(self.save_total_limit - len({newest, best} - {None}), 0)
-        for path in others[: max(len(others) - kept, 0)]:
-            with suppress(OSError):
-                self._delete(path)
 
     def _delete(self, checkpoint: Path) -> None:
         """Under another name: a kill must not leave half a checkpoint that looks like a whole."""

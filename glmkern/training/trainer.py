@@ -20,6 +20,7 @@ from glmkern.training.optimizer import create_optimizer, create_scheduler
 from glmkern.training.progress import Progress
 from glmkern.training.resume import (
     Position,
+    find_checkpoint,
     fingerprint,
     read_training_state,
     write_training_state,
@@ -135,6 +136,8 @@ class Trainer:
             self.folder.remove_litter()
             if resume_from is not None:
                 self.folder.shorten_log(first_step)
+            if resume_from == find_checkpoint("auto", self.folder.path) is not None:
+                self.folder.delete_older(resume_from, self._best())
         self._print_header(resume_from)
         self.progress = Progress(
             plan.max_steps, self.model.device,
