@@ -19,11 +19,12 @@ usage: glmkern --do_train --flag value ...   the official ptuning/main.py comman
 verbs:
   train     tune a prefix; the official flags, --do_train understood (train --help lists them)
   demo      tune a prefix on the small base that comes with the package
+  chat      talk to a base, with one prefix or several to switch between
   quantize  a base with its linears in 4 or 8 bits, as a folder of its own
   backends  which implementation of each op runs on this machine, and why
   version   the version"""
 
-LATER = ("predict", "chat", "bench", "doctor", "plan", "export")
+LATER = ("predict", "bench", "doctor", "plan", "export")
 EXIT_FAILED_RUN, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 
 
@@ -112,6 +113,7 @@ def _take_no_arguments(verb: str, argv: list[str]) -> None:
 VERBS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
     "demo": _module("glmkern.demo"),
+    "chat": _module("glmkern.verbs.chat"),
     "quantize": _module("glmkern.verbs.quantize"),
     "backends": _backends,
     "version": _version,
