@@ -22,11 +22,12 @@ verbs:
   predict   answer a test file and score the answers; the official flags, --do_predict and
             --predict_with_generate understood
   demo      tune a prefix on the small base that comes with the package
+  chat      talk to a base, with one prefix or several to switch between
   quantize  a base with its linears in 4 or 8 bits, as a folder of its own
   backends  which implementation of each op runs on this machine, and why
   version   the version"""
 
-LATER = ("chat", "bench", "doctor", "plan", "export")
+LATER = ("bench", "doctor", "plan", "export")
 EXIT_FAILED_RUN, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 
 
@@ -126,6 +127,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
     "predict": _predict,
     "demo": _module("glmkern.demo"),
+    "chat": _module("glmkern.verbs.chat"),
     "quantize": _module("glmkern.verbs.quantize"),
     "backends": _backends,
     "version": _version,

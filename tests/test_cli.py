@@ -31,7 +31,7 @@ def test_exit_status(monkeypatch, capsys, error, status):
 
 @pytest.mark.parametrize("argv, words", [
     (["trian"], "there is no verb 'trian'; the nearest is 'train'"),
-    (["chat"], "chat is not in this release"),
+    (["bench"], "bench is not in this release"),
     (["backends", "now"], "backends takes no arguments"),
     (["--do_trian"], "there is no flag --do_trian; the nearest is --do_train"),
     (["--max_steps", "3"], "pass --do_train"),

@@ -20,7 +20,7 @@ class KeyValueCache:
         longest: no less than the largest of `lens`, known without asking the device.
     """
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def __init__(self, model: ChatGLM):
         """An empty cache under the model's current prefix."""
         self.model = model
@@ -36,7 +36,7 @@ class KeyValueCache:
         """Whether it was filled by this model under the prefix that is in use."""
         return self.model is model and self._encoder is model.prefix_encoder
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def read_prompts(self, batch: PackedBatch) -> Tensor:
         """Fills an empty cache; returns the hidden state [B, H] of every row's last token."""
         lens = batch.cu_seqlens.diff().long()
@@ -55,7 +55,7 @@ class KeyValueCache:
         self.lens, self.longest = lens, longest
         return hidden[batch.cu_seqlens[1:].long() - 1]
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def read(self, input_ids: Tensor) -> Tensor:
         """Appends tokens [rows, S] to every row; returns the last one's hidden state [rows, H]."""
         rows, new = input_ids.shape
@@ -75,6 +75,7 @@ class KeyValueCache:
         self.lens, self.longest = lens, self.longest + new
         return hidden.unflatten(0, (rows, new))[:, -1]
 
+    @torch.inference_mode()
     def select(self, rows: Tensor) -> None:
         """Makes the cache that of its rows `rows`, int64, in that order, repeated or left out."""
         self.lens = self.lens[rows]

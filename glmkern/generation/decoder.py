@@ -27,10 +27,12 @@ class Decoder:
     pad: int
     drops_rows: bool
 
+    @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """float32 [R, V] from hidden states [R, H]."""
         return self.model.transformer.output_layer.project(hidden).float()
 
+    @torch.inference_mode()
     def process(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """scores [R, V] after all processors."""
         for processor in self.processors:

@@ -18,6 +18,7 @@ from glmkern.model.prefix import PrefixEncoder, PrefixSwitch
 from glmkern.model.rotary import rotary_table
 
 if TYPE_CHECKING:
+    from glmkern.generation import KeyValueCache
     from glmkern.tokenizer import ChatGLMTokenizer, History
 
 PREFIX_DROPOUT = 0.1
@@ -255,10 +256,12 @@ class ChatGLM(PrefixSwitch, nn.Module):
         return chat(self, tokenizer, query, history, **options)
 
     def stream_chat(self, tokenizer: "ChatGLMTokenizer", query: str,
-                    history: "History | None" = None, **options) -> Iterator[tuple]:
+                    history: "History | None" = None,
+                    past_key_values: "KeyValueCache | None" = None,
+                    **options) -> Iterator[tuple]:
         """chat() as the reply grows; see glmkern.chat.stream_chat."""
         from glmkern.chat import stream_chat
-        return stream_chat(self, tokenizer, query, history, **options)
+        return stream_chat(self, tokenizer, query, history, past_key_values, **options)
 
     def _hidden(self, batch: PackedBatch, dropout_offset: int, seed: int) -> Tensor:
         """[T, H] behind the final norm, in training mode with dropout."""

@@ -226,6 +226,30 @@ def test_processors_act_in_their_order():
     assert (text[:, 4:] == 9).all()
 
 
+@pytest.mark.parametrize("num_beams", [1, 2])
+def test_what_is_generated_can_be_learned(num_beams):
+    """Inference's own tensors, which autograd refuses, stay inside."""
+    model, table = small_model(), torch.nn.Embedding(151, 2)
+    prompt = torch.randint(151, (2, 4))
+    text = model.generate(prompt, max_length=9, num_beams=num_beams)
+    *_, streamed = model.stream_generate(prompt, max_length=9)
+    for ids in (text, streamed):
+        table(ids).sum().backward()
+        ids += 1
+
+
+def test_processors_may_write_into_their_scores():
+    def forbid(input_ids, scores):
+        scores[:, 7:] = -float("inf")
+        return scores
+
+    prompt = torch.randint(151, (2, 4))
+    for num_beams in (1, 2):
+        text = small_model().generate(prompt, max_length=9, num_beams=num_beams,
+                                      logits_processor=[forbid], eos_token_id=[])
+        assert (text[:, 4:] < 7).all()
+
+
 def test_dropout_never_acts():
     model, prompt = small_model(dict(hidden_dropout=0.5)), torch.randint(151, (2, 4))
     assert torch.equal(model.generate(prompt, max_length=20),
