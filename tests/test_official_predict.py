@@ -136,7 +136,8 @@ def official_labels(tokenizer, records) -> list[str]:
 
 
 def text(tokenizer, ids: list[int]) -> str:
-    return tokenizer.decode([token for token in ids if token < tokenizer.vocab_size])
+    """Ids beyond the vocabulary, for which the official decoding has an error, are padding."""
+    return tokenizer.decode([token if token < tokenizer.vocab_size else 0 for token in ids])
 
 
 # Prediction

@@ -106,12 +106,13 @@ def _named(batch: range) -> str:
 
 
 def decode(tokenizer: ChatGLMTokenizer, ids: Iterable[int]) -> str:
-    """The text of generated ids, as the official metrics see it.
-
-    Rows that pad the model's matrices beyond the vocabulary have no text; an untrained model may
-    choose them.
-    """
-    return tokenizer.decode(token for token in ids if token < tokenizer.vocab_size)
+    """The text of ids, as the official metrics see it: that of padding for special tokens, whose
+    names ChatGLM3's tokenizer would give, and for ids beyond the vocabulary, which pad the model's
+    matrices and may be chosen by an untrained model."""
+    silent = set(tokenizer.special_tokens.values())
+    return tokenizer.decode(
+        tokenizer.pad_token_id if token in silent or token >= tokenizer.vocab_size else token
+        for token in ids)
 
 
 def clean(text: str) -> str:

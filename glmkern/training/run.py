@@ -37,7 +37,6 @@ def run(arguments: Arguments) -> dict[str, float]:
     """
     training_args = arguments.training
     check_arguments(arguments, os.environ)
-    arguments = take_prefix_from_checkpoint(arguments)
     device = choose_device(training_args)
     with join_world(training_args, device) as world, world.first_prints():
         checkpoint = _prepare_folder(arguments) if training_args.do_train else None
@@ -61,9 +60,9 @@ def _prepare_folder(arguments: Arguments) -> Path | None:
 
 def _run(arguments: Arguments, device: torch.device, world: World,
          checkpoint: Path | None) -> dict[str, float]:
-    model_args, data_args, training_args, notes = arguments
-    dtype = choose_dtype(model_args, training_args, device)
-    for note in notes:
+    training_args = arguments.training
+    dtype = choose_dtype(arguments.model, training_args, device)
+    for note in arguments.notes:
         print(note)
     if training_args.deterministic:
         use_deterministic_libraries()
@@ -71,8 +70,10 @@ def _run(arguments: Arguments, device: torch.device, world: World,
         torch.backends.cuda.matmul.allow_tf32 = training_args.tf32
     set_seed(training_args.seed)
 
-    base = resolve_folder(model_args.model_name_or_path)
+    base = resolve_folder(arguments.model.model_name_or_path)
     config = ChatGLMConfig.from_pretrained(base)
+    arguments = take_prefix_from_checkpoint(arguments)
+    model_args, data_args, training_args, _ = arguments
     tokenizer = ChatGLMTokenizer.from_pretrained(base)
     check_vocabulary(tokenizer, config)
     data = read_data(arguments, tokenizer, config)

@@ -98,8 +98,14 @@ def test_scores_that_are_not_finite(tokenizer):
         torch.multinomial(torch.tensor([[float("nan"), 1]]), 1)
 
 
-def test_ids_that_only_pad_the_matrices_have_no_text(tokenizer):
-    ids = tokenizer.encode("你好", add_special_tokens=False)
+@pytest.mark.parametrize("name", ["THUDM/chatglm2-6b", "THUDM/chatglm3-6b"])
+def test_ids_without_text_of_their_own(shared, tmp_path, name):
+    """ChatGLM3's tokenizer has names for the special ones, which are no part of an answer."""
+    (tmp_path / "tokenizer.model").symlink_to(shared / "data/tokenizer/tokenizer.model")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"name_or_path": name}))
+    tokenizer = ChatGLMTokenizer.from_pretrained(tmp_path)
+    ids = tokenizer.encode("你好")
+    assert ("[gMASK]" in tokenizer.decode(ids)) == ("chatglm3" in name)
     assert decode(tokenizer, [*ids, tokenizer.vocab_size, 2, 0, 65023]) == "你好"
 
 
