@@ -24,10 +24,11 @@ verbs:
   demo      tune a prefix on the small base that comes with the package
   chat      talk to a base, with one prefix or several to switch between
   quantize  a base with its linears in 4 or 8 bits, as a folder of its own
+  export    a prefix for the official code or PEFT, or a base for transformers
   backends  which implementation of each op runs on this machine, and why
   version   the version"""
 
-LATER = ("bench", "doctor", "plan", "export")
+LATER = ("bench", "doctor", "plan")
 EXIT_FAILED_RUN, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 
 
@@ -129,6 +130,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "demo": _module("glmkern.demo"),
     "chat": _module("glmkern.verbs.chat"),
     "quantize": _module("glmkern.verbs.quantize"),
+    "export": _module("glmkern.verbs.export"),
     "backends": _backends,
     "version": _version,
 }

@@ -1,4 +1,4 @@
-"""The tokenizer of ChatGLM2 and ChatGLM3, and ChatGLM2's prompts.
+"""The tokenizer of ChatGLM2 and ChatGLM3, and their prompts.
 
 Both families share one SentencePiece model. Special ids follow its pieces in a fixed order and are
 never produced from text: "[gMASK]" typed by a user is ordinary text. The piece of unknown
@@ -7,7 +7,7 @@ characters (id 0) doubles as padding.
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor
@@ -28,6 +28,7 @@ DEFAULT_CONFIG = {
 }
 
 History = Sequence[tuple[str, str]]
+Messages = Sequence[Mapping[str, str]]
 
 
 class ChatGLMTokenizer:
@@ -38,6 +39,8 @@ class ChatGLMTokenizer:
         pad_token_id, eos_token_id: 0 and, in the published model, 2.
         special_tokens: name to id; five names for ChatGLM2, four role names more for ChatGLM3.
         prefix_tokens: the ids that start every prompt, [gMASK] and sop.
+        stop_token_ids: the ids that end an answer: the end of text, and for ChatGLM3 also the roles
+            that may speak next, <|user|> and <|observation|>.
     """
 
     def __init__(self, model: bytes, config: dict | None = None, name: str = "tokenizer.model"):
@@ -61,6 +64,8 @@ class ChatGLMTokenizer:
         # One integer object an id for a whole corpus: 8 bytes a token in a list instead of 36.
         self._ids = list(range(self.vocab_size))
         self.prefix_tokens = [self.special_tokens["[gMASK]"], self.special_tokens["sop"]]
+        next_speakers = (ROLE_TOKENS[1], ROLE_TOKENS[3]) if self._speaks_roles else ()
+        self.stop_token_ids = [self.eos_token_id, *map(self.special_tokens.get, next_speakers)]
 
         # ChatGLM2 decodes its special ids to nothing, ChatGLM3 to their names.
         self._surface = dict.fromkeys(
@@ -103,8 +108,11 @@ class ChatGLMTokenizer:
         Raises:
             ValueError: `text` has half a surrogate pair, which is no character.
         """
-        ids = [self._ids[i] for i in self._pieces.encode_as_ids(_check_unicode(text))]
+        ids = self._encode(text)
         return self.prefix_tokens + ids if add_special_tokens else ids
+
+    def _encode(self, text: str) -> list[int]:
+        return [self._ids[i] for i in self._pieces.encode_as_ids(_check_unicode(text))]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`; padding, beginning, end and negative ids are nothing.
@@ -150,6 +158,38 @@ class ChatGLMTokenizer:
             return self.build_inputs(query)
         ids = self.encode("\n\n" + _round(len(history) + 1, query), add_special_tokens=False)
         return ids[1:]  # without the space that SentencePiece puts before every text
+
+    def build_chat_input(self, query: str, history: Messages | None = None,
+                         role: str = "user") -> list[int]:
+        """The ids of ChatGLM3's chat prompt: past messages, then `query`, then <|assistant|>.
+
+        Args:
+            query: what `role` says now.
+            history: past messages, each with "role", "content" and, for an assistant that calls a
+                tool, "metadata", the tool's name.
+            role: "user", or "observation" for the result of a tool.
+
+        Raises:
+            ValueError: a role is unknown, or the tokenizer is ChatGLM2's, which has none.
+        """
+        if not self._speaks_roles:
+            raise ValueError("ChatGLM2's tokenizer has no roles; use build_inputs, or a folder of "
+                             "chatglm3-6b")
+        messages = [*(history or ()), {"role": role, "content": query}]
+        spoken = [token for message in messages for token in self._message(message)]
+        return self.prefix_tokens + spoken + [self.special_tokens["<|assistant|>"]]
+
+    def _message(self, message: Mapping[str, str]) -> list[int]:
+        role, content = message.get("role"), message.get("content")
+        name = f"<|{role}|>"
+        if name not in ROLE_TOKENS:
+            raise ValueError(f"there is no role {role!r}; there are system, user, assistant and "
+                             "observation")
+        if not isinstance(content, str):
+            raise ValueError(f"the content of a message must be a text, not {content!r}")
+        # Encoded apart, so that each of the two begins with SentencePiece's space.
+        head = self._encode((message.get("metadata") or "") + "\n")
+        return [self.special_tokens[name], *head, *self._encode(content)]
 
     def build_inputs_with_special_tokens(self, ids: list[int],
                                          pair: list[int] | None = None) -> list[int]:

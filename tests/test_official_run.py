@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import glmkern
 from glmkern import cli
@@ -180,8 +180,14 @@ def test_warm_start_from_a_checkpoint(flags, tmp_path):
 
 def test_projection_and_own_flags(flags, tmp_path):
     own = {"prefix_projection": True, "prefix_dropout": 0, "recompute": "layer",
-           "tokens_per_pack": 0, "rope_precision": "model", "model_dtype": "bfloat16"}
+           "tokens_per_pack": 0, "rope_precision": "model", "model_dtype": "bfloat16",
+           "save_safetensors": True}
     assert cli.main(command({**flags, **own})) == 0
+    last = tmp_path / "out" / "checkpoint-4"
+    official = torch.load(last / "pytorch_model.bin", weights_only=True)
+    other = load_file(last / "model.safetensors")
+    assert official.keys() == other.keys()
+    assert all(torch.equal(official[name], other[name]) for name in official)
     state = read_prefix(tmp_path / "out" / "checkpoint-4")
     assert state.keys() == {"embedding.weight", "trans.0.weight", "trans.0.bias",
                             "trans.2.weight", "trans.2.bias"}

@@ -89,6 +89,52 @@ def test_chatglm3_knows_its_roles(tokenizers, recorded):
         assert text.startswith("[gMASK]sop") and text.endswith("你是谁<|assistant|>")
 
 
+def test_chat_input(tokenizers, recorded):
+    tokenizer = tokenizers["chatglm3"]
+    assert len(recorded["chatglm3"]["build_chat_input"]) == 2
+    for case in recorded["chatglm3"]["build_chat_input"]:
+        assert tokenizer.build_chat_input(case["query"], case["history"], case["role"]) == (
+            case["input_ids"][0])
+        assert tokenizer.build_chat_input(case["query"], case["history"] or None) == (
+            case["input_ids"][0])
+
+
+def test_chat_input_of_a_tool_call(tokenizers):
+    """Every part begins with SentencePiece's space, and roles in a text stay text."""
+    tokenizer = tokenizers["chatglm3"]
+    history = [{"role": "user", "content": "<|user|>"},
+               {"role": "assistant", "metadata": "weather", "content": "call()"}]
+    roles = tokenizer.special_tokens
+    assert tokenizer.build_chat_input("24", history, role="observation") == [
+        roles["[gMASK]"], roles["sop"],
+        roles["<|user|>"], *plain(tokenizer, "\n"), *plain(tokenizer, "<|user|>"),
+        roles["<|assistant|>"], *plain(tokenizer, "weather\n"), *plain(tokenizer, "call()"),
+        roles["<|observation|>"], *plain(tokenizer, "\n"), *plain(tokenizer, "24"),
+        roles["<|assistant|>"]]
+
+
+def plain(tokenizer, text: str) -> list[int]:
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+def test_messages_that_cannot_be_said(tokenizers):
+    with pytest.raises(ValueError, match="ChatGLM2's tokenizer has no roles; use build_inputs"):
+        tokenizers["chatglm2"].build_chat_input("你好")
+    build = tokenizers["chatglm3"].build_chat_input
+    with pytest.raises(ValueError, match="there is no role 'tool'; there are system, user"):
+        build("你好", role="tool")
+    with pytest.raises(ValueError, match="there is no role None"):
+        build("你好", [{"content": "hello"}])
+    with pytest.raises(ValueError, match="the content of a message must be a text, not None"):
+        build("你好", [{"role": "user"}])
+
+
+def test_stop_tokens(tokenizers, small_model):
+    assert tokenizers["chatglm2"].stop_token_ids == [2]
+    assert tokenizers["chatglm3"].stop_token_ids == [2, 64795, 64797]
+    assert ChatGLMTokenizer(small_model).stop_token_ids == [2]
+
+
 def test_build_prompt(tokenizer, recorded):
     for case in recorded["chatglm2"]["build_prompt"]:
         assert tokenizer.build_prompt(case["query"], case["history"]) == case["prompt"]

@@ -4,17 +4,26 @@ import importlib
 
 _HOME = {
     "check_bits": "quantized",
+    "check_family": "prefix",
     "check_prefix": "prefix",
+    "dequantize_stream": "quantized",
     "describe_prefix": "prefix",
     "expected_shapes": "shapes",
+    "export_glm": "export",
+    "export_prefix": "export",
+    "fold_prefix": "prefix",
     "from_glm_state": "native_glm",
+    "prefix_family": "prefix",
     "quantize_folder": "quantized",
     "quantize_stream": "quantized",
+    "read_adapter": "adapter",
     "read_base": "base",
     "read_prefix": "prefix",
     "resolve_folder": "folder",
     "to_glm_state": "native_glm",
-    "write_base": "export",
+    "write_adapter": "adapter",
+    "write_base": "base_writer",
+    "write_glm": "base_writer",
     "write_prefix": "prefix",
 }
 

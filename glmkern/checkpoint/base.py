@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from glmkern.checkpoint.files import read_tensors, require_float, weight_files
+from glmkern.checkpoint.native_glm import LM_HEAD, from_glm_stream, glm_shapes, native_config
 from glmkern.checkpoint.prefix import prefix_name
 from glmkern.checkpoint.shapes import INV_FREQ, SCALE, WEIGHT, expected_shapes, is_linear_weight
 from glmkern.errors import InputError
@@ -19,17 +20,19 @@ def read_base(folder: str | Path, config: ChatGLMConfig) -> Iterator[tuple[str, 
 
     Reads pytorch_model.bin or model.safetensors, single or sharded with an index, in the dtype
     they are stored in. Where the folder's config.json says quantization_bit 4 or 8, the linears'
-    weights are int8 codes, each followed at some point by its <module>.weight_scale. All names,
-    shapes and dtypes are checked before this returns, values as they pass; the weights are mapped
-    from the disk, so that a consumer that keeps none of them has MAPPED_BYTES and one tensor in
-    memory at most. inv_freq and prefix_encoder keys are skipped.
+    weights are int8 codes, each followed at some point by its <module>.weight_scale; where it says
+    model_type "glm", the native names come as the official ones. All names, shapes and dtypes are
+    checked before this returns, values as they pass; the weights are mapped from the disk, so that
+    a consumer that keeps none of them has MAPPED_BYTES and one tensor in memory at most. inv_freq
+    and prefix_encoder keys are skipped.
 
     Raises InputError, naming file and key, where the weights are not those of `config`, or hold
     NaN, infinity or a negative scale.
     """
     folder = Path(folder)
     bits = stored_bits(folder)
-    expected = expected_shapes(config, bits)
+    native = native_config(folder)
+    expected = expected_shapes(config, bits) if native is None else glm_shapes(config)
     homes: dict[str, Path] = {}
     prefix_bytes = 0
     for path, promised in weight_files(folder).items():
@@ -52,13 +55,20 @@ def read_base(folder: str | Path, config: ChatGLMConfig) -> Iterator[tuple[str, 
             f"the folder {folder} holds only a prefix ({prefix_bytes / 1e6:.1f} MB), not a base "
             "model; pass it as --ptuning_checkpoint"
         )
+    # As transformers has it, an output layer in the files is its own whatever config.json says.
+    tied = bool(native and native.get("tie_word_embeddings")) and LM_HEAD not in homes
+    if tied:
+        del expected[LM_HEAD]
     missing = [name for name in expected if name not in homes]
     if missing:
         raise InputError(
             f"the weights in {folder} lack {_some(missing)}, which config.json asks for "
             f"(num_layers {config.num_layers}); download them again or correct config.json"
         )
-    return _stream(homes)
+    if native is None:
+        return _stream(homes)
+    # In the model's order, so that q, k and v follow each other.
+    return from_glm_stream(_stream({name: homes[name] for name in expected}), config, tied)
 
 
 def stored_bits(folder: Path) -> int:

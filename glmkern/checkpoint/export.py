@@ -1,135 +1,146 @@
-"""Writing a base model under the official names, with its config.json, as tensors come."""
+"""`glmkern export`: a prefix in another format, or the base as a native GlmForCausalLM."""
 
-import json
-from collections.abc import Iterable, Iterator, Mapping
+import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-
-from glmkern.checkpoint.atomic import NewFiles, save_torch
-from glmkern.checkpoint.shapes import expected_shapes
+from glmkern.checkpoint.adapter import write_adapter
+from glmkern.checkpoint.atomic import replaced
+from glmkern.checkpoint.base import read_base
+from glmkern.checkpoint.base_writer import write_glm
+from glmkern.checkpoint.files import require_new
+from glmkern.checkpoint.folder import resolve_folder
+from glmkern.checkpoint.native_glm import native_config
+from glmkern.checkpoint.prefix import (
+    check_family,
+    check_prefix,
+    describe_prefix,
+    fold_prefix,
+    prefix_family,
+    read_prefix,
+    write_prefix,
+)
+from glmkern.checkpoint.quantized import dequantize_stream
 from glmkern.errors import InputError
 from glmkern.model.config import ChatGLMConfig
+from glmkern.model.glm_config import to_glm_config
 
-# layout: the name of a file and of a shard. transformers and read_base look for safetensors first.
-NAMES = {
-    "safetensors": ("model.safetensors", "model-{:05d}-of-{:05d}.safetensors"),
-    "bin": ("pytorch_model.bin", "pytorch_model-{:05d}-of-{:05d}.bin"),
-}
+# Not the modelling code of an official folder, which a native one does not need.
+COMPANIONS = (
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "generation_config.json",
+    "MODEL_LICENSE",
+    "LICENSE",
+)
 
 
-def write_base(
-    folder: str | Path,
-    config: ChatGLMConfig,
-    tensors: Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]],
-    max_shard_bytes: int = 5_000_000_000,
-    layout: str = "safetensors",
-) -> Path:
-    """Write `tensors` (official keys, in the dtype they have) and config.json; returns the folder.
+class ExportedPrefix(NamedTuple):
+    """What export_prefix wrote; `folded` where a projection became a flat prefix."""
 
-    One model.safetensors ("bin": pytorch_model.bin), or shards of at most `max_shard_bytes` with
-    their index; a tensor larger than that has a shard of its own. A stream of (key, tensor) pairs
-    is written as it comes, with one shard in memory. Files of the same layout already in the folder
-    are replaced. All files are written before the first is renamed, and config.json goes first and
-    comes last: a kill leaves the old model, the new one, or a folder without config.json, which is
-    refused.
+    folder: Path
+    tokens: int
+    folded: bool
 
-    Raises ValueError where `tensors` is not exactly the weights that `config` describes
-    (quantization_bit included), and InputError where they cannot be written, or "bin" beside
-    safetensors, which would be read in their place.
+
+def export_prefix(
+    source: str | Path,
+    target: str | Path,
+    layout: str,
+    fold: bool = False,
+    base: str | Path | None = None,
+) -> ExportedPrefix:
+    """Write the prefix at `source` to the new folder `target` in another format.
+
+    Args:
+        source: a checkpoint-N folder, a weight file, or a PEFT adapter's folder.
+        target: a folder that holds no prefix yet. It gets config.json too where that is known.
+        layout: "bin" (official), "safetensors", or "peft" for a flat adapter of the native base.
+        fold: write the flat prefix that a projection amounts to; "peft" does so anyway.
+        base: the base the prefix was trained on; None: the config.json beside the prefix tells.
+
+    Raises:
+        InputError: the prefix is damaged, is not that of `base`, or cannot be divided into layers
+            because nothing says how; the target holds a model or cannot be written.
     """
-    folder = Path(folder)
-    expected = expected_shapes(config, config.quantization_bit)
-    if isinstance(tensors, Mapping):
-        _check_names(expected, tensors)
-        stream = ((name, tensors[name].detach().cpu().contiguous()) for name in expected)
-    else:
-        # Copies: a tensor mapped from a file would keep all that was read of it in memory.
-        stream = ((name, tensor.clone()) for name, tensor in tensors)
-    if layout == "bin" and list(folder.glob("model*.safetensors*")):
+    source, target = Path(source).expanduser(), Path(target)
+    config = _config_of(source, base)
+    state = read_prefix(source, config)
+    tokens, _, projection = describe_prefix(state)
+    if config is not None:
+        check_prefix(state, config, tokens, projection, source)
+        check_family(source, config)
+    elif layout == "peft" or (fold and projection):
         raise InputError(
-            f"{folder} holds safetensors, which would be read in place of the new "
-            "pytorch_model.bin; choose another folder"
+            f"{source} has no config.json beside it, and nothing else says how its columns are "
+            "divided; name its base with --base"
         )
-    single, shard = NAMES[layout]
-    with NewFiles(folder) as new:
-        shards: list[tuple[Path, dict[str, int]]] = []  # file, bytes by key
-        for group in _grouped(_checked(expected, stream), max_shard_bytes):
-            temporary = new.temporary()
-            _save(group, temporary, layout)
-            shards.append((temporary, {name: tensor.nbytes for name, tensor in group.items()}))
-        names = {temporary: single for temporary, _ in shards}
-        if len(shards) > 1:
-            names = {temporary: shard.format(number, len(shards))
-                     for number, (temporary, _) in enumerate(shards, 1)}
-            index = new.temporary()
-            index.write_text(_index(shards, names), encoding="utf-8")
-            names[index] = f"{single}.index.json"
-        configuration = new.temporary()
-        configuration.write_text(config.to_json(), encoding="utf-8")
-        names[configuration] = "config.json"
-        # An older model's shards must not stay beside a single file, nor a file beside shards.
-        new.rename(names, ("config.json", single, f"{single}.index.json",
-                           shard.replace("{:05d}", "*")))
-    return folder
+    require_new(target)
+    folded = projection and (fold or layout == "peft")
+    if folded:
+        state = fold_prefix(state, config)
+    if layout == "peft":
+        _check_expressible(source, replace(config, quantization_bit=0))
+        native = base is not None and native_config(resolve_folder(base)) is not None
+        write_adapter(target, state["embedding.weight"], config, str(base) if native else None)
+    else:
+        family = prefix_family(source) if config is None else config.family
+        write_prefix(target, state, layout, family)
+        if config is not None:
+            projection = projection and not folded
+            replace(config, pre_seq_len=tokens, prefix_projection=projection).save(target)
+    return ExportedPrefix(target, tokens, folded)
 
 
-def _checked(
-    expected: dict[str, tuple[int, ...]], tensors: Iterable[tuple[str, torch.Tensor]]
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """The stream; ValueError where a tensor does not belong, and at the end where one lacks."""
-    seen = set()
-    for name, tensor in tensors:
-        if name in expected and tuple(tensor.shape) != expected[name]:
-            raise ValueError(
-                f"{name} has shape {list(tensor.shape)}; the configuration asks for "
-                f"{list(expected[name])}"
-            )
-        seen.add(name)
-        yield name, tensor
-    _check_names(expected, seen)
+def export_glm(source: str | Path, target: str | Path, dequantize: bool = False) -> Path:
+    """Write the base in `source` as a native GlmForCausalLM to the new folder `target`.
 
+    Tensors keep their bits and dtype; they are read one at a time, and one shard of the result is
+    in memory. Tokenizer files and licences are copied.
 
-def _check_names(expected: dict[str, tuple[int, ...]], names: Iterable[str]) -> None:
-    for name in expected.keys() ^ set(names):
-        raise ValueError(
-            f"{name} is in {'the configuration' if name in expected else 'the state'} "
-            "only; the state must hold exactly the weights of the configuration"
+    Args:
+        source: a folder, or the cached name, of a base.
+        target: a folder that holds no model yet.
+        dequantize: write codes of 4 or 8 bits as the dense weights they stand for, in the dtype of
+            their scales.
+
+    Raises:
+        InputError: the source is broken, quantised without `dequantize`, or of an architecture that
+            GlmForCausalLM has not; the target holds a model or cannot be written.
+    """
+    folder, target = resolve_folder(source), Path(target)
+    config = ChatGLMConfig.from_pretrained(folder)
+    bits = config.quantization_bit
+    if bits and not dequantize:
+        raise InputError(
+            f"{folder} is quantised to {bits} bits, which GlmForCausalLM cannot hold; export the "
+            "fp16 base, or pass --dequantize to write dense weights"
         )
+    require_new(target)
+    dense = replace(config, quantization_bit=0)
+    _check_expressible(folder, dense)
+    tensors = read_base(folder, config)
+    write_glm(target, dense, dequantize_stream(tensors, bits) if bits else tensors)
+    for name in COMPANIONS:
+        if (folder / name).is_file():
+            with replaced(target / name) as temporary:
+                shutil.copyfile(folder / name, temporary)
+    return target
 
 
-def _grouped(
-    tensors: Iterable[tuple[str, torch.Tensor]], max_bytes: int
-) -> Iterator[dict[str, torch.Tensor]]:
-    """The tensors of one shard after the other."""
-    group: dict[str, torch.Tensor] = {}
-    room = max_bytes
-    for name, tensor in tensors:
-        if group and tensor.nbytes > room:
-            yield group
-            group, room = {}, max_bytes
-        group[name] = tensor
-        room -= tensor.nbytes
-    yield group
+def _config_of(source: Path, base: str | Path | None) -> ChatGLMConfig | None:
+    """The configuration of the prefix's base, or None where nothing tells."""
+    if base is not None:
+        return ChatGLMConfig.from_pretrained(base)
+    folder = source if source.is_dir() else source.parent
+    has_config = (folder / "config.json").is_file()
+    return ChatGLMConfig.from_pretrained(folder) if has_config else None
 
 
-def _save(group: dict[str, torch.Tensor], path: Path, layout: str) -> None:
-    if layout == "bin":
-        # torch.save writes the whole storage of which a tensor may be a part.
-        whole = {name: tensor if tensor.untyped_storage().nbytes() == tensor.nbytes
-                 else tensor.clone() for name, tensor in group.items()}
-        save_torch(whole, path)
-        return
+def _check_expressible(source: Path, config: ChatGLMConfig) -> None:
     try:
-        save_file(group, path, metadata={"format": "pt"})
-    except SafetensorError as error:
-        raise OSError(str(error)) from error
-
-
-def _index(shards: list[tuple[Path, dict[str, int]]], names: dict[Path, str]) -> str:
-    total = sum(nbytes for _, sizes in shards for nbytes in sizes.values())
-    weight_map = {name: names[path] for path, sizes in shards for name in sizes}
-    content = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    return json.dumps(content, indent=2, sort_keys=True) + "\n"
+        to_glm_config(config)
+    except ValueError as error:
+        raise InputError(f"{source} has no native form: {error}") from error

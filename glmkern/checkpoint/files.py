@@ -1,4 +1,4 @@
-"""A folder's weight files, found and opened without running anything that is in them."""
+"""A folder's weight files, found, opened without running anything in them, and written."""
 
 import json
 import os
@@ -7,8 +7,8 @@ import re
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 
 from glmkern.checkpoint.folder import refuse_lfs_pointer
 from glmkern.errors import InputError
@@ -21,6 +21,10 @@ LAYOUTS = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+# The metadata of a prefix in safetensors that names the family of its base.
+FAMILY = "base_family"
 
 
 def weight_files(folder: Path) -> dict[Path, set[str]]:
@@ -79,6 +83,35 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """The metadata of a .safetensors file; {} for any other file, or a damaged one."""
+    if path.suffix != ".safetensors":
+        return {}
+    try:
+        with safe_open(path, "pt") as file:
+            return file.metadata() or {}
+    except (SafetensorError, OSError):
+        return {}
+
+
+def save_safetensors(
+    tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None
+) -> None:
+    """Write contiguous tensors over the file `path`; OSError where the disk is full."""
+    try:
+        save_file(tensors, path, metadata={"format": "pt", **(metadata or {})})
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
+
+
+def require_new(target: Path) -> None:
+    """Raise InputError where the folder holds a model, a prefix or an adapter already."""
+    names = ("config.json", *LAYOUTS, ADAPTER_CONFIG, *ADAPTER_WEIGHTS)
+    held = [name for name in names if (target / name).exists()]
+    if held:
+        raise InputError(f"{target} already holds {held[0]}; choose a new folder")
+
+
 def require_float(path: Path, name: str, tensor: torch.Tensor) -> None:
     """Raise InputError where the tensor is not of a real floating dtype."""
     if not tensor.dtype.is_floating_point:
@@ -86,6 +119,20 @@ def require_float(path: Path, name: str, tensor: torch.Tensor) -> None:
         raise InputError(
             f"{name} in {path} is {dtype}; expected float16, bfloat16, float32 or float64 weights"
         )
+
+
+def trained_tensor(path: Path, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """A float32 copy, so that the file is not held open by its mapping.
+
+    Raises InputError where the tensor is not of a real floating dtype, or not finite.
+    """
+    require_float(path, name, tensor)
+    if not torch.isfinite(tensor).all():
+        raise InputError(
+            f"{name} in {path} holds NaN or infinite values, so that training had failed when it "
+            "was saved; use an earlier checkpoint"
+        )
+    return tensor.to(torch.float32, copy=True)
 
 
 def _indexed_files(index: Path) -> dict[Path, set[str]]:

@@ -13,18 +13,28 @@
 | output_layer                                  | lm_head                                      |
 """
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from glmkern.checkpoint.shapes import EMBEDDING, FINAL_NORM, OUTPUT_LAYER, layer_prefix
+from glmkern.checkpoint.shapes import (
+    EMBEDDING,
+    FINAL_NORM,
+    OUTPUT_LAYER,
+    expected_shapes,
+    layer_prefix,
+)
 from glmkern.model.config import ChatGLMConfig
+from glmkern.model.glm_config import MODEL_TYPE, from_glm_config, to_glm_config
 
+LM_HEAD = "lm_head.weight"
 OUTSIDE_LAYERS = {
     EMBEDDING: "model.embed_tokens.weight",
     FINAL_NORM: "model.norm.weight",
-    OUTPUT_LAYER: "lm_head.weight",
+    OUTPUT_LAYER: LM_HEAD,
 }
 IN_LAYER = {
     "input_layernorm.weight": "input_layernorm.weight",
@@ -33,36 +43,57 @@ IN_LAYER = {
     "mlp.dense_h_to_4h.weight": "mlp.gate_up_proj.weight",
     "mlp.dense_4h_to_h.weight": "mlp.down_proj.weight",
 }
-FIELDS = {
-    "num_layers": "num_hidden_layers",
-    "padded_vocab_size": "vocab_size",
-    "hidden_size": "hidden_size",
-    "ffn_hidden_size": "intermediate_size",
-    "kv_channels": "head_dim",
-    "num_attention_heads": "num_attention_heads",
-    "multi_query_group_num": "num_key_value_heads",
-    "seq_length": "max_position_embeddings",
-    "layernorm_epsilon": "rms_norm_eps",
-    "add_qkv_bias": "attention_bias",
-    "attention_dropout": "attention_dropout",
-    "eos_token_id": "eos_token_id",
-    "pad_token_id": "pad_token_id",
-    "use_cache": "use_cache",
-}
-# What ChatGLM2 fixes and a native configuration may vary.
-ROPE = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
-# What a native configuration fixes and ChatGLM2 may vary.
-NATIVE_FIXED = {
-    "rmsnorm": True,
-    "post_layer_norm": True,
-    "apply_residual_connection_post_layernorm": False,
-    "add_bias_linear": False,
-    "multi_query_attention": True,
-    "fp32_residual_connection": False,
-    "hidden_dropout": 0.0,
-    "quantization_bit": 0,
-    "rope_ratio": 1,
-}
+
+
+def native_config(folder: Path) -> dict[str, Any] | None:
+    """The content of config.json where the folder holds a native base, else None."""
+    path = folder / "config.json"
+    if not path.is_file():
+        return None
+    values = json.loads(path.read_text(encoding="utf-8"))
+    return values if values.get("model_type") == MODEL_TYPE else None
+
+
+def glm_shapes(config: ChatGLMConfig) -> dict[str, tuple[int, ...]]:
+    """Every native key of the base, in the model's order, with its shape."""
+    official = expected_shapes(config).items()
+    empty = ((name, torch.empty(shape, device="meta")) for name, shape in official)
+    return {name: tuple(tensor.shape) for name, tensor in to_glm_stream(empty, config)}
+
+
+def to_glm_stream(
+    tensors: Iterable[tuple[str, torch.Tensor]], config: ChatGLMConfig
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Native (key, tensor) pairs of official ones; each shares its memory with the official."""
+    names, sizes = _native_names(config), _rows(config)
+    for official, tensor in tensors:
+        native = names[official]
+        parts = tensor.split(sizes) if len(native) > 1 else (tensor,)
+        yield from zip(native, parts, strict=True)
+
+
+def from_glm_stream(
+    tensors: Iterable[tuple[str, torch.Tensor]], config: ChatGLMConfig, tied: bool = False
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Official (key, tensor) pairs of native ones.
+
+    q, k and v wait for each other and become a new tensor; all else shares its memory with the
+    native, except the output layer of `tied` embeddings, a copy.
+    """
+    names = _native_names(config)
+    officials = {each: official for official, native in names.items() for each in native}
+    waiting: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in tensors:
+        official = officials[name]
+        native = names[official]
+        parts = waiting.setdefault(official, {})
+        parts[name] = tensor
+        if len(parts) < len(native):
+            continue
+        del waiting[official]
+        yield official, torch.cat([parts[each] for each in native]) if len(native) > 1 else tensor
+        if tied and official == EMBEDDING:
+            yield OUTPUT_LAYER, tensor.clone()
 
 
 def from_glm_state(
@@ -70,34 +101,18 @@ def from_glm_state(
 ) -> tuple[ChatGLMConfig, dict[str, torch.Tensor]]:
     """The official configuration and state of a GlmForCausalLM.
 
-    `hf_config` is a GlmConfig or its to_dict(). query_key_value is a new tensor; every other weight
-    shares its memory with the one in `state`, except an output layer tied to the embedding.
+    `hf_config` is a GlmConfig or its to_dict(). Memory is shared as in from_glm_stream.
     Raises ValueError, naming the field, for an architecture that ChatGLM2 cannot express.
     """
     values = dict(hf_config) if isinstance(hf_config, Mapping) else hf_config.to_dict()
-    _check_native(values)
-    fields = {ours: values[theirs] for ours, theirs in FIELDS.items() if theirs in values}
-    config = ChatGLMConfig(
-        multi_query_attention=True,
-        tie_word_embeddings=False,
-        torch_dtype=values.get("dtype") or values.get("torch_dtype"),
-        **fields,
-    )
-
-    official = {EMBEDDING: state[OUTSIDE_LAYERS[EMBEDDING]]}
-    for layer in range(config.num_layers):
-        ours, theirs = layer_prefix(layer), f"model.layers.{layer}."
-        for kind in ("weight", "bias") if config.add_qkv_bias else ("weight",):
-            parts = [state[f"{theirs}self_attn.{part}_proj.{kind}"] for part in "qkv"]
-            official[f"{ours}self_attention.query_key_value.{kind}"] = torch.cat(parts)
-        for name, native in IN_LAYER.items():
-            official[ours + name] = state[theirs + native]
-    official[FINAL_NORM] = state[OUTSIDE_LAYERS[FINAL_NORM]]
+    config = from_glm_config(values)
+    embedding, head = state[OUTSIDE_LAYERS[EMBEDDING]], state.get(LM_HEAD)
     tied = values.get("tie_word_embeddings", False)
-    official[OUTPUT_LAYER] = (
-        official[EMBEDDING].clone() if tied else state[OUTSIDE_LAYERS[OUTPUT_LAYER]]
-    )
-    return config, official
+    tied = tied and (head is None or head.data_ptr() == embedding.data_ptr())
+    names = [name for name in glm_shapes(config) if not (tied and name == LM_HEAD)]
+    stream = ((name, state[name]) for name in names)
+    official = dict(from_glm_stream(stream, config, tied))
+    return config, {name: official[name] for name in expected_shapes(config)}
 
 
 def to_glm_state(
@@ -108,37 +123,25 @@ def to_glm_state(
     Every tensor shares its memory with the one in `state`.
     Raises ValueError, naming the field, for a configuration GlmForCausalLM cannot express.
     """
-    for name, value in NATIVE_FIXED.items():
-        if getattr(config, name) != value:
-            raise ValueError(
-                f"{name} is {getattr(config, name)!r}; GlmForCausalLM has it fixed at {value!r}"
-            )
-    values = {theirs: getattr(config, ours) for ours, theirs in FIELDS.items()}
-    values |= {
-        "hidden_act": "silu",
-        "tie_word_embeddings": False,
-        "rope_parameters": dict(ROPE),
-        "dtype": config.torch_dtype,
-    }
+    values = to_glm_config(config)
+    stream = ((name, state[name]) for name in expected_shapes(config))
+    return values, dict(to_glm_stream(stream, config))
 
-    native = {theirs: state[ours] for ours, theirs in OUTSIDE_LAYERS.items()}
-    group_size = config.num_groups * config.kv_channels
+
+def _native_names(config: ChatGLMConfig) -> dict[str, tuple[str, ...]]:
+    """Official key to its native one, or to the three of query_key_value."""
+    names = {official: (native,) for official, native in OUTSIDE_LAYERS.items()}
     for layer in range(config.num_layers):
         ours, theirs = layer_prefix(layer), f"model.layers.{layer}."
-        for kind in ("weight", "bias") if config.add_qkv_bias else ("weight",):
-            fused = state[f"{ours}self_attention.query_key_value.{kind}"]
-            parts = fused.split([config.query_size, group_size, group_size])
-            for part, tensor in zip("qkv", parts, strict=True):
-                native[f"{theirs}self_attn.{part}_proj.{kind}"] = tensor
-        for name, native_name in IN_LAYER.items():
-            native[theirs + native_name] = state[ours + name]
-    return values, native
+        names |= {ours + name: (theirs + native,) for name, native in IN_LAYER.items()}
+        for kind in ("weight", "bias"):
+            names[f"{ours}self_attention.query_key_value.{kind}"] = tuple(
+                f"{theirs}self_attn.{part}_proj.{kind}" for part in "qkv"
+            )
+    return names
 
 
-def _check_native(values: dict[str, Any]) -> None:
-    """transformers 4 has the RoPE fields beside the others, transformers 5 in rope_parameters."""
-    fixed = {"model_type": "glm", "hidden_act": "silu", "rope_scaling": None, **ROPE}
-    found = {**fixed, **values, **(values.get("rope_parameters") or {})}
-    for name, value in fixed.items():
-        if found[name] != value:
-            raise ValueError(f"{name} is {found[name]!r}; ChatGLM2 has it fixed at {value!r}")
+def _rows(config: ChatGLMConfig) -> list[int]:
+    """Rows of q, k and v in query_key_value."""
+    group_size = config.num_groups * config.kv_channels
+    return [config.query_size, group_size, group_size]

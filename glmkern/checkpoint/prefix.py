@@ -1,13 +1,25 @@
-"""The trained prefix: pytorch_model.bin with the keys of transformer.prefix_encoder."""
+"""The trained prefix: the keys of transformer.prefix_encoder, read from and written to files."""
 
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
-from glmkern.checkpoint.atomic import write_torch
-from glmkern.checkpoint.files import read_tensors, require_float, weight_files
+from glmkern.checkpoint.adapter import is_adapter, read_adapter
+from glmkern.checkpoint.atomic import replaced, write_torch
+from glmkern.checkpoint.files import (
+    ADAPTER_WEIGHTS,
+    FAMILY,
+    LAYOUTS,
+    read_metadata,
+    read_tensors,
+    save_safetensors,
+    trained_tensor,
+    weight_files,
+)
 from glmkern.errors import InputError
-from glmkern.model.config import ChatGLMConfig
+from glmkern.model.config import UNKNOWN_FAMILY, ChatGLMConfig
+from glmkern.model.prefix import PrefixEncoder
 
 OFFICIAL = "transformer.prefix_encoder."
 FLAT = ("embedding.weight",)
@@ -25,11 +37,16 @@ def prefix_name(key: str) -> str | None:
     return key if key in PROJECTED else None
 
 
-def read_prefix(path: str | Path) -> dict[str, torch.Tensor]:
+def read_prefix(
+    path: str | Path, config: ChatGLMConfig | None = None
+) -> dict[str, torch.Tensor]:
     """The prefix in a folder or weight file, as fp32 under the names inside the prefix encoder.
 
     {"embedding.weight": [P, kv_size]}, with prefix_projection also trans.{0,2}.{weight,bias}.
-    Other weights beside it, such as those of a full checkpoint, are ignored.
+    Other weights beside it, such as those of a full checkpoint, are ignored. pytorch_model.bin and
+    model.safetensors give the bits that were written; in a PEFT adapter the first half of each key
+    was rotated and rounded, so that those numbers differ by at most 2^-23 times their pair.
+    `config`, of the base to be loaded, is what an adapter is checked against (see read_adapter).
     Raises InputError, naming the file, where there is no whole and finite prefix.
     """
     path = Path(path).expanduser()
@@ -38,6 +55,8 @@ def read_prefix(path: str | Path) -> dict[str, torch.Tensor]:
             f"there is no prefix checkpoint {path}; pass a checkpoint-N folder or its "
             "pytorch_model.bin"
         )
+    if is_adapter(path):
+        return {FLAT[0]: read_adapter(path, config)}
     state: dict[str, torch.Tensor] = {}
     for file in weight_files(path) if path.is_dir() else (path,):
         for key, tensor in read_tensors(file).items():
@@ -46,14 +65,7 @@ def read_prefix(path: str | Path) -> dict[str, torch.Tensor]:
                 continue
             if name in state:
                 raise InputError(f"{file} holds {name} of the prefix a second time, as {key}")
-            require_float(file, key, tensor)
-            if not torch.isfinite(tensor).all():
-                raise InputError(
-                    f"{key} in {file} holds NaN or infinite values, so that training had failed "
-                    "when it was saved; use an earlier checkpoint"
-                )
-            # A copy, so that the file is not held open by its mapping.
-            state[name] = tensor.to(torch.float32, copy=True)
+            state[name] = trained_tensor(file, key, tensor)
     if not state:
         raise InputError(
             f"{path} holds no prefix (no key starts with {OFFICIAL}); pass the checkpoint-N folder "
@@ -63,21 +75,72 @@ def read_prefix(path: str | Path) -> dict[str, torch.Tensor]:
     return state
 
 
-def write_prefix(folder: str | Path, state: dict[str, torch.Tensor]) -> Path:
-    """Write pytorch_model.bin with the official names, in fp32, atomically; returns its path.
+def write_prefix(
+    folder: str | Path,
+    state: dict[str, torch.Tensor],
+    layout: str = "bin",
+    family: str = UNKNOWN_FAMILY,
+) -> Path:
+    """Write the prefix under the official names, in fp32, atomically; returns the file's path.
 
-    `state` is the prefix encoder's state_dict, names as read_prefix returns them.
+    `state` is the prefix encoder's state_dict, names as read_prefix returns them. "bin" is the
+    official pytorch_model.bin; "safetensors" is model.safetensors, which says the base's `family`.
     """
     if set(state) not in (set(FLAT), set(PROJECTED)):
         raise ValueError(f"a prefix has the weights {PROJECTED} or {FLAT}, not {tuple(state)}")
-    path = Path(folder) / "pytorch_model.bin"
+    if layout not in ("bin", "safetensors"):
+        raise ValueError(f"layout must be 'bin' or 'safetensors', not {layout!r}")
     # Copies, because torch.save writes the whole storage of which a tensor may be a part.
     official = {
-        OFFICIAL + name: tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
-        for name, tensor in state.items()
+        OFFICIAL + name: state[name].detach().to("cpu", torch.float32, copy=True).contiguous()
+        for name in PROJECTED
+        if name in state
     }
-    write_torch(path, official)
+    if layout == "bin":
+        path = Path(folder) / "pytorch_model.bin"
+        write_torch(path, official)
+        return path
+    path = Path(folder) / "model.safetensors"
+    with replaced(path) as temporary:
+        save_safetensors(official, temporary, {FAMILY: family})
     return path
+
+
+def fold_prefix(state: dict[str, torch.Tensor], config: ChatGLMConfig) -> dict[str, torch.Tensor]:
+    """The flat prefix that a projected one amounts to, computed by the model's own encoder."""
+    length, _, projection = describe_prefix(state)
+    encoder = PrefixEncoder(config, length, projection)
+    encoder.load_state_dict(state)
+    with torch.no_grad():
+        segments = [each for pair in encoder() for each in pair]  # 2L of [P, G, C]
+    return {FLAT[0]: torch.stack(segments, 1).flatten(1)}
+
+
+def prefix_family(path: str | Path) -> str:
+    """The family of the base a prefix was trained on, as its safetensors or the config.json beside
+    it say; UNKNOWN_FAMILY where neither does."""
+    path = Path(path).expanduser()
+    folder = path if path.is_dir() else path.parent
+    names = (*ADAPTER_WEIGHTS, *LAYOUTS) if path.is_dir() else (path.name,)
+    file = next((folder / name for name in names if (folder / name).is_file()), None)
+    family = UNKNOWN_FAMILY if file is None else read_metadata(file).get(FAMILY, UNKNOWN_FAMILY)
+    if family == UNKNOWN_FAMILY:
+        with suppress(InputError):
+            family = ChatGLMConfig.from_pretrained(folder).family
+    return family
+
+
+def check_family(path: str | Path, config: ChatGLMConfig) -> None:
+    """Raise InputError where the prefix at `path` is known to be of another base than `config`.
+
+    The family's members have the same shapes, so that nothing else would tell.
+    """
+    trained = prefix_family(path)
+    if UNKNOWN_FAMILY not in (trained, config.family) and trained != config.family:
+        raise InputError(
+            f"the prefix {path} was trained on {trained}, but the base is {config.family}; load it "
+            f"on {trained}, or train a prefix on this base"
+        )
 
 
 def describe_prefix(state: dict[str, torch.Tensor]) -> tuple[int, int, bool]:

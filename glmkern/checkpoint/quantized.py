@@ -9,8 +9,8 @@ import torch
 
 from glmkern import ops
 from glmkern.checkpoint.base import read_base
-from glmkern.checkpoint.export import write_base
-from glmkern.checkpoint.files import LAYOUTS, WEIGHT_SUFFIXES
+from glmkern.checkpoint.base_writer import write_base
+from glmkern.checkpoint.files import WEIGHT_SUFFIXES, require_new
 from glmkern.checkpoint.folder import resolve_folder
 from glmkern.checkpoint.shapes import SCALE, WEIGHT, is_linear_weight
 from glmkern.errors import InputError
@@ -35,6 +35,25 @@ def quantize_stream(
             yield name.removesuffix(WEIGHT) + SCALE, scale
         else:
             yield name, tensor
+
+
+def dequantize_stream(
+    tensors: Iterable[tuple[str, torch.Tensor]], bits: int
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The same stream with codes and scales of `bits` bits as dense weights, code * scale rounded
+    once to the scale's dtype as the official code has them; all else passes as it is."""
+    waiting: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors:
+        if not (tensor.dtype == torch.int8 or name.endswith(SCALE)):
+            yield name, tensor
+            continue
+        weight = name if tensor.dtype == torch.int8 else name.removesuffix(SCALE) + WEIGHT
+        other = waiting.pop(weight, None)
+        if other is None:
+            waiting[weight] = tensor
+            continue
+        codes, scale = (other, tensor) if other.dtype == torch.int8 else (tensor, other)
+        yield weight, ops.dequantize(ops.QuantizedWeight(codes, scale, bits), scale.dtype)
 
 
 def check_bits(folder: Path, config: ChatGLMConfig, bits: int) -> None:
@@ -82,9 +101,7 @@ def quantize_folder(
     check_bits(folder, config, bits)
     if config.quantization_bit:
         raise InputError(f"{folder} is quantised to {bits} bits already; copy it as it is")
-    held = [name for name in ("config.json", *LAYOUTS) if (target / name).exists()]
-    if held:
-        raise InputError(f"{target} already holds {held[0]}; choose a new folder")
+    require_new(target)
     write_base(
         target,
         replace(config, quantization_bit=bits),

@@ -66,7 +66,7 @@ class ChatGLM(PrefixSwitch, nn.Module):
                         pre_seq_len: int | None = None, prefix_projection: bool = False,
                         prefix_checkpoint: str | Path | None = None,
                         rope_precision: str = "float32") -> "ChatGLM":
-        """Reads a model in the official folder layout, tensor by tensor.
+        """Reads a model in the official or the native layout, tensor by tensor.
 
         Args:
             path: a local folder, or a name such as THUDM/chatglm2-6b that is in a local cache.
@@ -78,8 +78,8 @@ class ChatGLM(PrefixSwitch, nn.Module):
                 official codes and scales; None or 0: as the folder has them.
             pre_seq_len: prefix tokens, P; None: config.pre_seq_len, or no prefix.
             prefix_projection: the prefix goes through a two-layer MLP.
-            prefix_checkpoint: a trained prefix, file or folder.
-            rope_precision: "float32", or "model" for ChatGLM2's rounding (see rotary.py).
+            prefix_checkpoint: a trained prefix, file or folder, or a PEFT adapter of one.
+            rope_precision: "float32", or "model" for the official rounding (see rotary.py).
 
         Raises:
             InputError: the folder or the prefix is missing, broken or does not fit.
@@ -87,6 +87,7 @@ class ChatGLM(PrefixSwitch, nn.Module):
         """
         from glmkern.checkpoint import (
             check_bits,
+            check_family,
             check_prefix,
             quantize_stream,
             read_base,
@@ -107,7 +108,8 @@ class ChatGLM(PrefixSwitch, nn.Module):
             prefix_projection = prefix_projection or config.prefix_projection
         prefix_state = None
         if prefix_checkpoint is not None:
-            prefix_state = read_prefix(prefix_checkpoint)
+            prefix_state = read_prefix(prefix_checkpoint, config)
+            check_family(prefix_checkpoint, config)
             if pre_seq_len is None:
                 pre_seq_len = len(prefix_state["embedding.weight"])
             check_prefix(prefix_state, config, pre_seq_len, prefix_projection, prefix_checkpoint)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,8 @@ FLAGS = (
     "prefix_projection",
 )
 DTYPES = ("float16", "bfloat16", "float32", "float64")
+FAMILIES = ("chatglm2-6b-32k", "chatglm2-6b", "chatglm3-6b", "codegeex2-6b")
+UNKNOWN_FAMILY = "chatglm"
 
 
 @dataclass
@@ -84,7 +87,7 @@ class ChatGLMConfig:
         tie_word_embeddings: the official class defines no output embedding, so nothing is tied.
         vocab_size: a copy of padded_vocab_size, which alone sizes the weights.
         bos_token_id: prompts start with [gMASK] and sop instead.
-        model_type: must be "chatglm"; it names the family in config.json.
+        model_type: "chatglm", as the family's config.json says.
 
     Raises ValueError, with the values, for a combination that is not computed here.
     """
@@ -165,7 +168,14 @@ class ChatGLMConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ChatGLMConfig:
-        """From the object config.json holds; newer files spell torch_dtype as dtype."""
+        """From the object config.json holds; newer files spell torch_dtype as dtype.
+
+        The native GlmForCausalLM's (model_type "glm") becomes the official one of the same model.
+        """
+        if values.get("model_type") == "glm":
+            from glmkern.model.glm_config import from_glm_config
+
+            return from_glm_config(values)
         values = dict(values)
         _refuse_other_families(values)
         if "dtype" in values:
@@ -190,6 +200,24 @@ class ChatGLMConfig:
         path = Path(folder) / "config.json"
         write_text(path, self.to_json())
         return path
+
+    @property
+    def family(self) -> str:
+        """Which published base this is, one of FAMILIES, or UNKNOWN_FAMILY.
+
+        All have the same shapes. The name the file carries (_name_or_path, or the repository in
+        auto_map) decides, except that rope_ratio 16 is the 32K variant's alone; without a name,
+        bfloat16 weights without a pad_token_id are codegeex2-6b's.
+        """
+        if self.rope_ratio == 16:
+            return "chatglm2-6b-32k"
+        for text in (self.extra.get("_name_or_path"), self.extra.get("auto_map")):
+            named = re.findall("|".join(FAMILIES), str(text).lower())
+            if named:
+                return named[-1]  # of a path such as chatglm2-6b/tuned/chatglm3-6b the innermost
+        if (self.torch_dtype, self.pad_token_id, self.seq_length) == ("bfloat16", None, 8192):
+            return "codegeex2-6b"
+        return UNKNOWN_FAMILY
 
     @property
     def num_groups(self) -> int:
@@ -300,5 +328,5 @@ def _refuse_other_families(values: dict[str, Any]) -> None:
     if model_type != "chatglm":
         raise ValueError(
             f"model_type is {model_type!r}; supported is 'chatglm' of the ChatGLM2 family, such as "
-            "chatglm2-6b, chatglm3-6b and codegeex2-6b"
+            "chatglm2-6b, chatglm3-6b and codegeex2-6b, and 'glm', their native form"
         )

@@ -151,6 +151,9 @@ class TrainingArguments:
     save_total_limit: int | None = _flag(
         None, "keep only this many checkpoints, the newest and always the best"
     )
+    save_safetensors: bool = _flag(
+        False, "write the prefix as model.safetensors too; pytorch_model.bin is always written"
+    )
     no_cuda: bool = _flag(False, "compute on the CPU although there is a GPU")
     seed: int = _flag(42, "seed of the prefix, of the order of rows and of dropout")
     data_seed: int | None = _flag(None, "seed of the order of rows alone")

@@ -105,9 +105,6 @@ _WHOLE_MODEL = "a prefix of a few MB is trained and the base is frozen: nothing 
 
 REFUSED: dict[str, Flag] = {
     "dataset_name": Flag(None, "the official script fails with it; name a file with --train_file"),
-    "save_safetensors": Flag(
-        False, f"a safetensors prefix is {_LATER}; pytorch_model.bin is always written"
-    ),
     "optim_args": Flag(None, "adamw_hf and adamw_torch take none"),
     "adafactor": Flag(False, "--optim knows adamw_hf, adamw_torch and adamw_torch_fused"),
     "auto_find_batch_size": Flag(

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from glmkern import __version__
-from glmkern.checkpoint import describe_prefix, read_prefix, resolve_folder
+from glmkern.checkpoint import describe_prefix, read_prefix, resolve_folder, write_prefix
 from glmkern.checkpoint.atomic import write_text
 from glmkern.errors import InputError
 from glmkern.model.chatglm import ChatGLM
@@ -72,7 +72,7 @@ def _run(arguments: Arguments, device: torch.device, world: World,
 
     base = resolve_folder(arguments.model.model_name_or_path)
     config = ChatGLMConfig.from_pretrained(base)
-    arguments = take_prefix_from_checkpoint(arguments)
+    arguments = take_prefix_from_checkpoint(arguments, config)
     model_args, data_args, training_args, _ = arguments
     tokenizer = ChatGLMTokenizer.from_pretrained(base)
     check_vocabulary(tokenizer, config)
@@ -145,13 +145,13 @@ def _finish(split: str, metrics: dict[str, float], limit: int | None,
     return metrics
 
 
-def take_prefix_from_checkpoint(arguments: Arguments) -> Arguments:
+def take_prefix_from_checkpoint(arguments: Arguments, config: ChatGLMConfig) -> Arguments:
     """--pre_seq_len and --prefix_projection as --ptuning_checkpoint has them, where the former is
     not given."""
     args = arguments.model
     if args.ptuning_checkpoint is None or args.pre_seq_len is not None:
         return arguments
-    length, _, projection = describe_prefix(read_prefix(args.ptuning_checkpoint))
+    length, _, projection = describe_prefix(read_prefix(args.ptuning_checkpoint, config))
     return arguments._replace(
         model=replace(args, pre_seq_len=length, prefix_projection=projection))
 
@@ -205,6 +205,9 @@ def write_companions(folder: Path, config: ChatGLMConfig, tokenizer: ChatGLMToke
                   "pad_token_id": config.pad_token_id}
     write_text(folder / "generation_config.json", _json(generation))
     write_text(folder / "glmkern.json", _json({"version": __version__, **arguments.to_dict()}))
+    if arguments.training.save_safetensors:
+        # The bits of the pytorch_model.bin that is in the folder already.
+        write_prefix(folder, read_prefix(folder), "safetensors", config.family)
 
 
 def _json(value: object) -> str:

@@ -137,7 +137,9 @@ def test_configuration_of_transformers_4(native):
         ({"model_type": "glm4"}, "model_type is 'glm4'"),
         ({"rope_parameters": {"partial_rotary_factor": 1.0}}, "partial_rotary_factor is 1.0"),
         ({"rope_parameters": {"rope_theta": 5e6}}, "rope_theta is 5000000.0"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling is {"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_ratio is 2.0; it must be 1"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 16.0}}, "rope_type is 'yarn'"),
+        ({"head_dim": None}, "head_dim is missing, which a configuration"),
     ],
 )
 def test_native_configurations_that_chatglm2_cannot_express(native, change, message):
@@ -156,7 +158,6 @@ def test_native_configurations_that_chatglm2_cannot_express(native, change, mess
         ("multi_query_attention", False),
         ("fp32_residual_connection", True),
         ("hidden_dropout", 0.1),
-        ("rope_ratio", 16),
         ("quantization_bit", 4),
     ],
 )

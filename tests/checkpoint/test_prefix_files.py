@@ -172,6 +172,11 @@ def test_writing_something_else_is_refused(tmp_path, names):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_unknown_layout(tmp_path, prefix):
+    with pytest.raises(ValueError, match="layout must be 'bin' or 'safetensors', not 'gguf'"):
+        write_prefix(tmp_path, prefix, "gguf")
+
+
 def test_describe(prefix, projected, config):
     assert describe_prefix(prefix) == (5, config.kv_size, False)
     assert describe_prefix(projected) == (5, config.kv_size, True)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from glmkern.checkpoint import export, read_base, resolve_folder, write_base
+from glmkern.checkpoint import files, read_base, resolve_folder, write_base
 from glmkern.errors import InputError
 from glmkern.model.config import ChatGLMConfig
 
@@ -89,11 +89,11 @@ def test_a_failure_keeps_the_old_model(tmp_path, config, state, monkeypatch):
 
     def fail_at_the_third(tensors, path, metadata):
         if len(written) == 2:
-            raise export.SafetensorError("I/O error: No space left on device")
+            raise files.SafetensorError("I/O error: No space left on device")
         written.append(path)
         save_file(tensors, path, metadata)
 
-    monkeypatch.setattr(export, "save_file", fail_at_the_third)
+    monkeypatch.setattr(files, "save_file", fail_at_the_third)
     with pytest.raises(
         InputError, match=r"cannot write .*No space left on device.*free some space"
     ):

@@ -10,6 +10,7 @@ import torch
 
 from glmkern.errors import InputError
 from glmkern.model.config import ChatGLMConfig
+from glmkern.model.glm_config import to_glm_config
 
 # The fields of a config.json from the first days of the release, as a training run saved them.
 FIRST_RELEASE = {
@@ -214,7 +215,8 @@ def test_chatglm_6b_is_recognised_and_refused(shared):
         ("{", r"config.json cannot be read as JSON \(.*line 1"),
         ("[1]", r"config.json holds a JSON list"),
         ({"num_layers": -1}, r"config.json: num_layers is -1"),
-        ({"model_type": "glm"}, r"config.json: model_type is 'glm'"),
+        ({"model_type": "glm4"}, r"config.json: model_type is 'glm4'"),
+        ({"model_type": "glm"}, r"config.json: num_hidden_layers is missing, which"),
     ],
 )
 def test_a_broken_file_is_an_input_error_naming_it(folder, text, message):
@@ -228,8 +230,10 @@ def test_a_file_that_is_not_utf8(tmp_path):
         ChatGLMConfig.from_pretrained(tmp_path)
 
 
-def test_reading_and_saving_does_not_import_torch(folder, tmp_path):
-    path = folder({"num_layers": 3, "torch_dtype": "float16"})
+@pytest.mark.parametrize("native", [False, True])
+def test_reading_and_saving_does_not_import_torch(folder, tmp_path, native):
+    config = ChatGLMConfig(num_layers=3, torch_dtype="float16", multi_query_attention=True)
+    path = folder(to_glm_config(config) if native else config.to_dict())
     program = (
         "import sys; from glmkern.model.config import ChatGLMConfig;"
         f"ChatGLMConfig.from_pretrained({str(path)!r}).save({str(tmp_path / 'out')!r});"

@@ -1,0 +1,98 @@
+"""The configuration of transformers' native GlmForCausalLM, from and to ChatGLMConfig."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from glmkern.model.config import ChatGLMConfig
+
+MODEL_TYPE = "glm"
+SIZES = {
+    "num_layers": "num_hidden_layers",
+    "padded_vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "ffn_hidden_size": "intermediate_size",
+    "kv_channels": "head_dim",
+    "num_attention_heads": "num_attention_heads",
+    "multi_query_group_num": "num_key_value_heads",
+    "seq_length": "max_position_embeddings",
+    "layernorm_epsilon": "rms_norm_eps",
+    "add_qkv_bias": "attention_bias",
+}
+OPTIONS = {
+    "attention_dropout": "attention_dropout",
+    "eos_token_id": "eos_token_id",
+    "pad_token_id": "pad_token_id",
+    "use_cache": "use_cache",
+}
+# What ChatGLM2 fixes and a native configuration may vary.
+ROPE = {"rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+FIXED = {"model_type": MODEL_TYPE, "hidden_act": "silu", **ROPE}
+# What a native configuration fixes and ChatGLM2 may vary.
+NATIVE_FIXED = {
+    "rmsnorm": True,
+    "post_layer_norm": True,
+    "apply_residual_connection_post_layernorm": False,
+    "add_bias_linear": False,
+    "multi_query_attention": True,
+    "fp32_residual_connection": False,
+    "hidden_dropout": 0.0,
+    "quantization_bit": 0,
+}
+# Where the base came from: transformers reads it without effect, ChatGLMConfig.family goes by it.
+NAME = "_name_or_path"
+
+
+def from_glm_config(values: Mapping[str, Any]) -> ChatGLMConfig:
+    """The official configuration of the object a native config.json holds.
+
+    RoPE may be in rope_parameters (transformers 5), or beside the other fields with rope_scaling
+    (transformers 4); scaled linearly by 16 it is chatglm2-6b-32k's.
+    Raises ValueError, naming the field, for an architecture that ChatGLM2 cannot express.
+    """
+    missing = [name for name in SIZES.values() if values.get(name) is None]
+    if missing:
+        raise ValueError(f"{missing[0]} is missing, which a configuration of model_type 'glm' has")
+    scaling = values.get("rope_scaling") or {}
+    rope = {**(values.get("rope_parameters") or {}), **scaling}
+    found = {**FIXED, **values, **rope}
+    for name, value in FIXED.items():
+        if found[name] != value:
+            raise ValueError(f"{name} is {found[name]!r}; ChatGLM2 has it fixed at {value!r}")
+    rope_type = scaling.get("type", rope.get("rope_type", "default"))
+    if rope_type not in ("default", "linear"):
+        raise ValueError(f"rope_type is {rope_type!r}; ChatGLM2 has 'default' or 'linear'")
+    return ChatGLMConfig(
+        **{ours: values[theirs] for ours, theirs in SIZES.items()},
+        **{ours: values[theirs] for ours, theirs in OPTIONS.items() if theirs in values},
+        multi_query_attention=True,
+        tie_word_embeddings=False,
+        torch_dtype=values.get("dtype") or values.get("torch_dtype"),
+        rope_ratio=rope.get("factor") if rope_type == "linear" else 1,
+        extra={NAME: values[NAME]} if values.get(NAME) else {},
+    )
+
+
+def to_glm_config(config: ChatGLMConfig) -> dict[str, Any]:
+    """The arguments of a GlmConfig, which are also the content of its config.json.
+
+    Raises ValueError, naming the field, for a configuration GlmForCausalLM cannot express.
+    """
+    for name, value in NATIVE_FIXED.items():
+        if getattr(config, name) != value:
+            raise ValueError(
+                f"{name} is {getattr(config, name)!r}; GlmForCausalLM has it fixed at {value!r}"
+            )
+    rope = {"rope_type": "default", **ROPE}
+    if config.rope_ratio != 1:
+        # Dividing the position or the frequency by it is the same.
+        rope |= {"rope_type": "linear", "factor": float(config.rope_ratio)}
+    return {
+        "architectures": ["GlmForCausalLM"],
+        "model_type": MODEL_TYPE,
+        **{theirs: getattr(config, ours) for ours, theirs in (SIZES | OPTIONS).items()},
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+        "rope_parameters": rope,
+        "dtype": config.torch_dtype,
+        **({NAME: config.extra[NAME]} if config.extra.get(NAME) else {}),
+    }
