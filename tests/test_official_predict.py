@@ -203,6 +203,25 @@ def test_greedy_answers_of_a_quantised_base_do_not_depend_on_the_batch(
     assert predictions(checkpoint.parent) == answers[0]
 
 
+def test_beams(flags, checkpoint, base, tokenizer, records):
+    """A row at a time, padded as officially: the padding counts in the length of a beam."""
+    run = {**flags, "greedy": True, "num_beams": 3, "per_device_eval_batch_size": 4}
+    del run["quantization_bit"]
+    assert cli.main(command(run)) == 0
+    model = ChatGLM.from_pretrained(base, prefix_checkpoint=checkpoint)
+    prompts = official_prompts(tokenizer, records)
+    width = prompts["input_ids"].shape[1]
+    answers = [model.generate(ids[None], mask[None], max_length=SOURCE + TARGET + 1, num_beams=3)
+               for ids, mask in zip(prompts["input_ids"], prompts["attention_mask"], strict=True)]
+    assert [line["predict"] for line in predictions(checkpoint.parent)] == [
+        text(tokenizer, ids[0, width:].tolist()).strip() for ids in answers]
+    assert cli.main(command({**run, "num_beams": 1, "generation_num_beams": 3})) == 0
+    greedy = predictions(checkpoint.parent)
+    assert cli.main(command({**{k: v for k, v in run.items() if k != "num_beams"},
+                             "generation_num_beams": 3})) == 0
+    assert predictions(checkpoint.parent) != greedy  # --num_beams goes before the other
+
+
 def test_draws_follow_the_seed(plain, checkpoint):
     answers = []
     for change in ({}, {}, {"seed": 7}, {"greedy": True}):
