@@ -1,7 +1,7 @@
 """The data files of a run: read, turned into rows, reported, and checked against the base."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from glmkern.errors import InputError
 from glmkern.model.config import ChatGLMConfig
@@ -36,7 +36,7 @@ class RunData:
     train: TrainingData | None = None
     validation: EvaluationData | None = None
     test: EvaluationData | None = None
-    samples: Sequence[Example] = field(default=())
+    samples: Sequence[Example] = ()
 
 
 def read_data(arguments: Arguments, tokenizer: ChatGLMTokenizer, config: ChatGLMConfig) -> RunData:
@@ -58,6 +58,18 @@ def read_data(arguments: Arguments, tokenizer: ChatGLMTokenizer, config: ChatGLM
         examples = _read(args.test_file, args, args.max_predict_samples)
         test = _evaluation_data(args.test_file, examples, arguments, tokenizer, config)
     return RunData(train, validation, test, samples)
+
+
+def describe_rows(rows: TrainingRows, args: DataTrainingArguments) -> list[str]:
+    """What became of the training rows, and what packing saves against the official padding."""
+    width = args.max_source_length + args.max_target_length + 1
+    lengths = [len(row.input_ids) for row in rows.rows]
+    return [
+        rows.report(),
+        f"tokens a row: {_statistics(lengths)}",
+        f"padding avoided: {1 - sum(lengths) / (width * len(lengths)):.0%} of the official {width} "
+        "tokens a row",
+    ]
 
 
 def _sample_source(args: DataTrainingArguments, train: TrainingData,
@@ -87,12 +99,8 @@ def _training_data(args: DataTrainingArguments, tokenizer: ChatGLMTokenizer,
         max_target_length=args.max_target_length, source_prefix=args.source_prefix,
         ignore_pad_token_for_loss=args.ignore_pad_token_for_loss)
     _check_fit(rows, config)
-    width = args.max_source_length + args.max_target_length + 1
-    lengths = [len(row.input_ids) for row in rows.rows]
-    print(f"{args.train_file}: {rows.report()}")
-    print(f"tokens a row: {_statistics(lengths)}")
-    print(f"padding avoided: {1 - sum(lengths) / (width * len(lengths)):.0%} of the official "
-          f"{width} tokens a row")
+    print(f"{args.train_file}: ", end="")
+    print(*describe_rows(rows, args), sep="\n")
     _print_example(rows.rows[0].input_ids, rows.rows[0].labels, tokenizer)
     return TrainingData(examples, rows)
 
