@@ -136,8 +136,8 @@ class Trainer:
             self.folder.remove_litter()
             if resume_from is not None:
                 self.folder.shorten_log(first_step)
-            if resume_from == find_checkpoint("auto", self.folder.path) is not None:
-                self.folder.delete_older(resume_from, self._best())
+                if resume_from == find_checkpoint("auto", self.folder.path):
+                    self.folder.delete_older(resume_from, self._best())
         self._print_header(resume_from)
         self.progress = Progress(
             plan.max_steps, self.model.device,

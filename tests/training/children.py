@@ -12,6 +12,8 @@ import numpy
 import torch
 import torch._dynamo  # noqa: F401 (a second that the first optimiser would take in every child)
 
+from glmkern.errors import InputError
+from glmkern.training import distributed
 from glmkern.training.arguments import TrainingArguments
 from glmkern.training.dataset import Row
 from glmkern.training.distributed import join_world
@@ -152,3 +154,59 @@ def ten_losses(folder: Path, dtype: torch.dtype, tokens_per_pack: str, dropout: 
         prefix = trainer.gradient.parameters[0].detach()
         torch.save({"losses": results, "gradient": gradients[0], "prefix": prefix},
                    folder / f"rank{world.rank}.pt")
+
+
+def fail(folder: Path, failing_rank: int, how: str) -> None:
+    """A run in which one rank fails in its third step; each rank leaves its error in a file."""
+    rank = int(os.environ["RANK"])
+    try:
+        args = run_arguments(folder, save_steps=2, evaluation_strategy="no")
+        with join_world(args, CPU) as world:
+            tuned = model()
+            trainer = Trainer(tuned, random_rows(13, 12), args, world=world,
+                              folder=RunFolder(folder))
+            compute = trainer.gradient.compute
+
+            def computed(window, step, *others):
+                if step == 2 and rank == failing_rank:
+                    _break(how, tuned)
+                if step == 2 and how == "error while others compute" and rank != failing_rank:
+                    distributed.HANG_SECONDS = 0.5
+                    time.sleep(60)
+                return compute(window, step, *others)
+
+            trainer.gradient.compute = computed
+            trainer.train()
+    except BaseException as error:
+        (folder / f"rank{rank}.txt").write_text(f"{type(error).__name__}: {error}")
+        raise
+
+
+def refuse(folder: Path) -> None:
+    """A mistake in the flags, which every rank finds."""
+    rank = int(os.environ["RANK"])
+    try:
+        with join_world(run_arguments(folder), CPU):
+            raise InputError("--seed is wrong")
+    except BaseException as error:
+        (folder / f"rank{rank}.txt").write_text(f"{type(error).__name__}: {error}")
+        raise
+
+
+def _break(how: str, tuned: torch.nn.Module) -> None:
+    if how == "kill":
+        os.kill(os.getpid(), 9)
+    elif how == "nan":
+        tuned.transformer.encoder.layers[1].mlp.dense_4h_to_h.weight[3, 2] = float("nan")
+    else:
+        raise OSError("the disk of this rank is gone")
+
+
+def few_micro_batches(folder: Path) -> None:
+    """Steps with fewer micro-batches than ranks."""
+    args = run_arguments(folder, gradient_accumulation_steps=2, max_steps=3, save_steps=3,
+                         evaluation_strategy="no")
+    with join_world(args, CPU) as world:
+        tuned = model()
+        Trainer(tuned, random_rows(13, 12), args, world=world, folder=RunFolder(folder)).train()
+        torch.save(tuned.prefix_encoder.state_dict(), folder / f"rank{world.rank}.pt")
