@@ -284,6 +284,8 @@ class Trainer:
         if self.folder is not None and self.last_checkpoint != self.folder.checkpoint(step):
             self._save()
         self.world.wait_for_all()
+        if not self.world.is_first:
+            raise SystemExit(128 + signal)
         saved = "nothing is saved" if self.folder is None else f"saved in {self.last_checkpoint}"
         raise Interrupted(f"stopped after step {step}; {saved}", signal)
 
