@@ -84,7 +84,7 @@ def _train(arguments: Arguments, device: torch.device, world: World,
             config, pre_seq_len=model_args.pre_seq_len,
             prefix_projection=model_args.prefix_projection,
             quantization_bit=model_args.quantization_bit or config.quantization_bit)
-        model = load_model(folder, model_args, device, dtype)
+        model = load_model(folder, model_args, device, dtype, mapped=world.size > 1)
         trainer = Trainer(
             model, rows.rows, training_args,
             folder=RunFolder(training_args.output_dir, training_args.save_total_limit),
@@ -124,12 +124,14 @@ def choose_dtype(model_args: ModelArguments, args: TrainingArguments,
 
 
 def load_model(folder: Path, args: ModelArguments, device: torch.device,
-               dtype: torch.dtype) -> ChatGLM:
-    """The frozen base with its prefix, fresh or from --ptuning_checkpoint."""
+               dtype: torch.dtype, mapped: bool = False) -> ChatGLM:
+    """The frozen base with its prefix, fresh or from --ptuning_checkpoint; `mapped`: see
+    ChatGLM.from_pretrained."""
     model = ChatGLM.from_pretrained(
         folder, device=device, dtype=dtype, quantization_bit=args.quantization_bit,
         pre_seq_len=args.pre_seq_len, prefix_projection=args.prefix_projection,
-        prefix_checkpoint=args.ptuning_checkpoint, rope_precision=args.rope_precision)
+        prefix_checkpoint=args.ptuning_checkpoint, rope_precision=args.rope_precision,
+        mapped=mapped)
     model.prefix_dropout = args.prefix_dropout
     model.recompute = args.recompute
     return model

@@ -129,30 +129,29 @@ def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
         time.sleep(0.005)
 
 
-def ten_losses(folder: Path, dtype: torch.dtype, tokens_per_pack: str, dropout: float) -> None:
-    """Ten steps on a model of some width; rank 0 saves the losses and the first gradient."""
+def ten_losses(folder: Path, tokens_per_pack: str, seed: int) -> None:
+    """Ten steps in float32, with dropout; every rank saves the losses, the first gradient and the
+    last prefix. The model is wide enough for rounding to stay well below 1e-6 of the gradient."""
     args = arguments(
         output_dir=str(folder), per_device_train_batch_size=2, gradient_accumulation_steps=4,
         max_steps=10, learning_rate=1e-3, tokens_per_pack=tokens_per_pack, max_grad_norm=0)
     with join_world(args, CPU) as world:
-        tuned = model(dtype, hidden_size=96, ffn_hidden_size=128, kv_channels=16,
-                      num_attention_heads=6)
-        tuned.prefix_dropout = dropout
-        results, gradients = [], []
-
-        trainer = Trainer(tuned, random_rows(29, 40), args, world=world)
-        compute = trainer.gradient.compute
+        torch.manual_seed(seed)
+        tuned = small_model({"hidden_size": 96, "ffn_hidden_size": 128, "kv_channels": 16,
+                             "num_attention_heads": 6})
+        trainer = Trainer(tuned, random_rows(29, 40, seed=seed), args, world=world)
+        compute, losses, gradients = trainer.gradient.compute, [], []
+        parameter, = trainer.gradient.parameters
 
         def computed(*arguments):
             result = compute(*arguments)
-            results.append(result.loss)
-            gradients.append(trainer.gradient.parameters[0].grad.clone())
+            losses.append(result.loss)
+            gradients.append(parameter.grad.clone())
             return result
 
         trainer.gradient.compute = computed
         trainer.train()
-        prefix = trainer.gradient.parameters[0].detach()
-        torch.save({"losses": results, "gradient": gradients[0], "prefix": prefix},
+        torch.save({"losses": losses, "gradient": gradients[0], "prefix": parameter.detach()},
                    folder / f"rank{world.rank}.pt")
 
 

@@ -27,8 +27,8 @@ def test_gradient_and_losses_depend_on_no_layout(tmp_path):
     for ranks, tokens in LAYOUTS:
         folder = tmp_path / f"{ranks} {tokens}"
         folder.mkdir()
-        arguments = (children.ten_losses, folder, torch.float32, tokens, 0.1)
-        assert run_ranks(ranks, *arguments) == [0] * ranks
+        statuses = run_ranks(ranks, children.ten_losses, folder, tokens, torch.initial_seed())
+        assert statuses == [0] * ranks
         each = [torch.load(folder / f"rank{rank}.pt") for rank in range(ranks)]
         assert all(torch.equal(one["prefix"], each[0]["prefix"]) for one in each)
         found[ranks, tokens] = each[0]
@@ -172,7 +172,10 @@ def test_torchrun_with_a_rank_that_is_killed(flags, tmp_path):  # noqa: F811
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     try:
         children.wait_for((tmp_path / "out" / "checkpoint-100").exists)
-        os.kill(process_of_rank(1, launcher.pid), signal.SIGKILL)
+        worker = process_of_rank(1, launcher.pid)
+        # The base's pages are those of the file, and so the same for all ranks.
+        assert "model.safetensors" in Path(f"/proc/{worker}/maps").read_text()
+        os.kill(worker, signal.SIGKILL)
         errors = launcher.communicate(timeout=60)[1]
     finally:
         launcher.kill()
