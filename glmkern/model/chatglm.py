@@ -65,7 +65,7 @@ class ChatGLM(PrefixSwitch, nn.Module):
                         dtype: torch.dtype | None = None, quantization_bit: int | None = None,
                         pre_seq_len: int | None = None, prefix_projection: bool = False,
                         prefix_checkpoint: str | Path | None = None,
-                        rope_precision: str = "float32") -> "ChatGLM":
+                        rope_precision: str = "float32", mapped: bool = False) -> "ChatGLM":
         """Reads a model in the official or the native layout, tensor by tensor.
 
         Args:
@@ -80,6 +80,9 @@ class ChatGLM(PrefixSwitch, nn.Module):
             prefix_projection: the prefix goes through a two-layer MLP.
             prefix_checkpoint: a trained prefix, file or folder, or a PEFT adapter of one.
             rope_precision: "float32", or "model" for the official rounding (see rotary.py).
+            mapped: on the CPU use weights that are stored as they are needed where the system maps
+                the files, so that all processes of the machine share one copy. The files must stay
+                as they are while the model lives.
 
         Raises:
             InputError: the folder or the prefix is missing, broken or does not fit.
@@ -118,24 +121,24 @@ class ChatGLM(PrefixSwitch, nn.Module):
         tensors = read_base(folder, config)
         if quantization_bit:
             tensors = quantize_stream(tensors, quantization_bit)
-        model.load_base(tensors, dtype, device)
+        model.load_base(tensors, dtype, device, copy=not mapped)
         if prefix_state is not None:
             model.prefix_encoder.load_state_dict(prefix_state)
         return model
 
     def load_base(self, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype,
-                  device: torch.device | str) -> None:
+                  device: torch.device | str, copy: bool = True) -> None:
         """Fills the frozen weights from (official name, tensor) pairs, converted one at a time;
-        codes and scales of quantised linears stay as they are."""
+        codes and scales of quantised linears stay as they are. A tensor mapped from a file dies
+        with the file, so each is copied, or with `copy` False only those that are converted."""
         for name, tensor in tensors:
             path, _, leaf = name.rpartition(".")
             module = self.get_submodule(path)
             if isinstance(module, FrozenLinear):
-                module.load_(leaf, tensor, dtype, device)
+                module.load_(leaf, tensor, dtype, device, copy)
                 continue
             kept = dtype if isinstance(module, FrozenNorm) else kept_dtype(tensor, dtype, device)
-            # A copy even of the same dtype: a tensor mapped from a file dies with the file.
-            setattr(module, leaf, frozen(tensor.to(device, kept, copy=True).contiguous()))
+            setattr(module, leaf, frozen(tensor.to(device, kept, copy=copy).contiguous()))
         if self.prefix_encoder is not None:
             self.prefix_encoder.to(device)
         self.cos_sin = rotary_table(self.config, dtype, self.rope_precision, device)

@@ -27,8 +27,10 @@ from glmkern.errors import InputError, Interrupted, TrainingError
 from glmkern.training.arguments import TrainingArguments
 
 # Keys of the store.
-FAILURE, ROLL_CALL, PRESENT = "failure", "roll_call", "present"
+FAILURE, HEARD, ROLL_CALL, PRESENT = "failure", "heard", "roll_call", "present"
+STORE_LOST = {"ranks": [0], "message": "rank 0 died without a message"}
 POLL_SECONDS = 0.1
+SAME_CAUSE_SECONDS = 1.0
 ROLL_CALL_SECONDS = 3.0
 HANG_SECONDS = 10.0  # how long a rank may go on computing once another has failed
 CAUSE_SECONDS = 120.0  # in which a rank with a NaN loss finds the layer it comes from
@@ -49,6 +51,7 @@ class World:
     def __init__(self, rank: int = 0, size: int = 1, store: dist.Store | None = None):
         self.rank, self.size = rank, size
         self._store = store
+        self._watch = _Watch(self, store.clone()) if store is not None else None
 
     @property
     def is_first(self) -> bool:
@@ -62,6 +65,21 @@ class World:
                 nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
                 stack.enter_context(contextlib.redirect_stdout(nowhere))
             yield
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Within the block the other ranks hear of an error here, and this one of theirs."""
+        self._watch.start()
+        try:
+            yield
+        except (PeerFailure, Interrupted, SystemExit):
+            raise  # all know already
+        except BaseException as error:
+            if self.announce(error):
+                raise SystemExit(2 if isinstance(error, InputError) else 1) from error
+            raise
+        finally:
+            self._watch.stopped.set()
 
     def sum_gradients(self, parameters: Sequence[nn.Parameter],
                       report: Sequence[float]) -> list[list[float]]:
@@ -93,13 +111,20 @@ class World:
         """The failure of a rank that is known to fail and about to say why."""
         return self._peer_failure(CAUSE_SECONDS, "")
 
-    def announce(self, cause: BaseException) -> None:
-        """Tell the other ranks that this one fails; the first to say so is heard."""
-        words = str(cause) or type(cause).__name__
-        if not isinstance(cause, (InputError, TrainingError)):
-            words = f"{type(cause).__name__}: {words}"
+    def announce(self, error: BaseException) -> bool:
+        """Tell the other ranks that this one fails, and wait until they have heard it; the first
+        to tell is heard. True where another rank has said the very same."""
+        words = str(error) or type(error).__name__
+        if not isinstance(error, (InputError, TrainingError)):
+            words = f"{type(error).__name__}: {words}"
+        # What all ranks find wrong, as a flag, the first one says.
+        if not self.is_first:
+            self._watch.failed.wait(SAME_CAUSE_SECONDS)
         with contextlib.suppress(RuntimeError):  # the rank with the store is gone
             self._record_failure([self.rank], f"rank {self.rank} failed: {words}")
+            self._wait_for([f"{HEARD}/{rank}" for rank in range(self.size)], ROLL_CALL_SECONDS)
+        heard = self._watch.failure or {"ranks": [self.rank], "message": ""}
+        return heard["ranks"] != [self.rank] and heard["message"].endswith(f" failed: {words}")
 
     def _communicate(self, collective: Callable[[Tensor], object], tensor: Tensor) -> None:
         try:
@@ -114,20 +139,20 @@ class World:
         return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
 
     def _peer_failure(self, patience: float, symptom: str) -> PeerFailure:
-        """What the store knows after `patience` seconds, or else what a roll call finds."""
-        try:
-            if not self._wait_for([FAILURE], patience):
+        """What the store says within `patience` seconds, or else what a roll call finds; raised on
+        the lowest rank that is still there, while the others end in silence."""
+        if not self._watch.failed.wait(patience):
+            with contextlib.suppress(RuntimeError):
                 self._call_roll(symptom)
-            failure = json.loads(self._store.get(FAILURE))
-        except RuntimeError:  # DistError: the store went with the rank that held it
-            failure = {"ranks": [0], "message": "rank 0 died without a message"}
-        return self._told_once(failure)
-
-    def _told_once(self, failure: dict) -> PeerFailure:
-        """The error to raise, on the lowest rank that is still there; the others end in silence."""
-        if self.rank != min(set(range(self.size)) - set(failure["ranks"]), default=0):
+            self._watch.failed.wait(ROLL_CALL_SECONDS)
+        failure = self._watch.failure or STORE_LOST
+        if not self.speaks_about(failure):
             raise SystemExit(1)
         return PeerFailure(failure["message"])
+
+    def speaks_about(self, failure: dict) -> bool:
+        """Whether this is the lowest rank that did not fail."""
+        return self.rank == min(set(range(self.size)) - set(failure["ranks"]), default=0)
 
     def _call_roll(self, symptom: str) -> None:
         self._store.set(ROLL_CALL, "")
@@ -158,30 +183,44 @@ class World:
 
 
 class _Watch(threading.Thread):
-    """Answers roll calls while the main thread computes, and ends a process that goes on long
-    after another has failed, as one that hangs in an NCCL collective would."""
+    """Listens to the store while the main thread computes: answers roll calls, keeps the failure
+    that is announced, and ends a process that goes on long after it, as one that hangs in an NCCL
+    collective would.
+
+    Attributes:
+        failure: what failed, {"ranks": [...], "message": ...}; there once `failed` is set.
+    """
 
     def __init__(self, world: World, store: dist.Store):
         super().__init__(daemon=True)
         self.world, self.store = world, store
-        self.stopped = threading.Event()
+        self.failure: dict | None = None
+        self.failed, self.stopped = threading.Event(), threading.Event()
 
     def run(self) -> None:
+        try:
+            self.failure = self._listen()
+        except RuntimeError:  # DistError: the store went with the rank that held it
+            self.failure = STORE_LOST
+            self.failed.set()
+            return
+        self.failed.set()
+        if self.failure is not None and not self.stopped.wait(HANG_SECONDS):
+            if self.world.speaks_about(self.failure):
+                print(f"glmkern: {self.failure['message']}", file=sys.stderr, flush=True)
+            os._exit(1)
+
+    def _listen(self) -> dict | None:
         answered = False
         while not self.stopped.wait(POLL_SECONDS):
-            try:
-                if not answered and self.store.check([ROLL_CALL]):
-                    self.store.set(f"{PRESENT}/{self.world.rank}", "")
-                    answered = True
-                failed = self.store.check([FAILURE])
-            except RuntimeError:
-                return  # the store is gone; the next collective will say so
-            if failed and not self.stopped.wait(HANG_SECONDS):
+            if not answered and self.store.check([ROLL_CALL]):
+                self.store.set(f"{PRESENT}/{self.world.rank}", "")
+                answered = True
+            if self.store.check([FAILURE]):
                 failure = json.loads(self.store.get(FAILURE))
-                with contextlib.suppress(SystemExit):
-                    message = self.world._told_once(failure)
-                    print(f"glmkern: {message}", file=sys.stderr, flush=True)
-                os._exit(1)
+                self.store.set(f"{HEARD}/{self.world.rank}", "")
+                return failure
+        return None
 
 
 @contextmanager
@@ -211,15 +250,6 @@ def join_world(args: TrainingArguments, device: torch.device) -> Iterator[World]
         raise InputError(f"the {size} processes did not find each other ({reason}); start them "
                          "with torchrun --standalone --nproc-per-node N") from error
     world = World(rank, size, store)
-    watch = _Watch(world, store.clone())
-    watch.start()
-    try:
+    with world.watched():
         yield world
         dist.destroy_process_group()
-    except BaseException as error:
-        # An interruption is agreed on, a PeerFailure and a silent SystemExit are known already.
-        if not isinstance(error, (PeerFailure, Interrupted, SystemExit)):
-            world.announce(error)
-        raise
-    finally:
-        watch.stopped.set()

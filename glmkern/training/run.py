@@ -78,7 +78,7 @@ def _run(arguments: Arguments, device: torch.device, world: World,
     check_vocabulary(tokenizer, config)
     data = read_data(arguments, tokenizer, config)
     try:
-        model = load_model(base, model_args, device, dtype)
+        model = load_model(base, model_args, device, dtype, mapped=world.size > 1)
         model.label_smoothing = training_args.label_smoothing_factor
     except ValueError as error:  # a configuration or combination of flags that is not supported
         raise InputError(str(error)) from error
@@ -177,12 +177,14 @@ def choose_dtype(model_args: ModelArguments, args: TrainingArguments,
 
 
 def load_model(folder: Path, args: ModelArguments, device: torch.device,
-               dtype: torch.dtype) -> ChatGLM:
-    """The frozen base with its prefix, fresh or from --ptuning_checkpoint."""
+               dtype: torch.dtype, mapped: bool = False) -> ChatGLM:
+    """The frozen base with its prefix, fresh or from --ptuning_checkpoint; `mapped`: see
+    ChatGLM.from_pretrained."""
     model = ChatGLM.from_pretrained(
         folder, device=device, dtype=dtype, quantization_bit=args.quantization_bit,
         pre_seq_len=args.pre_seq_len, prefix_projection=args.prefix_projection,
-        prefix_checkpoint=args.ptuning_checkpoint, rope_precision=args.rope_precision)
+        prefix_checkpoint=args.ptuning_checkpoint, rope_precision=args.rope_precision,
+        mapped=mapped)
     model.prefix_dropout = args.prefix_dropout
     model.recompute = args.recompute
     return model

@@ -136,8 +136,8 @@ class Trainer:
             self.folder.remove_litter()
             if resume_from is not None:
                 self.folder.shorten_log(first_step)
-            if resume_from == find_checkpoint("auto", self.folder.path) is not None:
-                self.folder.delete_older(resume_from, self._best())
+                if resume_from == find_checkpoint("auto", self.folder.path):
+                    self.folder.delete_older(resume_from, self._best())
         self._print_header(resume_from)
         self.progress = Progress(
             plan.max_steps, self.model.device,
@@ -284,6 +284,8 @@ class Trainer:
         if self.folder is not None and self.last_checkpoint != self.folder.checkpoint(step):
             self._save()
         self.world.wait_for_all()
+        if not self.world.is_first:
+            raise SystemExit(128 + signal)
         saved = "nothing is saved" if self.folder is None else f"saved in {self.last_checkpoint}"
         raise Interrupted(f"stopped after step {step}; {saved}", signal)
 

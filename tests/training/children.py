@@ -12,6 +12,8 @@ import numpy
 import torch
 import torch._dynamo  # noqa: F401 (a second that the first optimiser would take in every child)
 
+from glmkern.errors import InputError
+from glmkern.training import distributed
 from glmkern.training.arguments import TrainingArguments
 from glmkern.training.dataset import Row
 from glmkern.training.distributed import join_world
@@ -127,28 +129,83 @@ def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
         time.sleep(0.005)
 
 
-def ten_losses(folder: Path, dtype: torch.dtype, tokens_per_pack: str, dropout: float) -> None:
-    """Ten steps on a model of some width; rank 0 saves the losses and the first gradient."""
+def ten_losses(folder: Path, tokens_per_pack: str, seed: int) -> None:
+    """Ten steps in float32, with dropout; every rank saves the losses, the first gradient and the
+    last prefix. The model is wide enough for rounding to stay well below 1e-6 of the gradient."""
     args = arguments(
         output_dir=str(folder), per_device_train_batch_size=2, gradient_accumulation_steps=4,
         max_steps=10, learning_rate=1e-3, tokens_per_pack=tokens_per_pack, max_grad_norm=0)
     with join_world(args, CPU) as world:
-        tuned = model(dtype, hidden_size=96, ffn_hidden_size=128, kv_channels=16,
-                      num_attention_heads=6)
-        tuned.prefix_dropout = dropout
-        results, gradients = [], []
-
-        trainer = Trainer(tuned, random_rows(29, 40), args, world=world)
-        compute = trainer.gradient.compute
+        torch.manual_seed(seed)
+        tuned = small_model({"hidden_size": 96, "ffn_hidden_size": 128, "kv_channels": 16,
+                             "num_attention_heads": 6})
+        trainer = Trainer(tuned, random_rows(29, 40, seed=seed), args, world=world)
+        compute, losses, gradients = trainer.gradient.compute, [], []
+        parameter, = trainer.gradient.parameters
 
         def computed(*arguments):
             result = compute(*arguments)
-            results.append(result.loss)
-            gradients.append(trainer.gradient.parameters[0].grad.clone())
+            losses.append(result.loss)
+            gradients.append(parameter.grad.clone())
             return result
 
         trainer.gradient.compute = computed
         trainer.train()
-        prefix = trainer.gradient.parameters[0].detach()
-        torch.save({"losses": results, "gradient": gradients[0], "prefix": prefix},
+        torch.save({"losses": losses, "gradient": gradients[0], "prefix": parameter.detach()},
                    folder / f"rank{world.rank}.pt")
+
+
+def fail(folder: Path, failing_rank: int, how: str) -> None:
+    """A run in which one rank fails in its third step; each rank leaves its error in a file."""
+    rank = int(os.environ["RANK"])
+    try:
+        args = run_arguments(folder, save_steps=2, evaluation_strategy="no")
+        with join_world(args, CPU) as world:
+            tuned = model()
+            trainer = Trainer(tuned, random_rows(13, 12), args, world=world,
+                              folder=RunFolder(folder))
+            compute = trainer.gradient.compute
+
+            def computed(window, step, *others):
+                if step == 2 and rank == failing_rank:
+                    _break(how, tuned)
+                if step == 2 and how == "error while others compute" and rank != failing_rank:
+                    distributed.HANG_SECONDS = 0.5
+                    time.sleep(60)
+                return compute(window, step, *others)
+
+            trainer.gradient.compute = computed
+            trainer.train()
+    except BaseException as error:
+        (folder / f"rank{rank}.txt").write_text(f"{type(error).__name__}: {error}")
+        raise
+
+
+def refuse(folder: Path) -> None:
+    """A mistake in the flags, which every rank finds."""
+    rank = int(os.environ["RANK"])
+    try:
+        with join_world(run_arguments(folder), CPU):
+            raise InputError("--seed is wrong")
+    except BaseException as error:
+        (folder / f"rank{rank}.txt").write_text(f"{type(error).__name__}: {error}")
+        raise
+
+
+def _break(how: str, tuned: torch.nn.Module) -> None:
+    if how == "kill":
+        os.kill(os.getpid(), 9)
+    elif how == "nan":
+        tuned.transformer.encoder.layers[1].mlp.dense_4h_to_h.weight[3, 2] = float("nan")
+    else:
+        raise OSError("the disk of this rank is gone")
+
+
+def few_micro_batches(folder: Path) -> None:
+    """Steps with fewer micro-batches than ranks."""
+    args = run_arguments(folder, gradient_accumulation_steps=2, max_steps=3, save_steps=3,
+                         evaluation_strategy="no")
+    with join_world(args, CPU) as world:
+        tuned = model()
+        Trainer(tuned, random_rows(13, 12), args, world=world, folder=RunFolder(folder)).train()
+        torch.save(tuned.prefix_encoder.state_dict(), folder / f"rank{world.rank}.pt")

@@ -58,7 +58,7 @@ def contents(folder: Path) -> dict[str, object]:
             found[name] = [without(json.loads(line), LOG_TIMES)
                            for line in path.read_text().splitlines()]
         elif path.is_file():
-            found[name] = path.read_text()
+            found[name] = path.read_bytes()
         else:
             found[name] = "folder"
     return found
