@@ -158,6 +158,82 @@ def test_without_a_cache_the_whole_history_is_read(model, tokenizer):
         assert response == whole
 
 
+# ChatGLM3
+
+class Roles(ChatGLMTokenizer):
+    """ChatGLM3's prompt, written down from its layout: a role's id, its first line and its content,
+    both with a space of their own; the prompt ends in the assistant's id."""
+
+    def __init__(self, model):
+        super().__init__(model, {"name_or_path": "THUDM/chatglm3-6b"})
+        self.stop_token_ids = [2, self.get_command("<|user|>"), self.get_command("<|observation|>")]
+
+    def build_chat_input(self, query, history=None, role="user"):
+        ids = list(self.prefix_tokens)
+        for each in [*(history or ()), {"role": role, "content": query}]:
+            ids.append(self.get_command(f"<|{each['role']}|>"))
+            for text in (each.get("metadata", "") + "\n", each["content"]):
+                ids += self.encode(text, add_special_tokens=False)
+        return [*ids, self.get_command("<|assistant|>")]
+
+
+@pytest.fixture(scope="module")
+def roles(tokenizer):
+    return Roles(tokenizer._model)
+
+
+def saying(tokenizer, *texts):
+    """A processor that has the model say texts, each of which ends in a special token's name."""
+    ids = []
+    for text, end in texts:
+        ids += tokenizer.encode(text, add_special_tokens=False) + [tokenizer.get_command(end)]
+    said = iter(ids)
+
+    def say(input_ids, scores):
+        return torch.full_like(scores, -1e4).index_fill(1, torch.tensor([next(said)]), 0.0)
+
+    return say
+
+
+def test_messages_of_roles(model, roles):
+    history = [{"role": "system", "content": "你是助手"}]
+    say = saying(roles, ("\n 你好\n[[训练时间]]", "<|user|>"))
+    response, said = model.chat(roles, "你好", history, logits_processor=[say])
+    assert response == "你好\n2023年"
+    assert said == [*history, {"role": "user", "content": "你好"},
+                    {"role": "assistant", "metadata": "", "content": response}]
+    assert len(history) == 1
+    say = saying(roles, ("\n 看", "<|assistant|>"), ("weather\n tool(city)", "<|observation|>"))
+    response, said = model.chat(roles, "天气", said, logits_processor=[say])
+    assert [each.get("metadata") for each in said[-2:]] == ["", "weather"]
+    assert said[-2]["content"] == "看" and "tool(city)" in response == said[-1]["content"]
+    seen = []
+
+    def see(input_ids, scores):
+        seen.append(input_ids[0].tolist())
+        return scores
+
+    model.chat(roles, "晴", said, role="observation", logits_processor=[see])
+    assert seen[0] == roles.build_chat_input("晴", said, "observation")
+
+
+def test_roles_on_their_cache(model, roles):
+    """The second message follows on what was read and said, without a second beginning."""
+    options = dict(return_past_key_values=True, do_sample=False)
+    spoken = "\n 我", "<|user|>"
+    *_, (first, said, past) = model.stream_chat(
+        roles, "你好", logits_processor=[saying(roles, spoken)], **options)
+    assert first == "我"
+    read = roles.build_chat_input("你好") + roles.encode(spoken[0], add_special_tokens=False)
+    assert past.lens.tolist() == [len(read)]  # the end token is read by nobody
+    *_, (second, _, _) = model.stream_chat(roles, "再见", said, past, max_length=200, **options)
+    read += roles.build_chat_input("再见")[2:]
+    ids = model.generate(torch.tensor([read]), max_length=200, eos_token_id=roles.stop_token_ids)
+    ids = [token for token in ids[0, len(read):].tolist() if token not in roles.stop_token_ids]
+    # A first line is metadata, which the reply is without.
+    assert second == process_response(roles.decode(ids).partition("\n")[2] or roles.decode(ids))
+
+
 # Several prefixes
 
 def test_prefixes_by_name(tokenizer, tmp_path):
