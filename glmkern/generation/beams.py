@@ -126,14 +126,14 @@ class BeamSearch:
         sums, places = self._candidates(scores, order, rows)
         beams = places // vocabulary + self.num_beams * torch.arange(
             len(running), device=scores.device).unsqueeze(1)
+        candidates = [x.tolist() for x in (sums, beams, places % vocabulary)]
         chosen = []
-        for i, search in enumerate(running):
+        for i, (search, *candidate) in enumerate(zip(running, *candidates, strict=True)):
             if search.done:  # kept in the batch, without effect
                 chosen += [(i * self.num_beams + beam, self.decoder.pad, 0.0)
                            for beam in range(self.num_beams)]
                 continue
-            going_on = search.step(sums[i].tolist(), beams[i].tolist(),
-                                   (places[i] % vocabulary).tolist(), ids, self.decoder.ends)
+            going_on = search.step(*candidate, ids, self.decoder.ends)
             if not (search.done and self.decoder.drops_rows):
                 chosen += going_on
         return chosen

@@ -58,9 +58,10 @@ class Decoder:
             length += 1
             ended |= torch.isin(tokens, ends)
             yield sequences[:, :length]
-            if length == max_length or bool(ended.all()):
+            going_on = int((~ended).sum())
+            if length == max_length or going_on == 0:
                 return
-            if self.drops_rows and bool(ended.any()):
+            if self.drops_rows and going_on < len(rows):
                 staying = (~ended).nonzero().squeeze(1)
                 self.cache.select(staying)
                 rows, tokens, ended = rows[staying], tokens[staying], ended[staying]
