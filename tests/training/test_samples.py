@@ -1,7 +1,9 @@
 """samples.md: the same prompts at every save."""
 
 import pytest
+import torch
 
+from glmkern.checkpoint import write_prefix
 from glmkern.tokenizer import ChatGLMTokenizer
 from glmkern.training.dataset import Example
 from glmkern.training.prediction import Decoding
@@ -38,9 +40,8 @@ def tokenizer(shared) -> ChatGLMTokenizer:
     return ChatGLMTokenizer.from_pretrained(shared / "data/tokenizer")
 
 
-def writer(model, tokenizer, resumed=False) -> SampleWriter:
-    return SampleWriter(model, tokenizer, EXAMPLES, DECODING, max_source_length=32,
-                        resumed=resumed)
+def writer(folder, model, tokenizer) -> SampleWriter:
+    return SampleWriter(folder, model, tokenizer, EXAMPLES, DECODING, max_source_length=32)
 
 
 def steps(folder) -> list[str]:
@@ -51,7 +52,7 @@ def steps(folder) -> list[str]:
 def test_every_save_adds_greedy_answers(tokenizer, tmp_path):
     (tmp_path / "samples.md").write_text("## Step 1\nof an earlier run\n")
     model = Sure(36474)
-    write = writer(model, tokenizer)
+    write = writer(tmp_path, model, tokenizer)
     write(tmp_path / "checkpoint-5", 5)
     first = (tmp_path / "samples.md").read_text()
     model.word = 54591
@@ -68,13 +69,58 @@ def test_every_save_adds_greedy_answers(tokenizer, tmp_path):
                for _, _, options in model.calls)
 
 
-def test_a_resumed_run_keeps_the_steps_before(tokenizer, tmp_path):
-    write = writer(Sure(36474), tokenizer)
-    for step in (5, 10, 15):
-        write(tmp_path / f"checkpoint-{step}", step)
-    whole = (tmp_path / "samples.md").read_text()
-    resumed = writer(Sure(36474), tokenizer, resumed=True)
-    resumed(tmp_path / "checkpoint-10", 10)
-    assert steps(tmp_path) == ["## Step 5", "## Step 10"]
-    resumed(tmp_path / "checkpoint-15", 15)
-    assert (tmp_path / "samples.md").read_text() == whole
+def checkpoint(folder, step: int):
+    """What a save at `step` leaves of what matters here: a prefix that holds the step."""
+    path = folder / f"checkpoint-{step}"
+    path.mkdir()
+    write_prefix(path, {"embedding.weight": torch.full((1, 4), float(step))})
+    return path
+
+
+class Numbered(Sure):
+    """Answers with the token whose id its prefix holds, and some."""
+
+    def __init__(self, word: int = 36474):
+        super().__init__(word)
+        self.prefix_encoder = torch.nn.ModuleDict({"embedding": torch.nn.Embedding(1, 4)})
+
+    def generate(self, input_ids, attention_mask, **options):
+        self.word = 36000 + int(self.prefix_encoder["embedding"].weight[0, 0])
+        return super().generate(input_ids, attention_mask, **options)
+
+    def reach(self, step: int) -> None:
+        torch.nn.init.constant_(self.prefix_encoder["embedding"].weight, step)
+
+
+@pytest.mark.parametrize("written", [1, 2, 3])
+def test_a_resumed_run_has_the_sections_of_one_that_was_never_stopped(
+        tokenizer, tmp_path, written):
+    """Resumed from its second save, after which 1 to 3 sections were written."""
+    saves = {step: checkpoint(tmp_path, step) for step in (5, 10, 15)}
+    texts = []
+    write, model = None, Numbered()
+    for step, path in saves.items():
+        write = write or writer(tmp_path, model, tokenizer)
+        model.reach(step)
+        write(path, step)
+        texts.append((tmp_path / "samples.md").read_text())
+    (tmp_path / "samples.md").write_text(texts[written - 1])
+
+    model = Numbered()
+    write = writer(tmp_path, model, tokenizer)
+    write.go_on_from(saves[10])
+    if written < 3:
+        assert (tmp_path / "samples.md").read_text() == texts[1]
+    assert len(model.calls) == (written == 1)
+    model.reach(15)
+    write(saves[15], 15)
+    assert (tmp_path / "samples.md").read_text() == texts[2]
+    assert steps(tmp_path) == ["## Step 5", "## Step 10", "## Step 15"]
+
+
+def test_a_run_resumed_in_another_folder_begins_with_the_checkpoint(tokenizer, tmp_path):
+    (tmp_path / "new").mkdir()
+    model = Numbered()
+    writer(tmp_path / "new", model, tokenizer).go_on_from(checkpoint(tmp_path, 10))
+    assert steps(tmp_path / "new") == ["## Step 10"]
+    assert not (tmp_path / "samples.md").exists()
