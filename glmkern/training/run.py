@@ -117,8 +117,7 @@ def _train(arguments: Arguments, model: ChatGLM, tokenizer: ChatGLMTokenizer,
     if training_args.evaluation_strategy != "no":
         evaluate = Evaluation.of(arguments, model, tokenizer, data.validation).greedy().evaluate
     if data.samples:
-        on_save = SampleWriter.of(arguments, model, tokenizer, data.samples,
-                                  resumed=checkpoint is not None)
+        on_save = SampleWriter.of(arguments, model, tokenizer, data.samples)
     try:
         trainer = Trainer(
             model, data.train.rows.rows, training_args, folder=folder,
@@ -128,6 +127,8 @@ def _train(arguments: Arguments, model: ChatGLM, tokenizer: ChatGLMTokenizer,
             evaluate=evaluate, on_save=on_save)
     except ValueError as error:  # flags that do not go with the rows
         raise InputError(str(error)) from error
+    if on_save is not None and checkpoint is not None and world.is_first:
+        on_save.go_on_from(checkpoint)
     metrics = trainer.train(checkpoint)
     if world.is_first:
         folder.write_state(trainer.state)
