@@ -1,15 +1,16 @@
-"""The command line: `glmkern <verb> ...`, or bare official flags, which train.
+"""The command line: `glmkern <verb> ...`, or bare official flags, which train and predict.
 
 Nothing here imports torch before a verb needs it, so that help and mistakes are instant.
 """
 
 import difflib
 import importlib
+import os
 import sys
 from collections.abc import Callable, Sequence
 
 from glmkern import __version__
-from glmkern.errors import InputError, TrainingError
+from glmkern.errors import InputError, Interrupted, TrainingError
 
 USAGE = """\
 usage: glmkern --do_train --flag value ...   the official ptuning/main.py command line
@@ -18,19 +19,23 @@ usage: glmkern --do_train --flag value ...   the official ptuning/main.py comman
 
 verbs:
   train     tune a prefix; the official flags, --do_train understood (train --help lists them)
+  predict   answer a test file and score the answers; the official flags, --do_predict and
+            --predict_with_generate understood
   demo      tune a prefix on the small base that comes with the package
+  chat      talk to a base, with one prefix or several to switch between
   plan      memory and time of a training command, told before anything is loaded
   quantize  a base with its linears in 4 or 8 bits, as a folder of its own
   export    a prefix for the official code or PEFT, or a base for transformers
   backends  which implementation of each op runs on this machine, and why
   version   the version"""
 
-LATER = ("predict", "chat", "bench", "doctor")
+LATER = ("bench", "doctor")
 EXIT_FAILED_RUN, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line and return its exit status: 0, 1 failed run, 2 bad input, 130 Ctrl-C."""
+    """Run a command line and return its exit status: 0, 1 failed run, 2 bad input, 130 Ctrl-C,
+    143 SIGTERM."""
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         return _dispatch(argv)
@@ -38,6 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(error, EXIT_BAD_INPUT)
     except TrainingError as error:
         return _fail(error, EXIT_FAILED_RUN)
+    except Interrupted as stop:
+        from glmkern.training.resume import resume_command
+
+        return _fail(f"{stop}; go on with: {resume_command(argv, os.environ)}", stop.status)
     except KeyboardInterrupt:
         return _fail("interrupted", EXIT_INTERRUPTED)
 
@@ -64,27 +73,32 @@ def _dispatch(argv: list[str]) -> int:
     raise InputError(f"there is no verb {verb!r}; the nearest is {nearest!r} (--help lists them)")
 
 
-def _official(argv: list[str], do_train: bool = False) -> int:
+def _official(argv: list[str], verb: str = "train", implied: Sequence[str] = ()) -> int:
+    """Run the official flow; `implied` are the tasks that the verb stands for."""
     from glmkern.training.parser import parse
 
     try:
-        arguments = parse(argv)
+        arguments = parse(argv, f"glmkern {verb}")
     except SystemExit as help_was_printed:
         return int(help_was_printed.code or 0)
-    if do_train:
-        arguments.training.do_train = True
+    for task in implied:
+        setattr(arguments.training, task, True)
     if arguments.training.deterministic:
         from glmkern.environment import make_deterministic
 
         make_deterministic()
-    from glmkern.training.run import run_training
+    from glmkern.training.run import run
 
-    run_training(arguments)
+    run(arguments)
     return 0
 
 
 def _train(argv: list[str]) -> int:
-    return _official(argv or ["--help"], do_train=True)
+    return _official(argv or ["--help"], "train", ["do_train"])
+
+
+def _predict(argv: list[str]) -> int:
+    return _official(argv or ["--help"], "predict", ["do_predict", "predict_with_generate"])
 
 
 def _module(name: str) -> Callable[[list[str]], int]:
@@ -113,7 +127,9 @@ def _take_no_arguments(verb: str, argv: list[str]) -> None:
 
 VERBS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
+    "predict": _predict,
     "demo": _module("glmkern.demo"),
+    "chat": _module("glmkern.verbs.chat"),
     "plan": _module("glmkern.verbs.plan"),
     "quantize": _module("glmkern.verbs.quantize"),
     "export": _module("glmkern.verbs.export"),

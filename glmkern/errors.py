@@ -1,4 +1,4 @@
-"""The two kinds of failure a user meets, each told in one sentence with its cure."""
+"""How a command ends early: each failure is told in one sentence with its cure."""
 
 
 class InputError(Exception):
@@ -11,3 +11,15 @@ class InputError(Exception):
 
 class TrainingError(RuntimeError):
     """A run failed after it had started, for example by a NaN loss; the command exits with 1."""
+
+
+class Interrupted(Exception):
+    """A run stopped because a signal asked for it, its state saved.
+
+    Attributes:
+        status: what the command exits with, 128 and the signal's number.
+    """
+
+    def __init__(self, message: str, signal: int):
+        super().__init__(message)
+        self.status = 128 + signal

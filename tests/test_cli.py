@@ -12,7 +12,7 @@ from glmkern import cli
 from glmkern.errors import InputError, TrainingError
 from glmkern.training.arguments import ModelArguments, TrainingArguments
 from glmkern.training.run import choose_device, choose_dtype
-from tests.test_official_run import refused
+from tests.official import refused
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -31,7 +31,7 @@ def test_exit_status(monkeypatch, capsys, error, status):
 
 @pytest.mark.parametrize("argv, words", [
     (["trian"], "there is no verb 'trian'; the nearest is 'train'"),
-    (["predict"], "predict is not in this release"),
+    (["bench"], "bench is not in this release"),
     (["backends", "now"], "backends takes no arguments"),
     (["--do_trian"], "there is no flag --do_trian; the nearest is --do_train"),
     (["--max_steps", "3"], "pass --do_train"),
@@ -52,9 +52,11 @@ def test_help(capsys):
         assert cli.main(argv) == 0
         text = capsys.readouterr().out
         assert all(f"  {verb} " in text for verb in cli.VERBS)
-    for argv in (["train"], ["train", "--help"]):
-        assert cli.main(argv) == 0
-        assert "--pre_seq_len INT" in capsys.readouterr().out
+    for verb in ("train", "predict"):
+        for argv in ([verb], [verb, "--help"]):
+            assert cli.main(argv) == 0
+            text = capsys.readouterr().out
+            assert text.startswith(f"usage: glmkern {verb} --flag") and "--pre_seq_len INT" in text
 
 
 def test_backends(capsys):

@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 
 import glmkern
 from glmkern import cli
-from glmkern.checkpoint import expected_shapes, read_prefix
-from glmkern.model.config import ChatGLMConfig
+from glmkern.checkpoint import read_prefix
 from glmkern.training.arguments import ModelArguments
 from glmkern.training.run import load_model
+from tests.official import command, refused, write_base
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PREFIX_LENGTH = 4
@@ -23,19 +23,7 @@ PREFIX_LENGTH = 4
 
 @pytest.fixture(scope="module")
 def base(shared, tmp_path_factory) -> Path:
-    """A folder in the official layout: the real tokenizer over a very small random base."""
-    folder = tmp_path_factory.mktemp("base")
-    config = ChatGLMConfig(
-        num_layers=2, padded_vocab_size=64896, hidden_size=8, ffn_hidden_size=16, kv_channels=4,
-        num_attention_heads=2, seq_length=256, multi_query_attention=True, multi_query_group_num=1,
-        add_qkv_bias=True, eos_token_id=2, pad_token_id=0, extra={"original_rope": True})
-    config.save(folder)
-    generator = torch.Generator().manual_seed(0)
-    save_file({name: torch.ones(shape) if "norm" in name else
-               0.3 * torch.randn(shape, generator=generator)
-               for name, shape in expected_shapes(config).items()}, folder / "model.safetensors")
-    shutil.copy(shared / "data" / "tokenizer" / "tokenizer.model", folder)
-    return folder
+    return write_base(tmp_path_factory.mktemp("base"), shared / "data" / "tokenizer")
 
 
 @pytest.fixture
@@ -64,24 +52,8 @@ def flags(base, rows, tmp_path) -> dict[str, object]:
     }
 
 
-def command(flags: dict[str, object]) -> list[str]:
-    argv = []
-    for name, value in flags.items():
-        argv += [f"--{name}"] if value is True else [f"--{name}", str(value)]
-    return argv
-
-
 def prefix(folder: Path) -> torch.Tensor:
     return read_prefix(folder)["embedding.weight"]
-
-
-def refused(argv: list[str], capsys, status: int = 2) -> str:
-    """The one line on stderr of a command that ends with `status`."""
-    assert cli.main(argv) == status
-    captured = capsys.readouterr()
-    line, end = captured.err.split("\n")
-    assert end == "" and line.startswith("glmkern: ")
-    return line.removeprefix("glmkern: ")
 
 
 # The official flow
@@ -91,12 +63,12 @@ def test_official_run(flags, tmp_path, capsys):
     out = tmp_path / "out"
     assert {path.name for path in out.iterdir()} == {
         "checkpoint-2", "checkpoint-4", "trainer_state.json", "trainer_log.jsonl",
-        "train_results.json", "all_results.json"}
+        "train_results.json", "all_results.json", "samples.md"}
     last = out / "checkpoint-4"
     assert {path.name for path in last.iterdir()} == {
         "pytorch_model.bin", "config.json", "generation_config.json", "tokenizer.model",
         "tokenizer_config.json", "special_tokens_map.json", "optimizer.pt", "scheduler.pt",
-        "rng_state.pth", "trainer_state.json", "glmkern.json"}
+        "rng_state.pth", "trainer_state.json", "resume.json", "glmkern.json"}
 
     stored = torch.load(last / "pytorch_model.bin", weights_only=True)
     assert {name: (value.dtype, tuple(value.shape)) for name, value in stored.items()} == {
@@ -233,6 +205,25 @@ def test_model_flags_reach_the_model(base):
     assert model.dtype == torch.float16
     assert model.prefix_encoder.embedding.weight.shape == (3, 16)
     assert model.prefix_encoder.trans is not None
+
+
+def test_validation_file_is_not_needed_to_train(flags, rows, capsys):
+    """train.sh names one; without --do_eval it only gives the prompts of samples.md."""
+    other = rows.parent / "other.json"
+    other.write_text('{"question": "好"}')
+    assert cli.main(command({**flags, "validation_file": other})) == 0
+    text = capsys.readouterr().out
+    assert f"samples.md answers rows of {rows}, because {other} has no column 'content'" in text
+
+
+def test_label_smoothing_reaches_the_loss(flags, tmp_path):
+    ends = []
+    for factor in (0, 0.5):
+        folder = tmp_path / str(factor)
+        run = {**flags, "output_dir": folder, "label_smoothing_factor": factor}
+        assert cli.main(command(run)) == 0
+        ends.append(prefix(folder / "checkpoint-4"))
+    assert not torch.equal(*ends)
 
 
 def test_recompute_changes_no_bit(flags, tmp_path):

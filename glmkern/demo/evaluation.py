@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
-
 from glmkern.demo.rouge import rouge_l
 from glmkern.model.chatglm import ChatGLM
 from glmkern.model.packing import pack_rows
 from glmkern.tokenizer import ChatGLMTokenizer
-from glmkern.training.dataset import Example, build_evaluation_rows, build_training_rows
+from glmkern.training.dataset import Example
+from glmkern.training.evaluation import EvaluationData, measuring
+from glmkern.training.prediction import Decoding, answer, decode
 
 
 class Evaluation(NamedTuple):
@@ -33,20 +33,13 @@ def evaluate(
     max_target_length: int,
 ) -> Evaluation:
     """Measures `model`, without dropout, on examples cut as in training."""
-    model.eval()
     lengths = {"max_source_length": max_source_length, "max_target_length": max_target_length}
-    with torch.inference_mode():
-        rows = build_training_rows(examples, tokenizer, **lengths).rows
-        loss = model.loss(pack_rows(rows)).item()
-        prompts = build_evaluation_rows(examples, tokenizer, **lengths)
-        input_ids = torch.tensor(prompts.input_ids)
-        output = model.generate(
-            input_ids,
-            torch.tensor(prompts.attention_mask),
-            max_length=input_ids.shape[1] + max_target_length + 1,
-            do_sample=False,
-        )
-    answers = [tokenizer.decode(row).strip() for row in output[:, input_ids.shape[1] :].tolist()]
-    pairs = zip(answers, examples, strict=True)
-    scores = [rouge_l(answer, example.response) for answer, example in pairs]
+    data = EvaluationData.of(examples, tokenizer, **lengths)
+    decoding = Decoding(max_length=sum(lengths.values()) + 1, batch_size=len(examples))
+    with measuring(model):
+        loss = model.loss(pack_rows(data.rows.rows)).item()
+        answers = [decode(tokenizer, ids).strip()
+                   for batch in answer(model, data.prompts, decoding) for ids in batch]
+    scores = [rouge_l(text, example.response)
+              for text, example in zip(answers, examples, strict=True)]
     return Evaluation(loss, sum(scores) / len(scores), answers)

@@ -1,9 +1,9 @@
 """ChatGLM2 with a frozen base and a trained prefix, over packed tokens."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +13,12 @@ from glmkern.model.config import ChatGLMConfig
 from glmkern.model.layer import RECOMPUTE, Layer, Pass, dropout_seeds
 from glmkern.model.modules import FrozenLinear, FrozenNorm, frozen, kept_dtype
 from glmkern.model.packing import IGNORE_INDEX, PackedBatch, unpad
-from glmkern.model.prefix import PrefixEncoder
+from glmkern.model.prefix import PrefixEncoder, PrefixSwitch
 from glmkern.model.rotary import rotary_table
+
+if TYPE_CHECKING:
+    from glmkern.generation import KeyValueCache
+    from glmkern.tokenizer import ChatGLMTokenizer, History
 
 PREFIX_DROPOUT = 0.1
 _LAYERS = "transformer.encoder.layers"
@@ -27,7 +31,7 @@ class ModelOutput(NamedTuple):
     logits: Tensor
 
 
-class ChatGLM(nn.Module):
+class ChatGLM(PrefixSwitch, nn.Module):
     """The model. Its state_dict has the official names, `transformer.…`.
 
     Attributes:
@@ -54,6 +58,7 @@ class ChatGLM(nn.Module):
         self.transformer = _Transformer(config)
         if pre_seq_len is not None:
             self.transformer.prefix_encoder = PrefixEncoder(config, pre_seq_len, prefix_projection)
+        self.begin_prefixes()
         self.register_buffer("cos_sin", None, persistent=False)
 
     @classmethod
@@ -62,7 +67,7 @@ class ChatGLM(nn.Module):
                         pre_seq_len: int | None = None, prefix_projection: bool = False,
                         prefix_checkpoint: str | Path | None = None,
                         rope_precision: str = "float32", output_layer_bit: int | None = None,
-                        offload_embedding: bool = False) -> "ChatGLM":
+                        offload_embedding: bool = False, mapped: bool = False) -> "ChatGLM":
         """Reads a model in the official or the native layout, tensor by tensor.
 
         Args:
@@ -81,6 +86,9 @@ class ChatGLM(nn.Module):
                 vocabulary; None or 0: as the folder has it.
             offload_embedding: keep the embedding in host memory and send the GPU only the rows
                 that a batch needs; on the CPU it is there anyway.
+            mapped: on the CPU use weights that are stored as they are needed where the system maps
+                the files, so that all processes of the machine share one copy. The files must stay
+                as they are while the model lives.
 
         Raises:
             InputError: the folder or the prefix is missing, broken or does not fit.
@@ -119,27 +127,27 @@ class ChatGLM(nn.Module):
         if output_layer_bit not in (None, 0, 8):
             raise ValueError(f"output_layer_bit must be 8 or None, not {output_layer_bit}")
         tensors = quantize_stream(read_base(folder, config), quantization_bit, output_layer_bit)
-        model.load_base(tensors, dtype, device)
+        model.load_base(tensors, dtype, device, copy=not mapped)
         if prefix_state is not None:
             model.prefix_encoder.load_state_dict(prefix_state)
         return model
 
     def load_base(self, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype,
-                  device: torch.device | str) -> None:
+                  device: torch.device | str, copy: bool = True) -> None:
         """Fills the frozen weights from (official name, tensor) pairs, converted one at a time;
-        codes and scales of quantised linears stay as they are."""
+        codes and scales of quantised linears stay as they are. A tensor mapped from a file dies
+        with the file, so each is copied, or with `copy` False only those that are converted."""
         for name, tensor in tensors:
             path, _, leaf = name.rpartition(".")
             module = self.get_submodule(path)
             if isinstance(module, FrozenLinear):
-                module.load_(leaf, tensor, dtype, device)
+                module.load_(leaf, tensor, dtype, device, copy)
                 continue
             kept, place = dtype, device
             if not isinstance(module, FrozenNorm):
                 kept = kept_dtype(tensor, dtype, device)
                 place = "cpu" if self.offload_embedding else device
-            # A copy even of the same dtype: a tensor mapped from a file dies with the file.
-            setattr(module, leaf, frozen(tensor.to(place, kept, copy=True).contiguous()))
+            setattr(module, leaf, frozen(tensor.to(place, kept, copy=copy).contiguous()))
         if self.prefix_encoder is not None:
             self.prefix_encoder.to(device)
         self.cos_sin = rotary_table(self.config, dtype, self.rope_precision, device)
@@ -171,11 +179,6 @@ class ChatGLM(nn.Module):
             linear.quantize_(bits)
         self.config = replace(self.config, quantization_bit=bits)
         return self
-
-    @property
-    def prefix_encoder(self) -> PrefixEncoder | None:
-        """The trained part, or None for the plain base."""
-        return self.transformer.prefix_encoder
 
     @property
     def dtype(self) -> torch.dtype:
@@ -254,6 +257,26 @@ class ChatGLM(nn.Module):
         """The batch on the model's device, token ids where the embedding is."""
         place = self.transformer.embedding.word_embeddings.weight.device
         return replace(batch.to(self.device), input_ids=batch.input_ids.to(place))
+
+    def stream_generate(self, input_ids: Tensor, attention_mask: Tensor | None = None,
+                        **options) -> Iterator[Tensor]:
+        """The ids so far after every step; see glmkern.generation.stream_generate."""
+        from glmkern.generation import stream_generate
+        return stream_generate(self, input_ids, attention_mask, **options)
+
+    def chat(self, tokenizer: "ChatGLMTokenizer", query: str, history: "History | None" = None,
+             **options) -> tuple[str, list[tuple[str, str]]]:
+        """The reply to `query` and the history with this round; see glmkern.chat.chat."""
+        from glmkern.chat import chat
+        return chat(self, tokenizer, query, history, **options)
+
+    def stream_chat(self, tokenizer: "ChatGLMTokenizer", query: str,
+                    history: "History | None" = None,
+                    past_key_values: "KeyValueCache | None" = None,
+                    **options) -> Iterator[tuple]:
+        """chat() as the reply grows; see glmkern.chat.stream_chat."""
+        from glmkern.chat import stream_chat
+        return stream_chat(self, tokenizer, query, history, past_key_values, **options)
 
     def _hidden(self, batch: PackedBatch, dropout_offset: int, seed: int) -> Tensor:
         """[T, H] behind the final norm, in training mode with dropout."""

@@ -25,17 +25,19 @@ class FrozenLinear(nn.Module):
         self.register_buffer("scale", None)
         self.bits = None
 
-    def load_(self, name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device) -> None:
+    def load_(self, name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device,
+              copy: bool = True) -> None:
         """Takes one tensor of a checkpoint: "weight", dense or int8 codes, "weight_scale", which
-        keeps its own dtype, or "bias"."""
+        keeps its own dtype, or "bias"; itself where `copy` is False and nothing is to be
+        converted."""
         if name == "weight_scale":
-            self.scale = tensor.to(device, copy=True)
+            self.scale = tensor.to(device, copy=copy)
         elif tensor.dtype == torch.int8:
-            self.packed, self.weight = tensor.to(device, copy=True), None
+            self.packed, self.weight = tensor.to(device, copy=copy), None
             self.bits = 8 * tensor.shape[1] // self.inputs
         else:
             dtype = kept_dtype(tensor, dtype, device) if name == "weight" else dtype
-            setattr(self, name, frozen(tensor.to(device, dtype, copy=True).contiguous()))
+            setattr(self, name, frozen(tensor.to(device, dtype, copy=copy).contiguous()))
 
     def quantize_(self, bits: int) -> None:
         """Replaces the weight by codes of 4 or 8 bits; see ops.quantize, whose errors these are."""

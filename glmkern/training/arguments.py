@@ -35,7 +35,8 @@ class ModelArguments:
 
     model_name_or_path: str | None = _flag(None, "folder or cached name of the base model")
     ptuning_checkpoint: str | None = _flag(
-        None, "folder or file of a saved prefix to start from, with a fresh optimiser"
+        None, "folder or file of a saved prefix: to evaluate, or to train on from with a fresh"
+        " optimiser"
     )
     quantization_bit: int | None = _flag(
         None, "quantise the base's linears to 4 or 8 bits as it is read; a folder that is quantised"
@@ -47,7 +48,9 @@ class ModelArguments:
     offload_embedding: bool = _flag(
         False, "keep the embedding in host memory, and send the GPU the rows it needs", own=True
     )
-    pre_seq_len: int | None = _flag(None, "length of the prefix in virtual tokens")
+    pre_seq_len: int | None = _flag(
+        None, "length of the prefix in virtual tokens; with --ptuning_checkpoint, that prefix's"
+    )
     prefix_projection: bool = _flag(False, "compute the prefix with a two-layer tanh MLP")
     prefix_dropout: float = _flag(0.1, "dropout of the prefix keys and values", own=True)
     model_dtype: str = _flag(
@@ -75,24 +78,55 @@ class DataTrainingArguments:
     """Which rows, and how they become tokens."""
 
     train_file: str | None = _flag(None, "training rows: .json (lines or an array), .jsonl or .csv")
+    validation_file: str | None = _flag(None, "rows of --do_eval; its first are in samples.md")
+    test_file: str | None = _flag(None, "rows of --do_predict")
     prompt_column: str | None = _flag(None, "column of the prompts")
     response_column: str | None = _flag(None, "column of the responses")
     history_column: str | None = _flag(None, "column of the past [query, response] pairs")
     max_source_length: int = _flag(1024, "prompt tokens kept, special tokens included")
     max_target_length: int = _flag(128, "response tokens kept, the end token not included")
+    val_max_target_length: int | None = _flag(
+        None, "response tokens kept in evaluation, [gMASK] and sop included; else"
+        " --max_target_length"
+    )
     max_train_samples: int | None = _flag(None, "read only this many rows")
+    max_eval_samples: int | None = _flag(None, "read only this many rows of --validation_file")
+    max_predict_samples: int | None = _flag(None, "read only this many rows of --test_file")
+    num_beams: int | None = _flag(None, "beams of generation; else --generation_num_beams")
     ignore_pad_token_for_loss: bool = _flag(True, "no loss on the prompt")
     source_prefix: str = _flag("", "text before every prompt")
 
 
 @dataclass
 class TrainingArguments:
-    """How the prefix is trained; names and defaults of transformers 4.30.2."""
+    """How the prefix is trained and evaluated; names and defaults of transformers 4.30.2."""
 
     output_dir: str | None = _flag(None, "folder of checkpoints, logs and results")
     overwrite_output_dir: bool = _flag(False, "write into an output folder that is not empty")
     do_train: bool = _flag(False, "train")
+    do_eval: bool = _flag(False, "measure --validation_file, after training if there is any")
+    do_predict: bool = _flag(False, "measure --test_file, after training if there is any")
+    predict_with_generate: bool = _flag(
+        False, "answer the prompts and score the answers; --do_predict writes them to"
+        " generated_predictions.txt"
+    )
+    greedy: bool = _flag(
+        False, "take the likeliest token instead of drawing with top_p 0.7 and temperature 0.95",
+        own=True,
+    )
+    generation_max_length: int | None = _flag(
+        None, "tokens of a padded prompt and its answer; else --max_source_length +"
+        " --max_target_length + 1"
+    )
+    generation_num_beams: int | None = _flag(None, "beams of generation; else 1")
+    prediction_loss_only: bool = _flag(False, "no answers although --predict_with_generate")
+    sample_prompts: int = _flag(
+        3, "prompts answered greedily in samples.md at every save; 0 leaves the file out", own=True
+    )
     per_device_train_batch_size: int = _flag(8, "rows of a micro-batch")
+    per_device_eval_batch_size: int = _flag(
+        8, "prompts answered at once, and rows of a batch of the evaluation loss"
+    )
     gradient_accumulation_steps: int = _flag(1, "micro-batches of an optimiser step")
     tokens_per_pack: str = _flag(
         "auto",
@@ -107,7 +141,7 @@ class TrainingArguments:
     adam_epsilon: float = _flag(1e-8, "added to the root of the second moment")
     max_grad_norm: float = _flag(1.0, "clip the gradient to this norm; 0 does not clip")
     label_smoothing_factor: float = _flag(
-        0.0, "share of every label that is spread over the vocabulary"
+        0.0, "share of every label that goes to all tokens alike, also in the evaluation loss"
     )
     optim: str = _flag("adamw_hf", "optimiser", OPTIMIZERS)
     num_train_epochs: float = _flag(3.0, "passes over the rows, unless --max_steps is given")
@@ -129,7 +163,9 @@ class TrainingArguments:
     )
     save_strategy: str = _flag("steps", "when to save a checkpoint", INTERVALS)
     save_steps: float = _flag(500, "steps between checkpoints; below 1 a share of all steps")
-    save_total_limit: int | None = _flag(None, "keep only this many checkpoints, the newest")
+    save_total_limit: int | None = _flag(
+        None, "keep only this many checkpoints, the newest and always the best"
+    )
     save_safetensors: bool = _flag(
         False, "write the prefix as model.safetensors too; pytorch_model.bin is always written"
     )
@@ -142,9 +178,36 @@ class TrainingArguments:
     deterministic: bool = _flag(
         False, "the same bits on every run, also from the libraries underneath", own=True
     )
-    local_rank: int = _flag(-1, "set by the launcher; a run is one process")
+    local_rank: int = _flag(-1, "the GPU of this process; torchrun says it too")
     dataloader_drop_last: bool = _flag(False, "leave out an epoch's last, shorter micro-batch")
     disable_tqdm: bool | None = _flag(None, "no progress bar; the log lines stay")
+    resume_from_checkpoint: str | None = _flag(
+        None, "go on with a stopped run: its checkpoint-N folder, or auto for the newest of"
+        " --output_dir (a fresh start where there is none)"
+    )
+    group_by_length: bool = _flag(False, "rows of like length in a step, the longest ones first")
+    ddp_timeout: int = _flag(1800, "seconds a process waits for the others")
+    ddp_backend: str | None = _flag(
+        None, "how processes communicate; nccl on GPUs and gloo on CPUs without it",
+        ("nccl", "gloo")
+    )
+    evaluation_strategy: str = _flag(
+        "no", "when to measure --validation_file during training; steps and epoch imply --do_eval",
+        INTERVALS,
+    )
+    eval_steps: float | None = _flag(
+        None, "steps between evaluations, below 1 a share of all steps; else --logging_steps"
+    )
+    eval_delay: float = _flag(0, "steps, or epochs, before the first evaluation")
+    load_best_model_at_end: bool = _flag(
+        False, "end with the prefix of the best checkpoint, which is never deleted"
+    )
+    metric_for_best_model: str | None = _flag(
+        None, "what the best checkpoint is best in; else the loss"
+    )
+    greater_is_better: bool | None = _flag(
+        None, "whether more of the metric is better; else yes, but for the loss"
+    )
 
 
 SECTIONS = (ModelArguments, DataTrainingArguments, TrainingArguments)
@@ -157,6 +220,16 @@ class Arguments(NamedTuple):
     data: DataTrainingArguments
     training: TrainingArguments
     notes: tuple[str, ...] = ()
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether --validation_file is measured, at the end or on the way."""
+        return self.training.do_eval or self.training.evaluation_strategy != "no"
+
+    @property
+    def generates(self) -> bool:
+        """Whether prompts are answered wherever a file is measured."""
+        return self.training.predict_with_generate and not self.training.prediction_loss_only
 
     def to_dict(self) -> dict[str, Any]:
         """Every honoured flag and its value, as glmkern.json keeps them."""

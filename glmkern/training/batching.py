@@ -2,11 +2,13 @@
 
 The official gradient is the mean over micro-batches of each one's mean over its labelled tokens.
 A labelled token therefore weighs 1 / (labelled tokens of its micro-batch), whatever it is packed
-with, and a row's dropout masks follow its place in the step: packing changes neither.
+with, and a row's dropout masks follow its place in the step: packing changes neither, and nor does
+the number of ranks, of which rank r computes the micro-batches r, r + N, r + 2 N, ... of the step.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from glmkern.model.packing import IGNORE_INDEX, PackedBatch, Row, pack_rows
 
@@ -37,36 +39,50 @@ def labelled_tokens(row: Row) -> int:
     return sum(label != IGNORE_INDEX for label in row.labels[1:])
 
 
-def pack_step(rows: Sequence[Row], micro_batches: Sequence[Sequence[int]],
-              budget: int) -> list[Pack]:
-    """The step's rows in order, in packs of at most `budget` tokens; a longer row goes alone.
+class _Member(NamedTuple):
+    """A row of the step."""
+
+    index: int  # into the training rows
+    place: int  # in the step
+    weight: float  # of its labelled tokens
+    first: bool  # of its micro-batch
+
+
+def pack_step(rows: Sequence[Row], micro_batches: Sequence[Sequence[int]], budget: int,
+              rank: int = 0, ranks: int = 1) -> list[Pack]:
+    """A rank's rows of the step in order, in packs of at most `budget` tokens; a longer row goes
+    alone. There may be none.
 
     Args:
-        micro_batches: indices into `rows`.
+        micro_batches: of the whole step; indices into `rows`.
         budget: 0 makes each micro-batch one pack.
     """
-    members = []  # (index into rows, weight of its labelled tokens)
-    breaks = set()  # places in `members` where a pack must begin
-    for micro_batch in micro_batches:
-        breaks.add(len(members))
-        weight = 1.0 / sum(labelled_tokens(rows[index]) for index in micro_batch)
-        members += [(index, weight) for index in micro_batch]
-
     groups, tokens = [], 0
-    for place, (index, _) in enumerate(members):
-        length = len(rows[index].input_ids)
-        full = tokens + length > budget if budget else place in breaks
+    for member in _members(rows, micro_batches, rank, ranks):
+        length = len(rows[member.index].input_ids)
+        full = tokens + length > budget if budget else member.first
         if full or not groups:
             groups.append([])
             tokens = 0
-        groups[-1].append(place)
+        groups[-1].append(member)
         tokens += length
-    return [_pack(rows, members, group) for group in groups]
+    return [_pack(rows, group) for group in groups]
 
 
-def _pack(rows: Sequence[Row], members: list[tuple[int, float]], places: list[int]) -> Pack:
-    indices = [members[place][0] for place in places]
-    weights = [members[place][1] for place in places]
-    batch = pack_rows([rows[index] for index in indices], sequence_ids=places,
-                      token_weight_per_row=weights)
+def _members(rows: Sequence[Row], micro_batches: Sequence[Sequence[int]], rank: int,
+             ranks: int) -> Iterator[_Member]:
+    place = 0
+    for number, micro_batch in enumerate(micro_batches):
+        if number % ranks == rank:
+            weight = 1.0 / sum(labelled_tokens(rows[index]) for index in micro_batch)
+            for offset, index in enumerate(micro_batch):
+                yield _Member(index, place + offset, weight, first=offset == 0)
+        place += len(micro_batch)
+
+
+def _pack(rows: Sequence[Row], members: list[_Member]) -> Pack:
+    indices = [member.index for member in members]
+    batch = pack_rows([rows[index] for index in indices],
+                      sequence_ids=[member.place for member in members],
+                      token_weight_per_row=[member.weight for member in members])
     return Pack(batch, indices)

@@ -218,8 +218,9 @@ class RowStatistics:
     longest_prompt: int
     longest_response: int
 
-    def report(self) -> str:
-        """The numbers in a sentence, with the flags that would keep what is cut."""
+    def report(self, target_flag: str = "max_target_length") -> str:
+        """The numbers in a sentence, with the flags that would keep what is cut; `target_flag` is
+        the one that limits the responses."""
         used = self.rows_read - self.skipped
         parts = [f"{self.rows_read:,} rows read, {self.skipped:,} of them left out (the prompt or "
                  f"the response is empty)"]
@@ -228,7 +229,7 @@ class RowStatistics:
                          f"of the question (--max_source_length {self.longest_prompt} keeps all)")
         if self.truncated_responses:
             parts.append(f"{self.truncated_responses:,} of {used:,} responses cut "
-                         f"(--max_target_length {self.longest_response} keeps all)")
+                         f"(--{target_flag} {self.longest_response} keeps all)")
         if len(parts) == 1:
             parts.append(f"none cut (the longest prompt has {self.longest_prompt} tokens, the "
                          f"longest response {self.longest_response})")

@@ -15,12 +15,14 @@ names and defaults. Every official flag is in one of the three tables below. A f
 ends the command with exit status 2 and the nearest name.
 
 Spellings: `--flag`, `--flag True`, `--flag False`, `--no_flag`, `--key value`, `--key=value`, and
-dashes for underscores. A single `.json` file in place of the flags holds them as one object.
+dashes for underscores. A `.json` file in place of the flags holds them as one object; flags behind
+it go before what it says.
 
 Steps are counted as transformers 4.30.2 counts them: an epoch has max(ceil(rows / batch) //
 accumulation, 1) steps, and the micro-batches left over are carried into the next epoch. 243 rows
 at batch 4, accumulation 4 and 100 epochs are 1,500 steps, and the last one is logged at epoch
-98.36. A run is one process on one device, however many GPUs are visible.
+98.36. A run is one process on one device, however many GPUs are visible; torchrun starts one with
+several ([training.md](training.md)).
 """
 
 

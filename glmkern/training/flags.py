@@ -17,11 +17,11 @@ class Flag:
     reason: str
 
 
-_EVALUATION = "it only acts during evaluation and prediction"
 _UNUSED = "the official script never reads it"
 _HUB = "it only acts with --push_to_hub"
 _FSDP = "it only acts with --fsdp"
-_ONE_PROCESS = "a run is one process"
+_FIRST_RANK = "the first process alone prints and writes"
+_ONE_SUM = "a step has one sum, of the prefix gradient, and nothing about it is to be chosen"
 _LOGS = "the numbers always go to trainer_log.jsonl and trainer_state.json"
 _NO_WORKERS = "rows are tokenised once and stay in memory, so there is nothing to load in parallel"
 _NO_PADDING = "rows are packed end to end, so there is no padding to save"
@@ -40,51 +40,34 @@ ACCEPTED: dict[str, Flag] = {
     # DataTrainingArguments
     "lang": Flag(None, _UNUSED),
     "dataset_config_name": Flag(None, _UNUSED),
-    "validation_file": Flag(None, _EVALUATION),
-    "test_file": Flag(None, _EVALUATION),
     "overwrite_cache": Flag(False, "rows are tokenised afresh in every run, without a cache"),
     "preprocessing_num_workers": Flag(None, _NO_WORKERS),
-    "val_max_target_length": Flag(None, _EVALUATION),
     "pad_to_max_length": Flag(False, _UNUSED),
-    "max_eval_samples": Flag(None, _EVALUATION),
-    "max_predict_samples": Flag(None, _EVALUATION),
-    "num_beams": Flag(None, _EVALUATION),
     "forced_bos_token": Flag(None, _UNUSED),
     # Seq2SeqTrainingArguments: evaluation
-    "predict_with_generate": Flag(False, _EVALUATION),
-    "generation_max_length": Flag(None, _EVALUATION),
-    "generation_num_beams": Flag(None, _EVALUATION),
-    "generation_config": Flag(None, _EVALUATION),
-    "prediction_loss_only": Flag(False, _EVALUATION),
-    "per_device_eval_batch_size": Flag(8, _EVALUATION),
-    "per_gpu_eval_batch_size": Flag(None, _EVALUATION),
-    "eval_accumulation_steps": Flag(None, _EVALUATION),
-    "eval_delay": Flag(0, _EVALUATION),
-    "eval_steps": Flag(None, _EVALUATION),
-    "metric_for_best_model": Flag(None, _EVALUATION),
-    "greater_is_better": Flag(None, _EVALUATION),
-    "include_inputs_for_metrics": Flag(False, _EVALUATION),
-    "use_legacy_prediction_loop": Flag(False, _EVALUATION),
-    "jit_mode_eval": Flag(False, _EVALUATION),
-    "bf16_full_eval": Flag(False, _EVALUATION),
-    "fp16_full_eval": Flag(False, _EVALUATION),
+    "generation_config": Flag(None, _UNUSED),
+    "eval_accumulation_steps": Flag(None, "answers are scored as they come"),
+    "include_inputs_for_metrics": Flag(False, "the official scores do not look at the prompts"),
+    "use_legacy_prediction_loop": Flag(False, "there is one loop"),
+    "jit_mode_eval": Flag(False, _COMPILED),
+    "bf16_full_eval": Flag(False, _PRECISION),
+    "fp16_full_eval": Flag(False, _PRECISION),
     "label_names": Flag(None, "the labels of a row are always the answer's tokens"),
     # logging
     "log_level": Flag("passive", "the header and the log lines are always printed"),
-    "log_level_replica": Flag("warning", _ONE_PROCESS),
-    "log_on_each_node": Flag(True, _ONE_PROCESS),
+    "log_level_replica": Flag("warning", _FIRST_RANK),
+    "log_on_each_node": Flag(True, _FIRST_RANK),
     "logging_nan_inf_filter": Flag(True, "a NaN or infinite loss stops the run, never hidden"),
     "run_name": Flag(None, _LOGS),
     "skip_memory_metrics": Flag(True, "the progress bar shows the peak memory"),
-    "save_on_each_node": Flag(False, _ONE_PROCESS),
+    "save_on_each_node": Flag(False, _FIRST_RANK),
     # data loading
     "dataloader_num_workers": Flag(0, _NO_WORKERS),
     "dataloader_pin_memory": Flag(True, _NO_WORKERS),
     "remove_unused_columns": Flag(True, "only the named columns are read"),
-    "group_by_length": Flag(False, _NO_PADDING),
     "length_column_name": Flag("length", _NO_PADDING),
     "sortish_sampler": Flag(False, _NO_PADDING),
-    "ignore_data_skip": Flag(False, "it only acts with --resume_from_checkpoint"),
+    "ignore_data_skip": Flag(False, "a resumed run always goes on at its place in the data"),
     # how it is computed
     "gradient_checkpointing": Flag(False, "--recompute chooses what is computed twice"),
     "fp16_opt_level": Flag("O1", _PRECISION),
@@ -96,12 +79,10 @@ ACCEPTED: dict[str, Flag] = {
     "torch_compile_mode": Flag(None, _COMPILED),
     "torchdynamo": Flag(None, _COMPILED),
     # several processes
-    "ddp_backend": Flag(None, _ONE_PROCESS),
-    "xpu_backend": Flag(None, _ONE_PROCESS),
-    "ddp_find_unused_parameters": Flag(None, _ONE_PROCESS),
-    "ddp_bucket_cap_mb": Flag(None, _ONE_PROCESS),
-    "ddp_broadcast_buffers": Flag(None, _ONE_PROCESS),
-    "ddp_timeout": Flag(1800, _ONE_PROCESS),
+    "xpu_backend": Flag(None, _ONE_SUM),
+    "ddp_find_unused_parameters": Flag(None, _ONE_SUM),
+    "ddp_bucket_cap_mb": Flag(None, _ONE_SUM),
+    "ddp_broadcast_buffers": Flag(None, _ONE_SUM),
     "ray_scope": Flag("last", "there is no hyper-parameter search"),
     "fsdp_min_num_params": Flag(0, _FSDP),
     "fsdp_config": Flag(None, _FSDP),
@@ -121,14 +102,6 @@ _LATER = "not in this release"
 _WHOLE_MODEL = "a prefix of a few MB is trained and the base is frozen: nothing is to be sharded"
 
 REFUSED: dict[str, Flag] = {
-    "do_eval": Flag(False, f"evaluation is {_LATER}"),
-    "do_predict": Flag(False, f"prediction is {_LATER}"),
-    "evaluation_strategy": Flag("no", f"evaluation is {_LATER}"),
-    "load_best_model_at_end": Flag(False, f"evaluation is {_LATER}"),
-    "resume_from_checkpoint": Flag(
-        None,
-        f"resuming is {_LATER}; --ptuning_checkpoint starts a new run from a saved prefix",
-    ),
     "dataset_name": Flag(None, "the official script fails with it; name a file with --train_file"),
     "optim_args": Flag(None, "adamw_hf and adamw_torch take none"),
     "adafactor": Flag(False, "--optim knows adamw_hf, adamw_torch and adamw_torch_fused"),
@@ -149,6 +122,7 @@ REFUSED: dict[str, Flag] = {
 ALIASES: dict[str, str] = {
     "eval_strategy": "evaluation_strategy",
     "per_gpu_train_batch_size": "per_device_train_batch_size",
+    "per_gpu_eval_batch_size": "per_device_eval_batch_size",
     "use_cpu": "no_cuda",
     "full_determinism": "deterministic",
 }

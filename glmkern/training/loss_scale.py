@@ -1,5 +1,6 @@
 """Keeping float16 gradients inside float16's range."""
 
+
 class LossScale:
     """A power of two that multiplies the loss, and by which the prefix gradient is divided.
 
@@ -44,3 +45,9 @@ class LossScale:
             "_growth_tracker": self._steps_since_change,
             "overflows": self.overflows,
         }
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Go on from what `state_dict` returned."""
+        self.value, self.overflows = state["scale"], state["overflows"]
+        self.growth_interval = state["growth_interval"]
+        self._steps_since_change = state["_growth_tracker"]

@@ -24,20 +24,19 @@ NOTHING = ("", "none", "null")
 
 
 def parse(argv: Sequence[str], prog: str = "glmkern train") -> Arguments:
-    """The arguments of a command line; one `.json` file alone is read as a configuration.
+    """The arguments of a command line; a `.json` file in first place is read as a configuration,
+    and flags behind it go before what it says.
 
     Raises InputError for a name in no table (with the nearest one), a refused flag and a value of
     the wrong kind. `-h` and `--help` print the honoured flags and raise SystemExit(0).
     """
-    if len(argv) == 1 and argv[0].endswith(".json"):
-        given = _read_json(Path(argv[0]))
-    else:
-        parser = _parser(prog)
-        namespace, rest = parser.parse_known_args([_plain_name(token) for token in argv])
-        for token in rest:
-            _refuse_unknown(token)
-        given = vars(namespace)
-    return _sort_out(given)
+    given = {}
+    if argv and argv[0].endswith(".json"):
+        given, argv = _read_json(Path(argv[0])), argv[1:]
+    namespace, rest = _parser(prog).parse_known_args([_plain_name(token) for token in argv])
+    for token in rest:
+        _refuse_unknown(token)
+    return _sort_out({**given, **vars(namespace)})
 
 
 def _plain_name(token: str) -> str:
@@ -56,8 +55,9 @@ class _Parser(argparse.ArgumentParser):
 def _parser(prog: str) -> argparse.ArgumentParser:
     parser = _Parser(
         prog=prog,
-        usage=f"{prog} --flag value ...   or   {prog} flags.json",
-        description="Trains a prefix (P-tuning v2) with the flags of the official ptuning/main.py.",
+        usage=f"{prog} --flag value ...   or   {prog} flags.json [--flag value ...]",
+        description="Trains a prefix (P-tuning v2), evaluates and predicts, with the flags of the "
+        "official ptuning/main.py.",
         epilog="docs/flags.md lists every official flag, also those accepted without effect.",
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,

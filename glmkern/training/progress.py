@@ -20,16 +20,18 @@ class Progress:
     """The bar (stderr), the lines above it (stdout) and the log file of one run.
 
     The bar shows loss, learning rate, tokens per second, peak memory and the time left. `log_file`
-    has one JSON object a log, under the names LLaMA-Factory's tools read.
+    has one JSON object a log, under the names LLaMA-Factory's tools read. A resumed run goes on
+    after the `steps` and `tokens` of its earlier part.
     """
 
     def __init__(self, max_steps: int, device: torch.device, *, show_bar: bool = True,
-                 log_file: Path | None = None):
+                 log_file: Path | None = None, steps: int = 0, tokens: int = 0):
         self.device = device
-        self.tokens = 0
+        self.tokens = tokens
+        self._earlier_steps, self._earlier_tokens = steps, tokens
         self._start = time.monotonic()
-        self._bar = tqdm(total=max_steps, disable=not show_bar, unit="step", dynamic_ncols=True,
-                         mininterval=0.1 if sys.stderr.isatty() else 10)
+        self._bar = tqdm(total=max_steps, initial=steps, disable=not show_bar, unit="step",
+                         dynamic_ncols=True, mininterval=0.1 if sys.stderr.isatty() else 10)
         self._log_file = log_file
         self._log = None  # opened with the first line: a run that fails before leaves no file
 
@@ -53,9 +55,10 @@ class Progress:
         if self._log_file is None or not losses.keys() & {"loss", "eval_loss"}:
             return
         if self._log is None:
-            self._log = self._log_file.open("w", encoding="utf-8")
+            self._log = self._log_file.open("a" if self._earlier_steps else "w", encoding="utf-8")
         elapsed = time.monotonic() - self._start
-        remaining = elapsed / state.global_step * (state.max_steps - state.global_step)
+        steps = max(state.global_step - self._earlier_steps, 1)
+        remaining = elapsed / steps * (state.max_steps - state.global_step)
         on_gpu = self.device.type == "cuda"
         memory = {"vram_allocated" if on_gpu else "ram_allocated":
                   round(peak_memory(self.device) / GIB, 2)}
@@ -79,7 +82,8 @@ class Progress:
             self._log.close()
 
     def _tokens_per_second(self) -> float:
-        return self.tokens / max(time.monotonic() - self._start, 1e-9)
+        tokens = self.tokens - self._earlier_tokens
+        return tokens / max(time.monotonic() - self._start, 1e-9)
 
 
 def write_line(line: str) -> None:

@@ -8,42 +8,66 @@ from pathlib import Path
 import torch
 
 from glmkern import __version__
-from glmkern.checkpoint import read_prefix, resolve_folder, write_prefix
+from glmkern.checkpoint import describe_prefix, read_prefix, resolve_folder, write_prefix
 from glmkern.checkpoint.atomic import write_text
 from glmkern.errors import InputError
 from glmkern.model.chatglm import ChatGLM
 from glmkern.model.config import ChatGLMConfig
+from glmkern.plan.prediction import Prediction
 from glmkern.plan.run import FirstSteps, predict_run
 from glmkern.tokenizer import ChatGLMTokenizer
-from glmkern.training.arguments import (
-    Arguments,
-    DataTrainingArguments,
-    ModelArguments,
-    TrainingArguments,
-)
-from glmkern.training.dataset import TrainingRows, build_training_rows, read_examples
+from glmkern.training.arguments import Arguments, ModelArguments, TrainingArguments
+from glmkern.training.distributed import World, join_world
+from glmkern.training.evaluation import Evaluation, EvaluationData
+from glmkern.training.prediction import PredictionFile
 from glmkern.training.progress import write_line
 from glmkern.training.reports import Reports, check_reports
+from glmkern.training.resume import check_same_run, find_checkpoint
+from glmkern.training.run_data import RunData, TrainingData, read_data
 from glmkern.training.run_folder import RunFolder
+from glmkern.training.samples import SampleWriter
 from glmkern.training.seeding import set_seed, use_deterministic_libraries
 from glmkern.training.state import metrics_table
 from glmkern.training.trainer import Trainer
 from glmkern.training.validation import check_arguments, check_output_folder
 
 
-def run_training(arguments: Arguments) -> dict[str, float]:
-    """Train as the official script does and write what it writes; returns the training metrics.
+def run(arguments: Arguments) -> dict[str, float]:
+    """Train, evaluate and predict as the official script does and write what it writes.
 
-    Raises InputError where files or flags are wrong, before the base is loaded where that can be
-    told, and TrainingError where the run fails.
+    Returns the metrics of all that was asked for. Raises InputError where files or flags are
+    wrong, before the base is loaded where that can be told, TrainingError where the run fails, and
+    Interrupted where a signal stops it.
     """
-    model_args, data_args, training_args, notes = arguments
+    training_args = arguments.training
     check_arguments(arguments, os.environ)
     check_reports(training_args)
-    check_output_folder(Path(training_args.output_dir), training_args.overwrite_output_dir)
     device = choose_device(training_args)
-    dtype = choose_dtype(model_args, training_args, device)
-    for note in notes:
+    with join_world(training_args, device) as world, world.first_prints():
+        checkpoint = _prepare_folder(arguments) if training_args.do_train else None
+        world.wait_for_all()  # before the first writes into the folder that the others look at
+        return _run(arguments, device, world, checkpoint)
+
+
+def _prepare_folder(arguments: Arguments) -> Path | None:
+    """The checkpoint to go on from, or None for a fresh run into a folder that may be written."""
+    training_args = arguments.training
+    output = Path(training_args.output_dir)
+    checkpoint = find_checkpoint(training_args.resume_from_checkpoint, output)
+    if checkpoint is not None:
+        check_same_run(checkpoint, arguments.to_dict())
+    elif training_args.resume_from_checkpoint is not None:
+        print(f"no checkpoint in {output} to resume from: the run starts afresh")
+    else:
+        check_output_folder(output, training_args.overwrite_output_dir)
+    return checkpoint
+
+
+def _run(arguments: Arguments, device: torch.device, world: World,
+         checkpoint: Path | None) -> dict[str, float]:
+    training_args = arguments.training
+    dtype = choose_dtype(arguments.model, training_args, device)
+    for note in arguments.notes:
         print(note)
     if training_args.deterministic:
         use_deterministic_libraries()
@@ -51,62 +75,112 @@ def run_training(arguments: Arguments) -> dict[str, float]:
         torch.backends.cuda.matmul.allow_tf32 = training_args.tf32
     set_seed(training_args.seed)
 
-    examples = read_examples(
-        data_args.train_file, data_args.prompt_column, data_args.response_column,
-        data_args.history_column, data_args.max_train_samples)
-    folder = resolve_folder(model_args.model_name_or_path)
-    config = ChatGLMConfig.from_pretrained(folder)
-    tokenizer = ChatGLMTokenizer.from_pretrained(folder)
-    rows = build_training_rows(
-        examples, tokenizer, max_source_length=data_args.max_source_length,
-        max_target_length=data_args.max_target_length, source_prefix=data_args.source_prefix,
-        ignore_pad_token_for_loss=data_args.ignore_pad_token_for_loss)
-    check_fit(rows, tokenizer, config)
-    for line in describe_rows(rows, data_args):
-        print(line)
-    print_example(rows, tokenizer)
-
+    base = resolve_folder(arguments.model.model_name_or_path)
+    config = ChatGLMConfig.from_pretrained(base)
+    arguments = take_prefix_from_checkpoint(arguments, config)
+    model_args, data_args, training_args, _ = arguments
+    tokenizer = ChatGLMTokenizer.from_pretrained(base)
+    check_vocabulary(tokenizer, config)
+    data = read_data(arguments, tokenizer, config)
     try:
-        saved_config = replace(
-            config, pre_seq_len=model_args.pre_seq_len,
-            prefix_projection=model_args.prefix_projection,
-            quantization_bit=model_args.quantization_bit or config.quantization_bit)
-        prediction, lines = predict_run(arguments, config, rows.rows, device, dtype)
-        if _is_main_process():
+        prediction = None
+        if data.train is not None:
+            prediction, lines = predict_run(arguments, config, data.train.rows.rows, device, dtype)
             print(*lines, sep="\n")
-        model = load_model(folder, model_args, device, dtype)
+        model = load_model(base, model_args, device, dtype, mapped=world.size > 1)
         model.label_smoothing = training_args.label_smoothing_factor
-        trainer = Trainer(
-            model, rows.rows, training_args,
-            folder=RunFolder(training_args.output_dir, training_args.save_total_limit),
-            write_companions=lambda checkpoint: write_companions(
-                checkpoint, saved_config, tokenizer, arguments),
-            row_names=[example.index for example in examples])
     except ValueError as error:  # a configuration or combination of flags that is not supported
         raise InputError(str(error)) from error
-    first_steps = FirstSteps(prediction, device, write_line)
-    with Reports(training_args, lambda: trainer.state.log_history, arguments.to_dict(),
-                 writes=_is_main_process()) as reports:
 
-        def after_step(step: int) -> None:
-            first_steps(step)
-            reports.after_step(step)
+    folder = RunFolder(training_args.output_dir, training_args.save_total_limit)
+    results, epoch = {}, {}
+    if data.train is not None:
+        metrics = _train(arguments, model, tokenizer, config, data, folder, world, checkpoint,
+                         prediction)
+        if world.is_first:
+            results |= _finish("train", metrics, data_args.max_train_samples, data.train,
+                               folder)
+        epoch = {"epoch": metrics["epoch"]}
+    if not world.is_first:  # the first process alone measures and writes
+        return results
+    folder.make()
+    if data.validation is not None:
+        metrics = Evaluation.of(arguments, model, tokenizer, data.validation).evaluate() | epoch
+        print(metrics)
+        results |= _finish("eval", metrics, data_args.max_eval_samples, data.validation, folder)
+    if data.test is not None:
+        with PredictionFile(folder.path / "generated_predictions.txt") as file:
+            metrics = Evaluation.of(arguments, model, tokenizer, data.test).predict(file)
+        results |= _finish("predict", metrics, data_args.max_predict_samples, data.test, folder)
+    return results
 
-        trainer.on_step = after_step if _is_main_process() else None
-        metrics = trainer.train()
-    metrics["train_samples"] = min(data_args.max_train_samples or len(rows.rows), len(rows.rows))
-    for line in metrics_table(metrics):
-        print(line)
-    trainer.folder.write_results("train", metrics)
-    trainer.folder.write_state(trainer.state)
+
+def _train(arguments: Arguments, model: ChatGLM, tokenizer: ChatGLMTokenizer,
+           config: ChatGLMConfig, data: RunData, folder: RunFolder, world: World,
+           checkpoint: Path | None, prediction: Prediction) -> dict[str, float]:
+    """Train the model's prefix; returns the metrics, and leaves checkpoints and state behind."""
+    model_args, _, training_args, _ = arguments
+    saved_config = replace(
+        config, pre_seq_len=model_args.pre_seq_len, prefix_projection=model_args.prefix_projection,
+        quantization_bit=model_args.quantization_bit or config.quantization_bit)
+    evaluate = on_save = None
+    if training_args.evaluation_strategy != "no":
+        evaluate = Evaluation.of(arguments, model, tokenizer, data.validation).greedy().evaluate
+    if data.samples:
+        on_save = SampleWriter.of(arguments, model, tokenizer, data.samples)
+    first_steps = FirstSteps(prediction, model.device, write_line)
+    reports = Reports(training_args, lambda: trainer.state.log_history, arguments.to_dict(),
+                      writes=world.is_first)
+
+    def on_step(step: int) -> None:
+        first_steps(step)
+        reports.after_step(step)
+
+    try:
+        trainer = Trainer(
+            model, data.train.rows.rows, training_args, folder=folder,
+            write_companions=lambda checkpoint: write_companions(
+                checkpoint, saved_config, tokenizer, arguments),
+            row_names=[example.index for example in data.train.examples], world=world,
+            evaluate=evaluate, on_save=on_save, on_step=on_step)
+    except ValueError as error:  # flags that do not go with the rows
+        raise InputError(str(error)) from error
+    if on_save is not None and checkpoint is not None and world.is_first:
+        on_save.go_on_from(checkpoint)
+    with reports:
+        metrics = trainer.train(checkpoint)
+    if world.is_first:
+        folder.write_state(trainer.state)
     return metrics
+
+
+def _finish(split: str, metrics: dict[str, float], limit: int | None,
+            data: TrainingData | EvaluationData, folder: RunFolder) -> dict[str, float]:
+    """Count the rows, print the official table of a split and write its results."""
+    count = len(data.examples)
+    metrics[f"{split}_samples"] = min(limit or count, count)
+    for line in metrics_table(metrics, split):
+        print(line)
+    folder.write_results(split, metrics)
+    return metrics
+
+
+def take_prefix_from_checkpoint(arguments: Arguments, config: ChatGLMConfig) -> Arguments:
+    """--pre_seq_len and --prefix_projection as --ptuning_checkpoint has them, where the former is
+    not given."""
+    args = arguments.model
+    if args.ptuning_checkpoint is None or args.pre_seq_len is not None:
+        return arguments
+    length, _, projection = describe_prefix(read_prefix(args.ptuning_checkpoint, config))
+    return arguments._replace(
+        model=replace(args, pre_seq_len=length, prefix_projection=projection))
 
 
 def choose_device(args: TrainingArguments) -> torch.device:
     """The GPU of this process, or the CPU where there is none or --no_cuda is given."""
     if args.no_cuda or not torch.cuda.is_available():
         return torch.device("cpu")
-    # The official script would spread over all visible GPUs; a run here is one process on one.
+    # The official script would spread over all visible GPUs; a process here computes on one.
     rank = int(os.environ.get("LOCAL_RANK", max(args.local_rank, 0)))
     return torch.device("cuda", rank)
 
@@ -123,58 +197,26 @@ def choose_dtype(model_args: ModelArguments, args: TrainingArguments,
 
 
 def load_model(folder: Path, args: ModelArguments, device: torch.device,
-               dtype: torch.dtype) -> ChatGLM:
-    """The frozen base with its prefix, fresh or from --ptuning_checkpoint."""
+               dtype: torch.dtype, mapped: bool = False) -> ChatGLM:
+    """The frozen base with its prefix, fresh or from --ptuning_checkpoint; `mapped`: see
+    ChatGLM.from_pretrained."""
     model = ChatGLM.from_pretrained(
         folder, device=device, dtype=dtype, quantization_bit=args.quantization_bit,
         pre_seq_len=args.pre_seq_len, prefix_projection=args.prefix_projection,
         prefix_checkpoint=args.ptuning_checkpoint, rope_precision=args.rope_precision,
-        output_layer_bit=args.output_layer_bit, offload_embedding=args.offload_embedding)
+        output_layer_bit=args.output_layer_bit, offload_embedding=args.offload_embedding,
+        mapped=mapped)
     model.prefix_dropout = args.prefix_dropout
     model.recompute = args.recompute
     return model
 
 
-def _is_main_process() -> bool:
-    """Whether this is the one of the launcher's processes that prints and writes."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def check_fit(rows: TrainingRows, tokenizer: ChatGLMTokenizer, config: ChatGLMConfig) -> None:
-    """Raise InputError where the rows are too long, or the tokenizer too large, for the base."""
-    longest = max(len(row.input_ids) for row in rows.rows)
-    if longest > config.seq_length:
-        raise InputError(
-            f"the longest row has {longest} tokens, but the base has {config.seq_length} positions;"
-            " lower --max_source_length or --max_target_length")
+def check_vocabulary(tokenizer: ChatGLMTokenizer, config: ChatGLMConfig) -> None:
+    """Raise InputError where the tokenizer has ids that the base has no embedding for."""
     if tokenizer.vocab_size > config.padded_vocab_size:
         raise InputError(
             f"the tokenizer has {tokenizer.vocab_size} ids, but the base has only "
             f"{config.padded_vocab_size}; tokenizer.model and config.json are of different models")
-
-
-def describe_rows(rows: TrainingRows, args: DataTrainingArguments) -> list[str]:
-    """What became of the data file, and what packing saves against the official padding."""
-    lengths = sorted(len(row.input_ids) for row in rows.rows)
-    total = sum(lengths)
-    padded = len(lengths) * (args.max_source_length + args.max_target_length + 1)
-    return [
-        rows.report(),
-        f"tokens a row: mean {total / len(lengths):.1f}, median {lengths[len(lengths) // 2]}, "
-        f"longest {lengths[-1]}; {total:,} in all",
-        f"padding avoided: {1 - total / padded:.0%} of the official "
-        f"{args.max_source_length + args.max_target_length + 1} tokens a row",
-        f"the end token is learned in all {len(lengths):,} rows, after a cut response too",
-    ]
-
-
-def print_example(rows: TrainingRows, tokenizer: ChatGLMTokenizer) -> None:
-    """The first row, as the official script prints it."""
-    first = rows.rows[0]
-    print("input_ids", first.input_ids)
-    print("inputs", tokenizer.decode(first.input_ids))
-    print("label_ids", first.labels)
-    print("labels", tokenizer.decode(first.labels))
 
 
 def write_companions(folder: Path, config: ChatGLMConfig, tokenizer: ChatGLMTokenizer,

@@ -5,6 +5,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from glmkern.checkpoint.atomic import write_text
@@ -12,6 +13,7 @@ from glmkern.errors import InputError
 from glmkern.training.state import TrainerState
 
 CHECKPOINT = "checkpoint-"
+LOG = "trainer_log.jsonl"
 
 
 class RunFolder:
@@ -44,33 +46,72 @@ class RunFolder:
             earlier = {}
         write_text(merged, _results({**earlier, **metrics}))
 
-    def write_checkpoint(self, step: int, fill: Callable[[Path], None]) -> Path:
+    def checkpoint(self, step: int) -> Path:
+        return self.path / f"{CHECKPOINT}{step}"
+
+    def write_checkpoint(self, step: int, fill: Callable[[Path], None],
+                         best: Path | None = None) -> Path:
         """Make checkpoint-<step> of what `fill` writes into the folder it is given.
 
         The folder gets its name when it is complete. Older checkpoints beyond --save_total_limit
-        are deleted afterwards.
+        are deleted afterwards, but never `best`.
         """
-        final = self.path / f"{CHECKPOINT}{step}"
-        partial = self.path / f".{final.name}.{secrets.token_hex(4)}.tmp"
+        final = self.checkpoint(step)
+        partial = self._temporary(final)
         partial.mkdir()
         try:
             fill(partial)
             if final.exists():
-                shutil.rmtree(final)
+                self._delete(final)
             os.replace(partial, final)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-        self._delete_older(final)
+        self.delete_older(final, best)
         return final
 
-    def _delete_older(self, newest: Path) -> None:
+    def delete_older(self, newest: Path, best: Path | None = None) -> None:
+        """Delete the oldest checkpoints beyond --save_total_limit, but not `newest` and `best`."""
         if not self.save_total_limit or self.save_total_limit < 0:
             return
-        others = [path for path in self.path.glob(f"{CHECKPOINT}*") if path.is_dir()]
-        others.remove(newest)
+        others = [path for path in self.path.glob(f"{CHECKPOINT}*")
+                  if path.is_dir() and path not in (newest, best)]
         others.sort(key=lambda path: path.stat().st_mtime_ns)
-        for path in others[: len(others) - (self.save_total_limit - 1)]:
-            shutil.rmtree(path, ignore_errors=True)
+        kept = max(self.save_total_limit - len({newest, best} - {None}), 0)
+        for path in others[: max(len(others) - kept, 0)]:
+            with suppress(OSError):
+                self._delete(path)
+
+    def remove_litter(self) -> None:
+        """Delete what a killed run was writing or deleting."""
+        for pattern in (f".{CHECKPOINT}*.tmp", f".{'[0-9a-f]' * 16}.tmp"):
+            for path in self.path.glob(pattern):
+                if path.is_dir():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    path.unlink(missing_ok=True)
+
+    def shorten_log(self, step: int) -> None:
+        """Keep the lines of trainer_log.jsonl up to `step`, from where the run goes on."""
+        log = self.path / LOG
+        if not log.exists():
+            return
+        kept = []
+        for line in log.read_text(encoding="utf-8").splitlines():
+            try:
+                if json.loads(line)["current_steps"] <= step:
+                    kept.append(line + "\n")
+            except (ValueError, KeyError, TypeError):
+                continue  # a line that was cut, or not ours
+        write_text(log, "".join(kept))
+
+    def _delete(self, checkpoint: Path) -> None:
+        """Under another name: a kill must not leave half a checkpoint that looks like a whole."""
+        doomed = self._temporary(checkpoint)
+        os.replace(checkpoint, doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+    def _temporary(self, checkpoint: Path) -> Path:
+        return self.path / f".{checkpoint.name}.{secrets.token_hex(4)}.tmp"
 
 
 def _results(metrics: dict[str, float]) -> str:

@@ -28,6 +28,17 @@ def rng_state() -> dict[str, object]:
     return state
 
 
+def set_rng_state(state: dict[str, object]) -> None:
+    """Put every generator that `state` has, and this machine too, back into its state."""
+    random.setstate(state["python"])
+    torch.random.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.random.set_rng_state(state["cuda"])
+    if "numpy" in state and (numpy := _numpy()):
+        name, keys, *rest = state["numpy"]
+        numpy.random.set_state((name, numpy.array(keys, dtype=numpy.uint32), *rest))
+
+
 def use_deterministic_libraries() -> None:
     """Have the libraries below torch give the same bits on every run and thread count.
 

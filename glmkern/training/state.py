@@ -3,7 +3,7 @@
 import datetime
 import json
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from glmkern.training.arguments import TrainingArguments
@@ -93,23 +93,30 @@ class TrainerState:
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2, sort_keys=True) + "\n"
 
+    @classmethod
+    def from_json(cls, text: str) -> "TrainerState":
+        """What `to_json` wrote; keys that other releases of transformers add are left out."""
+        known = {each.name for each in fields(cls)}
+        return cls(**{name: value for name, value in json.loads(text).items() if name in known})
 
-def speed_metrics(plan: Plan, runtime: float) -> dict[str, float]:
-    """train_runtime in seconds, and samples and steps per second."""
+
+def speed_metrics(plan: Plan, steps: int, runtime: float) -> dict[str, float]:
+    """train_runtime in seconds, and samples and steps per second, of `steps` steps of the plan."""
+    samples = plan.train_samples * steps / plan.max_steps
     return {
         "train_runtime": round(runtime, 4),
-        "train_samples_per_second": round(plan.train_samples / runtime, 3),
-        "train_steps_per_second": round(plan.max_steps / runtime, 3),
+        "train_samples_per_second": round(samples / runtime, 3),
+        "train_steps_per_second": round(steps / runtime, 3),
     }
 
 
-def metrics_table(metrics: dict[str, float]) -> list[str]:
-    """The lines printed after training: names to the left, values to the right."""
+def metrics_table(metrics: dict[str, float], split: str = "train") -> list[str]:
+    """The lines printed after a split is done: names to the left, values to the right."""
     shown = {name: _formatted(name, value) for name, value in sorted(metrics.items())}
     name_width = max(map(len, shown))
     value_width = max(map(len, shown.values()))
     lines = [f"  {name:<{name_width}} = {value:>{value_width}}" for name, value in shown.items()]
-    return ["***** train metrics *****", *lines]
+    return [f"***** {split} metrics *****", *lines]
 
 
 def _formatted(name: str, value: float) -> str:

@@ -87,7 +87,7 @@ def _rows(arguments: Arguments, folder: Path) -> tuple[Sequence[Row] | None, lis
     """The rows of --train_file, or None, and the lines that describe them."""
     from glmkern.tokenizer import ChatGLMTokenizer
     from glmkern.training.dataset import build_training_rows, read_examples
-    from glmkern.training.run import describe_rows
+    from glmkern.training.run_data import describe_rows
 
     data = arguments.data
     if data.train_file is None:

@@ -4,7 +4,6 @@ import types
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from glmkern.checkpoint import write_base, write_prefix
 from glmkern.errors import InputError
@@ -57,17 +56,6 @@ def test_packing_changes_neither_masks_nor_gradient(recompute):
     together = gradient(model, loss([0, 1, 2, 3]))
     apart = gradient(model, loss([2]), loss([3, 0]), loss([1]))
     assert relative_error(apart, together) < 1e-12
-
-
-def test_label_smoothing():
-    model, rows = small_model(), random_rows([9, 4])
-    model.label_smoothing = 0.3
-    losses = []
-    for row in rows:
-        ids, labels = torch.tensor([row.input_ids]), torch.tensor(row.labels)
-        losses.append(F.cross_entropy(model(ids).logits[0, :-1], labels[1:], reduction="none",
-                                      label_smoothing=0.3)[labels[1:] != -100])
-    torch.testing.assert_close(model.loss(pack_rows(rows)), torch.cat(losses).mean())
 
 
 def test_recompute_trades_memory_for_the_same_bits():

@@ -52,14 +52,18 @@ class Recorder(Trainer):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.losses, self.windows = [], []
+        compute_pack_losses = self.gradient._backward
+
+        def backward(packs, offset):
+            losses = compute_pack_losses(packs, offset)
+            self.losses.append(sum(losses))
+            return losses
+
+        self.gradient._backward = backward
 
     def _take_step(self, window):
         self.windows.append([list(each) for each in window])
         super()._take_step(window)
-
-    def _backward(self, packs):
-        self.losses.append(super()._backward(packs))
-        return self.losses[-1]
 
 
 class Hooked(Trainer):

@@ -66,9 +66,10 @@ OFFICIAL = {
     "sortish_sampler": False, "predict_with_generate": False, "generation_max_length": None,
     "generation_num_beams": None, "generation_config": None,
 }
-TRAIN = ["--do_train", "--model_name_or_path", "base", "--train_file", "rows.json",
-         "--prompt_column", "content", "--response_column", "summary", "--output_dir", "out",
-         "--pre_seq_len", "128"]
+BASE = ["--model_name_or_path", "base", "--prompt_column", "content",
+        "--response_column", "summary", "--output_dir", "out"]
+TRAIN = ["--do_train", *BASE, "--train_file", "rows.json", "--pre_seq_len", "128"]
+EVALUATE = ["--do_eval", *BASE, "--validation_file", "rows.json"]
 
 
 def refusal(*argv: str) -> str:
@@ -122,6 +123,8 @@ def test_official_default_given_explicitly_changes_nothing(name, tmp_path):
     (["--learning_rate", "2e-2"], "learning_rate", 0.02),
     (["--learning_rate=1", "--learning_rate=2"], "learning_rate", 2.0),
     (["--per_gpu_train_batch_size", "2"], "per_device_train_batch_size", 2),
+    (["--per_gpu_eval_batch_size", "2"], "per_device_eval_batch_size", 2),
+    (["--eval_strategy", "steps"], "evaluation_strategy", "steps"),
     (["--use_cpu"], "no_cuda", True),
     (["--full_determinism"], "deterministic", True),
     (["--source_prefix", ""], "source_prefix", ""),
@@ -150,8 +153,22 @@ def test_published_train_sh():
         "--pre_seq_len", "128"])
     check_arguments(arguments, {"WORLD_SIZE": "1", "LOCAL_RANK": "0"})
     noted = [note.split()[0] for note in arguments.notes]
-    assert noted == ["--validation_file", "--preprocessing_num_workers", "--overwrite_cache",
-                     "--per_device_eval_batch_size", "--predict_with_generate"]
+    assert noted == ["--preprocessing_num_workers", "--overwrite_cache"]
+
+
+def test_published_evaluate_sh():
+    arguments = parse([
+        "--do_predict", "--validation_file", "AdvertiseGen/dev.json",
+        "--test_file", "AdvertiseGen/dev.json", "--overwrite_cache",
+        "--prompt_column", "content", "--response_column", "summary",
+        "--model_name_or_path", "THUDM/chatglm2-6b",
+        "--ptuning_checkpoint", "./output/adgen/checkpoint-3000", "--output_dir", "./output/adgen",
+        "--overwrite_output_dir", "--max_source_length", "64", "--max_target_length", "64",
+        "--per_device_eval_batch_size", "1", "--predict_with_generate", "--pre_seq_len", "128",
+        "--quantization_bit", "4"])
+    check_arguments(arguments, {})
+    assert arguments.generates and not arguments.evaluates
+    assert [note.split()[0] for note in arguments.notes] == ["--overwrite_cache"]
 
 
 def test_flags_from_json(tmp_path):
@@ -166,7 +183,8 @@ def test_flags_from_json(tmp_path):
     assert arguments.training.num_train_epochs == 2.0
     assert arguments.training.tokens_per_pack == "4096"
     assert arguments.training.report_to == ("tensorboard",)
-    assert [note.split()[0] for note in arguments.notes] == ["--num_beams"]
+    assert arguments.data.num_beams == 4
+    assert not arguments.notes
 
 
 @pytest.mark.parametrize("content, words", [
@@ -201,12 +219,10 @@ def test_missing_json(tmp_path):
     (["--do_train", "perhaps"], "--do_train takes True or False, not 'perhaps'"),
     (["--optim", "sgd"], "choose adamw_hf, adamw_torch or adamw_torch_fused"),
     (["--lr_scheduler_type", "reduce_lr_on_plateau"], "--lr_scheduler_type"),
-    (["--do_predict"], "--do_predict is refused: prediction is not in this release"),
-    (["--eval_strategy", "steps"], "--evaluation_strategy steps is refused"),
     (["--quantization_bit", "four"], "--quantization_bit takes a whole number, not 'four'"),
     (["--deepspeed", "ds.json"], "--deepspeed ds.json is refused"),
     (["--past_index", "2"], "--past_index 2 is refused"),
-    ([], "pass --do_train"),
+    ([], "pass --do_train, --do_eval or --do_predict"),
 ])
 def test_mistakes(argv, words):
     assert words in refusal(*argv)
@@ -236,6 +252,7 @@ def test_what_training_needs(missing, words):
     (["--gradient_accumulation_steps", "0"], "--gradient_accumulation_steps is 0"),
     (["--learning_rate=-1"], "--learning_rate is -1.0"),
     (["--adam_beta2", "1"], "--adam_beta2 is 1.0"),
+    (["--label_smoothing_factor", "1"], "--label_smoothing_factor is 1.0; it must be in [0, 1)"),
     (["--warmup_ratio", "1.5"], "--warmup_ratio is 1.5"),
     (["--num_train_epochs", "0"], "--num_train_epochs is 0.0"),
     (["--logging_steps", "0"], "--logging_steps is 0"),
@@ -250,13 +267,89 @@ def test_ranges(argv, words):
     assert words in refusal(*TRAIN, *argv)
 
 
+@pytest.mark.parametrize("task, file", [
+    (["--do_eval"], "validation_file"), (["--eval_strategy", "epoch"], "validation_file"),
+    (["--do_predict"], "test_file")])
+def test_what_evaluation_needs(task, file):
+    check_arguments(parse([*BASE, *task, f"--{file}", "rows.json"]), {})
+    assert f"--{file} is missing; name the file of" in refusal(*BASE, *task)
+
+
+def test_a_checkpoint_says_how_long_its_prefix_is():
+    for flags in (TRAIN[:TRAIN.index("--pre_seq_len")], EVALUATE):
+        check_arguments(parse([*flags, "--ptuning_checkpoint", "old"]), {})
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--pre_seq_len", "128"], "without --ptuning_checkpoint is a random prefix"),
+    (["--max_target_length", "2"], "--max_target_length is 2; it must be at least 3 in evaluation"),
+    (["--val_max_target_length", "2"], "--val_max_target_length is 2"),
+    (["--per_device_eval_batch_size", "0"], "--per_device_eval_batch_size is 0"),
+    (["--num_beams", "0"], "--num_beams is 0"),
+    (["--generation_num_beams", "0"], "--generation_num_beams is 0"),
+    (["--generation_max_length", "0"], "--generation_max_length is 0"),
+    (["--max_eval_samples", "0"], "--max_eval_samples is 0"),
+    (["--max_predict_samples", "0"], "--max_predict_samples is 0"),
+    (["--eval_delay=-1"], "--eval_delay is -1"),
+    (["--metric_for_best_model", "bleu-4"],
+     "the evaluation has loss (more with --predict_with_generate)"),
+    (["--predict_with_generate", "--metric_for_best_model", "eval_f1"],
+     "--metric_for_best_model is f1; the evaluation has loss, rouge-1, rouge-2, rouge-l, bleu-4"),
+])
+def test_ranges_of_evaluation(argv, words):
+    check_arguments(parse(EVALUATE), {})
+    assert words in refusal(*EVALUATE, *argv)
+
+
+def test_metrics_for_the_best_model():
+    check_arguments(parse([*EVALUATE, "--metric_for_best_model", "eval_loss"]), {})
+    for name in ("loss", "rouge-l", "eval_bleu-4"):
+        check_arguments(parse([*EVALUATE, "--predict_with_generate",
+                               "--metric_for_best_model", name]), {})
+
+
+@pytest.mark.parametrize("package", ["jieba", "rouge_chinese", "nltk"])
+def test_packages_of_the_scores(monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    check_arguments(parse(EVALUATE), {})
+    message = refusal(*EVALUATE, "--predict_with_generate")
+    assert f"needs {package} for its scores; pip install 'glmkern[eval]'" in message
+
+
 def test_agreeing_precisions_are_fine():
     check_arguments(parse([*TRAIN, "--bf16", "--model_dtype", "bfloat16"]), {})
 
 
-def test_several_processes_are_refused():
-    with pytest.raises(InputError, match="started 4 processes"):
-        check_arguments(parse(TRAIN), {"WORLD_SIZE": "4"})
+def test_several_processes_need_the_launcher():
+    launched = {"WORLD_SIZE": "4", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost",
+                "MASTER_PORT": "29500"}
+    check_arguments(parse(TRAIN), launched)
+    del launched["RANK"], launched["MASTER_PORT"]
+    with pytest.raises(InputError, match="WORLD_SIZE is 4, but RANK, MASTER_PORT are not set"):
+        check_arguments(parse(TRAIN), launched)
+    with pytest.raises(InputError, match="WORLD_SIZE is 'many'"):
+        check_arguments(parse(TRAIN), {"WORLD_SIZE": "many"})
+
+
+@pytest.mark.parametrize("argv, words", [
+    ([], "--evaluation_strategy is no and --save_strategy is steps"),
+    (["--evaluation_strategy", "epoch"], "give both the same"),
+    (["--evaluation_strategy", "steps", "--eval_steps", "3", "--save_steps", "10"],
+     "--save_steps is 10 and --eval_steps is 3"),
+    (["--evaluation_strategy", "steps", "--eval_steps", "0.1", "--save_steps", "10"], "multiple"),
+])
+def test_the_best_model_needs_an_evaluation_at_every_save(argv, words):
+    flags = [*TRAIN, "--validation_file", "dev.json", "--load_best_model_at_end"]
+    assert words in refusal(*flags, *argv)
+    fitting = ["--evaluation_strategy", "steps", "--eval_steps", "0.1", "--save_steps", "0.3"]
+    check_arguments(parse([*flags, *fitting]), {})
+
+
+def test_flags_behind_a_file_go_before_it(tmp_path):
+    path = tmp_path / "flags.json"
+    path.write_text('{"max_steps": 3, "seed": 4}')
+    training = parse([str(path), "--max_steps", "5", "--group-by-length"]).training
+    assert (training.max_steps, training.seed, training.group_by_length) == (5, 4, True)
 
 
 def test_output_folder(tmp_path):

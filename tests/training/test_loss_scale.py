@@ -8,6 +8,8 @@ from glmkern.training.dataset import Row
 from glmkern.training.loss_scale import LossScale
 from glmkern.training.run_folder import RunFolder
 from glmkern.training.trainer import Trainer
+from tests.training import children
+from tests.training.children import random_rows
 from tests.training.stand_in import IGNORED, Recorder, StandIn, arguments, simple_rows
 
 
@@ -17,7 +19,7 @@ def test_an_overflowing_step_is_repeated_with_the_same_masks(tiny, tiny_rows, ca
         trainer = Recorder(model, tiny_rows, arguments(
             per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=3,
             learning_rate=1e-2))
-        trainer.loss_scale = LossScale(scale)
+        trainer.gradient.loss_scale = LossScale(scale)
         trainer.train()
         return model.prefix_encoder.embedding.weight.detach(), trainer
 
@@ -31,6 +33,36 @@ def test_an_overflowing_step_is_repeated_with_the_same_masks(tiny, tiny_rows, ca
     # A power of two changes no bit, and the masks of a repeated step are the same.
     assert torch.equal(repeated, plain)
     assert f"({stormy.loss_scale.overflows} times so far)" in capsys.readouterr().out
+
+
+def test_a_scaled_up_row_halves_the_scale_and_the_run_goes_on(capsys):
+    """A row of the output layer times 100 makes the float16 gradient overflow at the first scale;
+    the run ends with the bits of one whose scale was low from the start."""
+
+    def run(factor: float, scale: float | None = None):
+        model = children.model(torch.float16)
+        with torch.no_grad():
+            model.transformer.output_layer.weight[77] *= factor
+        trainer = Recorder(model, random_rows(12, 14), arguments(
+            per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=6,
+            learning_rate=1e-3))
+        if scale is not None:
+            trainer.gradient.loss_scale = LossScale(scale)
+        trainer.train()
+        return model.prefix_encoder.embedding.weight.detach(), trainer
+
+    assert run(1)[1].loss_scale.overflows == 0
+    capsys.readouterr()
+    stormy, overflowing = run(100)
+    overflows, scale = overflowing.loss_scale.overflows, overflowing.loss_scale.value
+    assert overflows > 0 and scale == 2.0**16 / 2**overflows
+    lines = [line for line in capsys.readouterr().out.split("\n") if "overflowed" in line]
+    assert len(lines) == overflows
+    assert lines[-1].endswith(f"repeated with loss scale {scale:g} ({overflows} times so far)")
+    calm, quiet = run(100, scale)
+    assert quiet.loss_scale.overflows == 0
+    assert torch.equal(stormy, calm)
+    assert set(overflowing.losses) == set(quiet.losses)
 
 
 def test_the_gradient_is_unscaled():

@@ -7,6 +7,7 @@ import numpy
 import pytest
 import torch
 
+from glmkern.errors import InputError
 from glmkern.training.run_folder import RunFolder
 from glmkern.training.trainer import Trainer
 from tests.training.stand_in import OFFICIAL, StandIn, arguments, simple_rows
@@ -17,7 +18,7 @@ def saved(folder) -> set[str]:
 
 
 CHECKPOINT_FILES = {"pytorch_model.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth",
-                    "trainer_state.json"}
+                    "trainer_state.json", "resume.json"}
 
 
 def train_into(folder, rows=None, model=None, save_total_limit=None, **flags):
@@ -133,3 +134,112 @@ def test_a_checkpoint_that_cannot_be_finished_leaves_nothing(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         folder.write_checkpoint(3, fail)
     assert saved(tmp_path) == set()
+
+
+# Evaluation, the best checkpoint, and what is deleted
+
+def train_with_losses(folder, losses, metric=None, **flags):
+    """Six steps; the n-th evaluation returns losses[n]."""
+    values = iter(losses)
+    order = []
+    trainer = Trainer(
+        StandIn(), simple_rows(12), arguments(
+            **{"per_device_train_batch_size": 4, "max_steps": 6, "save_steps": 1,
+               "logging_steps": 1, "evaluation_strategy": "steps", "eval_steps": 1, **flags}),
+        folder=RunFolder(folder, flags.get("save_total_limit")),
+        evaluate=lambda: order.append("evaluate") or {metric or "eval_loss": next(values)},
+        on_save=lambda path, step: order.append(path.name),
+        on_step=lambda step: order.append(step))
+    write_log = trainer._write_log
+    trainer._write_log = lambda logs: order.append(next(iter(logs))) or write_log(logs)
+    trainer.train()
+    return trainer, order
+
+
+def steps_kept(folder) -> set[int]:
+    return {int(path.name.split("-")[1]) for path in folder.glob("checkpoint-*")}
+
+
+def test_log_evaluate_save(tmp_path):
+    trainer, order = train_with_losses(tmp_path, [3.0, 2.0], max_steps=2)
+    assert order == [1, "loss", "evaluate", "eval_loss", "checkpoint-1",
+                     2, "loss", "evaluate", "eval_loss", "checkpoint-2"]
+    logs = trainer.state.log_history
+    assert [log["step"] for log in logs] == [1, 1, 2, 2, 2]
+    assert [log.get("eval_loss") for log in logs] == [None, 3.0, None, 2.0, None]
+    assert logs[1]["epoch"] == 0.33
+    assert trainer.model.training
+    # Without a metric that was asked for there is no best, as in transformers.
+    assert trainer.state.best_metric is None
+
+
+@pytest.mark.parametrize("flags, expected", [
+    ({"eval_steps": 4}, [4]),
+    ({"eval_steps": None, "logging_steps": 2}, [2, 4, 6]),
+    ({"eval_steps": 0.5}, [3, 6]),
+    ({"eval_steps": 2, "eval_delay": 3}, [4, 6]),
+    ({"evaluation_strategy": "epoch"}, [3, 6]),
+    ({"evaluation_strategy": "epoch", "eval_delay": 2}, [6]),
+    ({"evaluation_strategy": "no"}, []),
+])
+def test_when_it_evaluates(tmp_path, flags, expected):
+    trainer, _ = train_with_losses(tmp_path, range(9), **flags)
+    assert [log["step"] for log in trainer.state.log_history if "eval_loss" in log] == expected
+
+
+@pytest.mark.parametrize("flags, losses, best, kept", [
+    ({}, [5, 3, 4, 2, 6, 7], 4, {1, 2, 3, 4, 5, 6}),
+    ({"save_total_limit": 2}, [5, 1, 4, 2, 6, 7], 2, {2, 6}),
+    ({"save_total_limit": 1}, [5, 1, 4, 2, 6, 7], 2, {2, 6}),
+    ({"save_total_limit": 3}, [5, 1, 4, 2, 6, 7], 2, {2, 5, 6}),
+    ({"greater_is_better": True}, [5, 3, 4, 2, 6, 1], 5, {1, 2, 3, 4, 5, 6}),
+    ({"save_steps": 2}, [1, 5, 0, 2, 0, 3], 4, {2, 4, 6}),  # only what is saved can be the best
+    ({}, [5, 5, 5, 5, 5, 5], 1, {1, 2, 3, 4, 5, 6}),
+])
+def test_the_best_checkpoint(tmp_path, flags, losses, best, kept):
+    trainer, _ = train_with_losses(tmp_path, losses, load_best_model_at_end=True, **flags)
+    assert trainer.state.best_model_checkpoint == str(tmp_path / f"checkpoint-{best}")
+    assert trainer.state.best_metric == losses[best - 1]
+    assert steps_kept(tmp_path) == kept
+    stored = torch.load(tmp_path / f"checkpoint-{best}" / "pytorch_model.bin", weights_only=True)
+    assert torch.equal(trainer.model.scores, stored[OFFICIAL + "embedding.weight"])
+    state = json.loads((tmp_path / f"checkpoint-{best}" / "trainer_state.json").read_text())
+    assert state["best_model_checkpoint"].endswith(f"checkpoint-{best}")
+
+
+@pytest.mark.parametrize("name", ["bleu-4", "eval_bleu-4"])
+def test_another_metric_is_better_when_greater(tmp_path, name):
+    trainer, _ = train_with_losses(tmp_path, [1, 3, 2, 0, 3, 1], metric="eval_bleu-4",
+                                   metric_for_best_model=name)
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-2")
+    # Not asked for: the last prefix stays.
+    assert not torch.equal(trainer.model.scores, torch.load(
+        tmp_path / "checkpoint-2" / "pytorch_model.bin")[OFFICIAL + "embedding.weight"])
+
+
+def test_a_metric_that_is_not_there(tmp_path):
+    with pytest.raises(InputError, match="eval_rouge-l is none of the metrics .*(eval_loss)"):
+        train_with_losses(tmp_path, [1, 2], metric_for_best_model="rouge-l")
+
+
+def test_evaluation_needs_something_to_evaluate():
+    with pytest.raises(ValueError, match="--evaluation_strategy steps needs something"):
+        Trainer(StandIn(), simple_rows(1), arguments(evaluation_strategy="steps"))
+
+
+def test_litter_of_a_killed_run_is_removed(tmp_path):
+    litter = [tmp_path / ".checkpoint-4.0a1b2c3d.tmp", tmp_path / ".0123456789abcdef.tmp"]
+    litter[0].mkdir()
+    (litter[0] / "optimizer.pt").write_text("half")
+    litter[1].write_text("half")
+    (tmp_path / ".mine.tmp").write_text("")
+    train_into(tmp_path, max_steps=1)
+    assert saved(tmp_path) == {".mine.tmp"}
+
+
+def test_the_log_is_continued(tmp_path):
+    lines = [json.dumps({"current_steps": step}) for step in (2, 4, 6)]
+    (tmp_path / "trainer_log.jsonl").write_text("\n".join(lines) + '\n{"current_st')
+    RunFolder(tmp_path).shorten_log(4)
+    assert (tmp_path / "trainer_log.jsonl").read_text() == "\n".join(lines[:2]) + "\n"
+    RunFolder(tmp_path / "none").shorten_log(4)

@@ -275,7 +275,8 @@ def test_a_nan_loss_stops_the_run_and_names_step_and_rows(tmp_path):
     with pytest.raises(TrainingError) as error:
         trainer.train()
     message = str(error.value)
-    assert message.startswith("step 3: the loss is nan (rows line 4, line 5); lower --learning_")
+    assert message.startswith("step 3: the loss is nan (rows line 4, line 5); last good checkpoint:"
+                              f" {tmp_path}/checkpoint-2; lower --learning_rate (now 0.1) or ")
     assert "\n" not in message
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-1", "checkpoint-2"}
     assert torch.isfinite(trainer.model.scores).all()
@@ -326,10 +327,11 @@ def test_clipping(max_grad_norm, moved):
 
     trainer = Trainer(Pulled(), simple_rows(1),
                       arguments(max_steps=1, max_grad_norm=max_grad_norm))
-    trainer.optimizer = torch.optim.SGD(trainer.parameters, lr=1.0)
+    weight = trainer.gradient.parameters[0]
+    trainer.optimizer = torch.optim.SGD([weight], lr=1.0)
     trainer.scheduler = torch.optim.lr_scheduler.ConstantLR(trainer.optimizer, 1.0)
     trainer.train()
-    assert trainer.parameters[0][0, 0].item() == pytest.approx(moved, rel=1e-5)
+    assert weight[0, 0].item() == pytest.approx(moved, rel=1e-5)
 
 
 def test_arguments_are_not_changed_by_training():

@@ -1,0 +1,87 @@
+"""How the next token follows from scores: processors, warpers, the maximum or a draw.
+
+The order is that of transformers 4.30.2: repetition penalty, the caller's processors, and where
+tokens are drawn temperature, top_k, top_p.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# (input_ids [B, S], scores [B, V]) -> scores [B, V]
+LogitsProcessor = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """The choice among a step's tokens; see generate() for the fields."""
+
+    do_sample: bool = False
+    top_p: float = 1.0
+    top_k: int = 50
+    temperature: float = 1.0
+    generator: torch.Generator | None = None
+
+    def check(self) -> None:
+        """Raises ValueError for values out of range."""
+        if self.do_sample and (self.temperature <= 0 or not 0 < self.top_p <= 1 or self.top_k < 0):
+            raise ValueError("temperature must be above 0, top_p in (0, 1] and top_k at least 0, "
+                             f"not {self.temperature}, {self.top_p} and {self.top_k}")
+
+    def warp(self, scores: Tensor, keep: int = 1) -> Tensor:
+        """Temperature, then the top_k largest, then the smallest set whose probability exceeds
+        top_p, both at least `keep` tokens; the rest of scores [B, V] becomes -inf."""
+        scores = scores / self.temperature
+        if self.top_k > 0:
+            top_k = min(max(self.top_k, keep), scores.shape[-1])
+            smallest = scores.topk(top_k).values[:, -1:]
+            scores = scores.masked_fill(scores < smallest, float("-inf"))
+        if self.top_p < 1:
+            ascending, order = scores.sort(-1)
+            dropped = ascending.softmax(-1).cumsum(-1) <= 1 - self.top_p
+            dropped[:, -keep:] = False
+            scores = scores.masked_fill(dropped.scatter(1, order, dropped), float("-inf"))
+        return scores
+
+    def draw(self, scores: Tensor, tokens: int, rows: Tensor, total: int) -> Tensor:
+        """int64 [R, tokens], different tokens drawn from the softmax of scores [R, V].
+
+        scores are those of the rows `rows` [R] out of `total`. As many random numbers are used as
+        for all rows, so that what a row draws does not depend on which others have ended.
+        """
+        probabilities = scores.softmax(-1)
+        if len(rows) < total:
+            anything = torch.ones_like(probabilities[:1]).expand(total, -1)
+            probabilities = anything.index_copy(0, rows, probabilities)
+        return torch.multinomial(probabilities, tokens, generator=self.generator)[rows]
+
+    def choose(self, scores: Tensor, rows: Tensor, total: int) -> Tensor:
+        """int64 [R], one token for each of scores [R, V]: the likeliest, or a draw."""
+        if not self.do_sample:
+            return scores.argmax(-1)
+        return self.draw(self.warp(scores), 1, rows, total).squeeze(1)
+
+
+@dataclass(frozen=True)
+class RepetitionPenalty:
+    """Divides the positive scores of tokens that a row has, prompt and padding included, by
+    `penalty`, and multiplies the negative ones by it (Keskar et al., 2019)."""
+
+    penalty: float
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        seen = scores.gather(1, input_ids)
+        seen = torch.where(seen < 0, seen * self.penalty, seen / self.penalty)
+        return scores.scatter(1, input_ids, seen)
+
+
+def replace_invalid_scores(input_ids: Tensor, scores: Tensor) -> Tensor:
+    """The official InvalidScoreLogitsProcessor: one NaN or infinity among the scores [B, V], and
+    token 5 is certain in every row."""
+    if scores.isfinite().all():
+        return scores
+    replaced = torch.zeros_like(scores)
+    replaced[:, 5] = 5e4
+    return replaced

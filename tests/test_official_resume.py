@@ -1,0 +1,119 @@
+"""Stopping and going on through the command line, in processes of their own."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from glmkern import cli
+from tests.test_official_run import (  # noqa: F401 (fixtures)
+    REPOSITORY,
+    base,
+    command,
+    flags,
+    prefix,
+    refused,
+    rows,
+)
+from tests.training.children import wait_for
+from tests.training.test_resume import contents, without
+
+# Long enough to be stopped, however late the signal is sent.
+LONG = {"max_steps": 150, "save_steps": 30, "logging_steps": 10, "save_total_limit": 3}
+
+
+def start(flags: dict[str, object]) -> subprocess.Popen:  # noqa: F811
+    return subprocess.Popen([sys.executable, "-m", "glmkern", *command(flags)], cwd=REPOSITORY,
+                            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def test_killed_interrupted_and_finished(flags, tmp_path):  # noqa: F811
+    """A kill, then a SIGTERM, then the command that was printed."""
+    flags = {**flags, **LONG}
+    assert cli.main(command({**flags, "output_dir": tmp_path / "whole"})) == 0
+    out = tmp_path / "out"
+    killed = start(flags)
+    wait_for((out / "checkpoint-30").exists)
+    killed.kill()
+    assert killed.wait() == -signal.SIGKILL and not (out / "checkpoint-120").exists()
+    killed.stderr.close()
+
+    del flags["overwrite_output_dir"]
+    stopped = start({**flags, "resume_from_checkpoint": "auto"})
+    wait_for((out / "checkpoint-60").exists)
+    stopped.terminate()
+    message = stopped.communicate()[1].splitlines()[-1]
+    assert stopped.returncode == 128 + signal.SIGTERM
+    step = int(message.split("glmkern: stopped after step ")[1].split(";")[0])
+    assert f"; saved in {out}/checkpoint-{step}; go on with: {sys.executable} -m glmkern" in message
+    printed = message.split("go on with: ")[1]
+    done = subprocess.run(printed, shell=True, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"  Continuing after step {step}, from {out}/checkpoint-{step}\n" in done.stdout
+
+    whole, parts = contents(tmp_path / "whole"), contents(out)
+    names = {name for name in whole if "checkpoint-1" in name or "/" not in name}
+    for name in names - {"train_results.json", "all_results.json"}:
+        if not name.endswith("glmkern.json"):
+            assert parts[name] == whole[name], name
+    results = [json.loads((folder / "train_results.json").read_text())
+               for folder in (tmp_path / "whole", out)]
+    times = {"train_runtime", "train_samples_per_second", "train_steps_per_second"}
+    assert without(results[0], times) == without(results[1], times)
+
+
+def test_a_fresh_start_where_there_is_no_checkpoint(flags, tmp_path, capsys):  # noqa: F811
+    del flags["overwrite_output_dir"]
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "trainer_log.jsonl").write_text("")  # a run killed before its first save
+    assert cli.main(command({**flags, "resume_from_checkpoint": "auto"})) == 0
+    out = capsys.readouterr().out
+    assert f"no checkpoint in {tmp_path}/out to resume from: the run starts afresh" in out
+    assert (tmp_path / "out" / "checkpoint-4").is_dir()
+
+
+def test_a_longer_run_at_a_constant_rate(flags, tmp_path):  # noqa: F811
+    flags = {**flags, "lr_scheduler_type": "constant"}
+    assert cli.main(command({**flags, "output_dir": tmp_path / "whole", "max_steps": 6})) == 0
+    assert cli.main(command(flags)) == 0
+    resumed = {**flags, "max_steps": 6, "output_dir": tmp_path / "elsewhere",
+               "resume_from_checkpoint": tmp_path / "out" / "checkpoint-4"}
+    assert cli.main(command(resumed)) == 0
+    assert prefix(tmp_path / "elsewhere" / "checkpoint-6").equal(
+        prefix(tmp_path / "whole" / "checkpoint-6"))
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"seed": 7}, "--seed is 7, but "),
+    ({"max_steps": 8}, "--max_steps is 8, but "),
+    ({"ptuning_checkpoint": "checkpoint"}, "--resume_from_checkpoint goes on with a stopped run"),
+    ({"resume_from_checkpoint": "absent"}, "--resume_from_checkpoint absent is not a folder"),
+    ({"train_file": "other"}, "comes from a run over other rows"),
+])
+def test_what_cannot_be_resumed(flags, tmp_path, rows, capsys, changes, words):  # noqa: F811
+    assert cli.main(command(flags)) == 0
+    checkpoint = tmp_path / "out" / "checkpoint-2"
+    before = contents(tmp_path / "out")
+    other = tmp_path / "other.json"
+    other.write_text(rows.read_text().replace("的", "之"))
+    places = {"checkpoint": checkpoint, "other": other}
+    changes = {name: places.get(value, value) for name, value in changes.items()}
+    capsys.readouterr()
+    wrong = {**flags, "resume_from_checkpoint": checkpoint, **changes}
+    assert words in refused(command(wrong), capsys)
+    assert contents(tmp_path / "out") == before
+
+
+def test_a_warm_start_can_be_resumed_with_its_own_command(flags, tmp_path):  # noqa: F811
+    """The printed command is the first one and --resume_from_checkpoint auto."""
+    assert cli.main(command({**flags, "output_dir": tmp_path / "first"})) == 0
+    warm = {**flags, "ptuning_checkpoint": tmp_path / "first" / "checkpoint-4", "seed": 3}
+    assert cli.main(command({**warm, "output_dir": tmp_path / "whole"})) == 0
+    assert cli.main(command(warm)) == 0
+    Path(tmp_path / "out" / "checkpoint-4" / "optimizer.pt").unlink()
+    assert cli.main(command({**warm, "resume_from_checkpoint": "auto"})) == 0
+    ends = [contents(tmp_path / name)["checkpoint-4/optimizer.pt"] for name in ("whole", "out")]
+    assert ends[0] == ends[1]
