@@ -114,6 +114,17 @@ def test_repetition_penalty_is_that_of_transformers():
 
 # A batch, a step, a cache
 
+def test_repetition_is_counted_row_by_row():
+    model = small_model()
+    lengths = [3, 8, 1]
+    ids, mask = prompts(lengths)
+    batch = model.generate(ids, mask, max_new_tokens=25, repetition_penalty=1.6)
+    for row, length in enumerate(lengths):
+        alone = model.generate(ids[row:row + 1, -length:], max_new_tokens=25,
+                               repetition_penalty=1.6)
+        assert torch.equal(batch[row, 8 - length:], alone[0])
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("prefix", [None, 5])
 def test_a_batch_is_its_rows(variant, prefix):
