@@ -19,8 +19,8 @@ def generate(model: ChatGLM, input_ids: Tensor, attention_mask: Tensor | None = 
              max_new_tokens: int | None = None, **options: Any) -> Tensor:
     """Continues every row of a batch of prompts until an end token or the length limit.
 
-    A row's text does not depend on the rows beside it. Rows that have ended cost nothing, unless
-    there is a logits_processor, which sees them all.
+    A row's greedy text does not depend on the rows beside it. Rows that have ended cost nothing,
+    unless there is a logits_processor, which sees them all.
 
     Args:
         model: with or without a prefix; dropout never acts here.

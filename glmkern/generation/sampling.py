@@ -16,7 +16,7 @@ LogitsProcessor = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Sampling:
-    """The choice among a step's tokens; see generate() for the fields."""
+    """The choice among a step's tokens; see make_decoder for the fields."""
 
     do_sample: bool = False
     top_p: float = 1.0
