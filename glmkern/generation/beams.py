@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from glmkern.generation.decoder import Decoder
+from glmkern.generation.decoder import Decoder, Prompts
 
 UNUSED = -1e9  # the sum of all but a prompt's first beam, as long as they are the same
 
@@ -80,9 +80,10 @@ class BeamSearch:
     num_beams: int
     length_penalty: float = 1.0
 
-    def run(self, input_ids: Tensor, hidden: Tensor, max_length: int) -> BeamOutput:
-        """Continues prompts [B, S], which the cache has read up to their hidden states [B, H]."""
+    def run(self, prompts: Prompts, max_length: int) -> BeamOutput:
+        """Continues prompts up to `max_length` ids a row."""
         decoder, cache = self.decoder, self.decoder.cache
+        input_ids, starts, hidden = prompts
         rows, length = input_ids.shape
         every = torch.arange(rows, device=input_ids.device).repeat_interleave(self.num_beams)
         ids = input_ids.new_full((len(every), max_length), decoder.pad)
@@ -92,10 +93,11 @@ class BeamSearch:
             sums[:, 1:] = UNUSED
         searches = [Search(row, self.num_beams, self.length_penalty) for row in range(rows)]
         running = searches
-        hidden = hidden[every]
+        hidden, starts = hidden[every], starts[every]
         cache.select(every)
         while True:
-            scores = decoder.process(ids[:, :length], decoder.logits(hidden).log_softmax(-1))
+            scores = decoder.logits(hidden).log_softmax(-1)
+            scores = decoder.process(scores, ids[:, :length], starts)
             scores = scores.unflatten(0, sums.shape) + sums.unsqueeze(-1)  # [R, K, V]
             chosen = self._step(running, scores, ids[:, :length], rows)
             if all(search.done for search in searches):
@@ -105,7 +107,7 @@ class BeamSearch:
             beams, tokens, sums = (torch.tensor(x, device=ids.device)
                                    for x in zip(*chosen, strict=True))
             sums = sums.view(-1, self.num_beams)
-            ids = ids[beams]
+            ids, starts = ids[beams], starts[beams]
             ids[:, length] = tokens
             length += 1
             if length == max_length:

@@ -2,26 +2,38 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from glmkern.generation.cache import KeyValueCache
-from glmkern.generation.sampling import LogitsProcessor, Sampling
+from glmkern.generation.sampling import LogitsProcessor, Sampling, penalize_repetition
 from glmkern.model.chatglm import ChatGLM
+
+
+class Prompts(NamedTuple):
+    """A batch that the cache has read: input_ids int64 [B, S]; starts int64 [B], where each row's
+    padding ends; hidden [B, H], the hidden states of the last tokens."""
+
+    input_ids: Tensor
+    starts: Tensor
+    hidden: Tensor
 
 
 @dataclass(frozen=True)
 class Decoder:
     """One generation.
 
-    sampling: the choice among a step's tokens; processors: applied to its scores; ends: end tokens;
-    pad: fills what is behind them; drops_rows: rows that have ended leave the running batch.
+    sampling: the choice among a step's tokens; repetition_penalty, processors: applied to its
+    scores before; ends: end tokens; pad: fills what is behind them; drops_rows: rows that have
+    ended leave the running batch.
     """
 
     model: ChatGLM
     cache: KeyValueCache
     sampling: Sampling
+    repetition_penalty: float
     processors: Sequence[LogitsProcessor]
     ends: Sequence[int]
     pad: int
@@ -33,18 +45,22 @@ class Decoder:
         return self.model.transformer.output_layer.project(hidden).float()
 
     @torch.inference_mode()
-    def process(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """scores [R, V] after all processors."""
+    def process(self, scores: Tensor, input_ids: Tensor, starts: Tensor) -> Tensor:
+        """scores [R, V] after the penalty and all processors; input_ids [R, S'] and starts [R] are
+        those of the same rows."""
+        if self.repetition_penalty != 1:
+            scores = penalize_repetition(scores, input_ids, starts, self.repetition_penalty)
         for processor in self.processors:
             scores = processor(input_ids, scores)
         return scores
 
-    def run(self, input_ids: Tensor, hidden: Tensor, max_length: int) -> Iterator[Tensor]:
-        """Continues prompts [B, S], which the cache has read up to their hidden states [B, H].
+    def run(self, prompts: Prompts, max_length: int) -> Iterator[Tensor]:
+        """Continues prompts up to `max_length` ids a row.
 
         Yields int64 [B, S'], the prompts and what follows them so far, after every step. A step's
         tokens are in the cache from the next one on.
         """
+        input_ids, starts, hidden = prompts
         total, length = input_ids.shape
         sequences = input_ids.new_full((total, max_length), self.pad)
         sequences[:, :length] = input_ids
@@ -52,7 +68,7 @@ class Decoder:
         rows = torch.arange(total, device=input_ids.device)  # those in the running batch
         ended = torch.zeros_like(rows, dtype=torch.bool)
         while True:
-            scores = self.process(sequences[rows, :length], self.logits(hidden))
+            scores = self.process(self.logits(hidden), sequences[rows, :length], starts[rows])
             tokens = self.sampling.choose(scores, rows, total).masked_fill(ended, self.pad)
             sequences[rows, length] = tokens
             length += 1

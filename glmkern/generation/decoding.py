@@ -8,8 +8,8 @@ from torch import Tensor
 
 from glmkern.generation.beams import BeamSearch
 from glmkern.generation.cache import KeyValueCache
-from glmkern.generation.decoder import Decoder
-from glmkern.generation.sampling import LogitsProcessor, RepetitionPenalty, Sampling
+from glmkern.generation.decoder import Decoder, Prompts
+from glmkern.generation.sampling import LogitsProcessor, Sampling
 from glmkern.model.chatglm import ChatGLM
 from glmkern.model.packing import unpad
 
@@ -19,8 +19,8 @@ def generate(model: ChatGLM, input_ids: Tensor, attention_mask: Tensor | None = 
              max_new_tokens: int | None = None, **options: Any) -> Tensor:
     """Continues every row of a batch of prompts until an end token or the length limit.
 
-    A row's text does not depend on the rows beside it. Rows that have ended cost nothing, unless
-    there is a logits_processor, which sees them all.
+    A row's greedy text does not depend on the rows beside it. Rows that have ended cost nothing,
+    unless there is a logits_processor, which sees them all.
 
     Args:
         model: with or without a prefix; dropout never acts here.
@@ -45,12 +45,10 @@ def generate(model: ChatGLM, input_ids: Tensor, attention_mask: Tensor | None = 
         raise ValueError(f"num_beams must be at least 1, not {num_beams}")
     decoder = make_decoder(model, KeyValueCache(model), **options)
     max_length = _limit(model, input_ids, max_length, max_new_tokens)
-    hidden = _read_prompts(decoder.cache, input_ids, attention_mask, max_length)
-    input_ids = input_ids.to(model.device)
+    prompts = read_prompts(decoder.cache, input_ids, attention_mask, max_length)
     if num_beams > 1:
-        return BeamSearch(decoder, num_beams, length_penalty).run(
-            input_ids, hidden, max_length).sequences
-    *_, sequences = decoder.run(input_ids, hidden, max_length)
+        return BeamSearch(decoder, num_beams, length_penalty).run(prompts, max_length).sequences
+    *_, sequences = decoder.run(prompts, max_length)
     return sequences
 
 
@@ -77,8 +75,8 @@ def stream_generate(model: ChatGLM, input_ids: Tensor, attention_mask: Tensor | 
         raise ValueError("past_key_values is of another model or prefix; begin with a new cache")
     decoder = make_decoder(model, cache, **options)
     max_length = _limit(model, input_ids, max_length, max_new_tokens)
-    hidden = _read_prompts(cache, input_ids, attention_mask, max_length)
-    for sequences in decoder.run(input_ids.to(model.device), hidden, max_length):
+    prompts = read_prompts(cache, input_ids, attention_mask, max_length)
+    for sequences in decoder.run(prompts, max_length):
         yield sequences.clone()
 
 
@@ -94,8 +92,9 @@ def make_decoder(model: ChatGLM, cache: KeyValueCache, *, do_sample: bool = Fals
         do_sample: draw from the distribution instead of taking its maximum.
         top_p, top_k, temperature: the warpers, applied in the order temperature, top_k, top_p;
             only where do_sample. top_k 0 and top_p 1 leave the distribution whole.
-        repetition_penalty: divides the positive scores of tokens that a row already has, its
-            padding counted too, and multiplies the negative ones; 1 does nothing.
+        repetition_penalty: divides the positive scores of the tokens that a row already has in
+            input_ids or behind, and multiplies the negative ones; 1 does nothing. Padding is no
+            token here (in transformers 4.30.2 it was).
         logits_processor: functions of (input_ids [B, S'], scores [B, V]) that return new scores,
             called before the warpers. With beams, B counts these and scores are logarithms of
             probabilities.
@@ -111,13 +110,11 @@ def make_decoder(model: ChatGLM, cache: KeyValueCache, *, do_sample: bool = Fals
     sampling.check()
     if repetition_penalty <= 0:
         raise ValueError(f"repetition_penalty must be above 0, not {repetition_penalty}")
-    processors = list(logits_processor or ())
-    if repetition_penalty != 1:
-        processors.insert(0, RepetitionPenalty(repetition_penalty))
     ends = model.config.eos_token_id if eos_token_id is None else eos_token_id
     ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
     pad = next(x for x in (pad_token_id, model.config.pad_token_id, 0) if x is not None)
-    return Decoder(model, cache, sampling, processors, ends, pad, drops_rows=not logits_processor)
+    return Decoder(model, cache, sampling, repetition_penalty, logits_processor or (), ends, pad,
+                   drops_rows=not logits_processor)
 
 
 def _limit(model: ChatGLM, input_ids: Tensor, max_length: int | None,
@@ -127,9 +124,9 @@ def _limit(model: ChatGLM, input_ids: Tensor, max_length: int | None,
     return model.config.max_length if max_length is None else max_length
 
 
-def _read_prompts(cache: KeyValueCache, input_ids: Tensor, attention_mask: Tensor | None,
-                  max_length: int) -> Tensor:
-    """Checks the prompts [B, S] and has them read; returns the last tokens' hidden states."""
+def read_prompts(cache: KeyValueCache, input_ids: Tensor, attention_mask: Tensor | None,
+                 max_length: int) -> Prompts:
+    """Checks prompts [B, S] and has the cache read them; the arguments are those of generate()."""
     model = cache.model
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
@@ -142,13 +139,16 @@ def _read_prompts(cache: KeyValueCache, input_ids: Tensor, attention_mask: Tenso
     if not prompt < max_length <= positions:
         raise ValueError(f"max_length {max_length} counts the prompt, which has {prompt} tokens, "
                          f"and the model has {positions} positions; choose a number between")
-    position_ids = (attention_mask.bool().cumsum(1) - 1).clamp(min=0)
-    batch, _ = unpad(input_ids, attention_mask, position_ids)
+    real = attention_mask.bool()
+    batch, _ = unpad(input_ids, attention_mask, (real.cumsum(1) - 1).clamp(min=0))
     model.check_inputs(batch.input_ids, batch.positions)
+    starts = real.int().argmax(1).to(model.device)
     if cache.longest == 0:
-        return cache.read_prompts(batch.to(model.device))
-    if not bool(attention_mask.all()) or len(input_ids) != len(cache.lens):
+        hidden = cache.read_prompts(batch.to(model.device))
+        return Prompts(input_ids.to(model.device), starts, hidden)
+    if not bool(real.all()) or len(input_ids) != len(cache.lens):
         raise ValueError(f"past_key_values has {len(cache.lens)} rows, so input_ids must have as "
                          f"many, without padding, not {list(input_ids.shape)} with "
-                         f"{int((attention_mask == 0).sum())} masked")
-    return cache.read(input_ids.to(model.device))
+                         f"{int((~real).sum())} masked")
+    input_ids = input_ids.to(model.device)
+    return Prompts(input_ids, starts, cache.read(input_ids))

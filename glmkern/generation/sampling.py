@@ -16,7 +16,7 @@ LogitsProcessor = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Sampling:
-    """The choice among a step's tokens; see generate() for the fields."""
+    """The choice among a step's tokens; see make_decoder for the fields."""
 
     do_sample: bool = False
     top_p: float = 1.0
@@ -64,17 +64,15 @@ class Sampling:
         return self.draw(self.warp(scores), 1, rows, total).squeeze(1)
 
 
-@dataclass(frozen=True)
-class RepetitionPenalty:
-    """Divides the positive scores of tokens that a row has, prompt and padding included, by
-    `penalty`, and multiplies the negative ones by it (Keskar et al., 2019)."""
-
-    penalty: float
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        seen = scores.gather(1, input_ids)
-        seen = torch.where(seen < 0, seen * self.penalty, seen / self.penalty)
-        return scores.scatter(1, input_ids, seen)
+def penalize_repetition(scores: Tensor, input_ids: Tensor, starts: Tensor,
+                        penalty: float) -> Tensor:
+    """Divides the positive scores [B, V] of the tokens that input_ids [B, S] have from their column
+    starts [B] on by `penalty`, and multiplies the negative ones by it (Keskar et al., 2019)."""
+    first = input_ids.gather(1, starts.unsqueeze(1))
+    columns = torch.arange(input_ids.shape[1], device=starts.device)
+    tokens = torch.where(columns < starts.unsqueeze(1), first, input_ids)
+    seen = scores.gather(1, tokens)
+    return scores.scatter(1, tokens, torch.where(seen < 0, seen * penalty, seen / penalty))
 
 
 def replace_invalid_scores(input_ids: Tensor, scores: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ BANNER = """\
 欢迎使用 ChatGLM 模型，输入内容即可进行对话，clear 清空对话历史，stop 终止程序
 Type to talk; clear forgets the conversation, stop leaves, Ctrl-C stops a reply."""
 PREFIXES = "/prefix lists the prefixes, /prefix NAME switches, /prefix none is the plain base."
+NOT_TEXT = "输入不是 UTF-8 文本 This line is not UTF-8; set the terminal's encoding to UTF-8."
 NONE = "none"
 
 
@@ -27,6 +28,12 @@ def run(argv: Sequence[str]) -> int:
         return args
     prefixes = _prefixes(args)
     from glmkern import ChatGLM, ChatGLMTokenizer
+    from glmkern.generation.sampling import Sampling
+
+    try:
+        Sampling(not args.greedy, args.top_p, temperature=args.temperature).check()
+    except ValueError as error:
+        raise InputError(str(error)) from None
 
     tokenizer = ChatGLMTokenizer.from_pretrained(args.model_name_or_path)
     model = ChatGLM.from_pretrained(
@@ -81,6 +88,8 @@ class Conversation:
                 print("已清空 cleared")
             elif word.split(" ")[0] == "/prefix":
                 self.switch(word.removeprefix("/prefix").strip())
+            elif not _is_text(query):
+                print(NOT_TEXT)
             elif word:
                 self.reply(query)
 
@@ -111,7 +120,7 @@ class Conversation:
         except KeyboardInterrupt:
             self.past = None  # it lacks the last token that was printed, and may be torn
             print(" …", end="")
-        except ValueError as error:  # a line that is no text, or no room for a reply
+        except ValueError as error:  # no room for a reply
             print(error, end="")
         print()
 
@@ -152,6 +161,15 @@ def _prefixes(args: argparse.Namespace) -> dict[str, str]:
             raise InputError(f"--prefix {text}: the name {name!r} is taken; choose another")
         found[name] = path
     return found
+
+
+def _is_text(line: str) -> bool:
+    """Whether a line has no bytes that were kept undecoded."""
+    try:
+        line.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _check_length(model: "ChatGLM", pre_seq_len: int | None) -> None:

@@ -13,8 +13,7 @@ from transformers.generation.logits_process import (
 
 from glmkern.generation.beams import BeamSearch, Search
 from glmkern.generation.cache import KeyValueCache
-from glmkern.generation.decoding import make_decoder
-from glmkern.model.packing import unpad
+from glmkern.generation.decoding import make_decoder, read_prompts
 from tests.generation.oracles import Recorder, cut_after_end, glm_twin, prompts
 from tests.model.oracles import recorded_model, small_model
 
@@ -22,8 +21,8 @@ from tests.model.oracles import recorded_model, small_model
 def search(model, ids, mask, num_beams, max_length, **options):
     """Sequences and the scores they won by."""
     decoder = make_decoder(model, KeyValueCache(model), **options)
-    hidden = decoder.cache.read_prompts(unpad(ids, mask, (mask.cumsum(1) - 1).clamp(min=0))[0])
-    return BeamSearch(decoder, num_beams).run(ids, hidden, max_length)
+    prompt = read_prompts(decoder.cache, ids, mask, max_length)
+    return BeamSearch(decoder, num_beams).run(prompt, max_length)
 
 
 def test_recorded_beam_search(golden):
@@ -112,8 +111,8 @@ def test_a_batch_is_its_rows():
     model = small_model()
     lengths = [6, 2, 9]
     ids, mask = prompts(lengths)
-    options = dict(num_beams=4, length_penalty=0.0, max_new_tokens=12, pad_token_id=0,
-                   eos_token_id=list(range(20, 28)))
+    options = dict(num_beams=4, length_penalty=0.0, repetition_penalty=1.2, max_new_tokens=12,
+                   pad_token_id=0, eos_token_id=list(range(20, 28)))
     batch = cut_after_end(model.generate(ids, mask, **options), 9, options["eos_token_id"])
     for row, length in enumerate(lengths):
         alone = model.generate(ids[row:row + 1, -length:], **options)

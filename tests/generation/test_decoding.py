@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from glmkern.generation import KeyValueCache
 from glmkern.generation.cache import BLOCK
 from glmkern.generation.sampling import Sampling, replace_invalid_scores
-from tests.generation.oracles import Recorder, glm_twin, prompts
+from tests.generation.oracles import Recorder, cut_after_end, glm_twin, prompts
 from tests.model.oracles import recorded_model, relative_error, small_model
 
 VARIANTS = {
@@ -114,6 +114,17 @@ def test_repetition_penalty_is_that_of_transformers():
 
 # A batch, a step, a cache
 
+def test_repetition_is_counted_row_by_row():
+    model = small_model()
+    lengths = [3, 8, 1]
+    ids, mask = prompts(lengths)
+    batch = model.generate(ids, mask, max_new_tokens=25, repetition_penalty=1.6)
+    for row, length in enumerate(lengths):
+        alone = model.generate(ids[row:row + 1, -length:], max_new_tokens=25,
+                               repetition_penalty=1.6)
+        assert torch.equal(batch[row, 8 - length:], alone[0])
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("prefix", [None, 5])
 def test_a_batch_is_its_rows(variant, prefix):
@@ -133,6 +144,31 @@ def test_a_batch_is_its_rows(variant, prefix):
         assert (text[len(alone):] == 150).all()
         logits = model(alone.unsqueeze(0)).logits[0, length - 1:-1]
         assert torch.equal(logits.argmax(-1), alone[length:])
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_ended_rows_cost_nothing_and_the_prefix_is_made_once(monkeypatch, num_beams):
+    model = small_model(projection=True)
+    ids, mask = prompts([6, 2, 4, 5])
+    ends = list(range(20, 35))
+    options = dict(max_length=40, num_beams=num_beams, eos_token_id=ends, pad_token_id=0,
+                   length_penalty=0.0)
+    rows, made = [], []
+    read, encode = KeyValueCache.read, type(model.prefix_encoder).forward
+    monkeypatch.setattr(KeyValueCache, "read",
+                        lambda self, new: rows.append(len(new)) or read(self, new))
+    monkeypatch.setattr(type(model.prefix_encoder), "forward",
+                        lambda self: made.append(self) or encode(self))
+    text = model.generate(ids, mask, **options)
+    assert len(made) == 1
+    assert rows == sorted(rows, reverse=True) and rows[0] > rows[-1]
+    if num_beams == 1:
+        # A step reads the rows that have not ended in the tokens so far.
+        lengths = [len(row) for row in cut_after_end(text, 6, ends)]
+        assert rows == [sum(n > step for n in lengths) for step in range(len(rows))]
+    rows.clear()
+    model.generate(ids, mask, logits_processor=[Recorder()], **options)
+    assert set(rows) == {4 * num_beams}
 
 
 def test_generation_grows_its_cache_by_blocks():
