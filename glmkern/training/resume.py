@@ -145,8 +145,12 @@ def read_training_state(folder: Path, trainer: "Trainer") -> None:
     if position.pop("rows", None) != trainer.fingerprint:
         raise InputError(f"{folder} comes from a run over other rows; give it the --train_file, "
                          "and the base's tokenizer, that it had")
-    trainer.position = Position(**position)
-    state = TrainerState.from_json(json.dumps(_read_json(folder / "trainer_state.json")))
+    try:
+        trainer.position = Position(**position)
+    except TypeError as error:
+        raise InputError(f"{folder / RESUME_FILE} is of another version; start a new run from its "
+                         "prefix with --ptuning_checkpoint") from error
+    state = TrainerState.from_dict(_read_json(folder / "trainer_state.json"))
     if state.global_step > trainer.plan.max_steps:
         raise InputError(f"{folder} has {state.global_step} steps, more than the "
                          f"{trainer.plan.max_steps} of this run; raise --max_steps")

@@ -288,6 +288,14 @@ def test_what_may_change(tmp_path, earlier, now):
     check_same_run(make_checkpoint(tmp_path, 2, **earlier), every_flag(**now))
 
 
+def test_a_position_of_another_version(tmp_path):
+    checkpoint = make_checkpoint(tmp_path, 2)
+    position = json.loads((checkpoint / "resume.json").read_text())
+    (checkpoint / "resume.json").write_text(json.dumps({**position, "moon": 1}))
+    with pytest.raises(InputError, match="resume.json is of another version"):
+        resume_stand_in(checkpoint)
+
+
 def resume_stand_in(checkpoint: Path, rows=None, model=None, **flags) -> None:
     Trainer(model or StandIn(), rows or simple_rows(6), arguments(**{"max_steps": 3, **flags})
             ).train(checkpoint)
@@ -336,6 +344,8 @@ def test_damaged_checkpoints(tmp_path, name):
      "glmkern train --seed=3 --resume_from_checkpoint auto"),
     ("/usr/bin/glmkern", ["flags.json", "--resume-from-checkpoint=auto"], {},
      "glmkern flags.json --resume_from_checkpoint auto"),
+    ("/x/glmkern/__main__.py", ["--do_train"], {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"},
+     "torchrun ... --nproc-per-node 2 -m glmkern --do_train --resume_from_checkpoint auto"),
     ("/x/glmkern/__main__.py", ["--do_train"], {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"},
      "torchrun --standalone --nproc-per-node 2 -m glmkern --do_train --resume_from_checkpoint "
      "auto"),
