@@ -16,6 +16,7 @@ from glmkern.training.batching import labelled_tokens
 from glmkern.training.distributed import PeerFailure, World
 from glmkern.training.failures import StepFailure
 from glmkern.training.gradient import StepGradient
+from glmkern.training.loss_scale import LossScale
 from glmkern.training.optimizer import create_optimizer, create_scheduler
 from glmkern.training.progress import Progress
 from glmkern.training.resume import (
@@ -100,7 +101,7 @@ class Trainer:
         self._non_embedding_parameters = _count_non_embedding(model)
 
     @property
-    def loss_scale(self):
+    def loss_scale(self) -> LossScale | None:
         """Of a float16 model; None for the others, which need none."""
         return self.gradient.loss_scale
 
@@ -248,15 +249,14 @@ class Trainer:
         if self.folder is None:
             return
         path, state = self.folder.checkpoint(self.state.global_step), self.state
-        self.last_checkpoint = path
-        if not self._writes:
-            return
         if metrics is not None and self.schedule.is_better(metrics, state.best_metric):
             state.best_metric = metrics[self.schedule.best_metric]
             state.best_model_checkpoint = str(path)
-        self._print("Saving PrefixEncoder")
-        self.folder.write_checkpoint(state.global_step, self._fill_checkpoint, self._best())
-        if self.on_save is not None:
+        if self._writes:
+            self._print("Saving PrefixEncoder")
+            self.folder.write_checkpoint(state.global_step, self._fill_checkpoint, self._best())
+        self.last_checkpoint = path
+        if self._writes and self.on_save is not None:
             self.on_save(path, state.global_step)
 
     def _fill_checkpoint(self, folder: Path) -> None:
