@@ -52,7 +52,8 @@ class Position:
 
     micro_batches: of the steps taken, over all epochs. epochs_ended: whose logs, evaluations and
     checkpoints are done. window_loss: sum over the steps since the last log; window_start: that
-    log's step; total_loss: sum over all steps up to it. tokens: of all rows so far.
+    log's step; total_loss: sum over all steps up to it. tokens: of all rows so far; log_lines: in
+    trainer_log.jsonl.
     """
 
     micro_batches: int = 0
@@ -61,6 +62,7 @@ class Position:
     window_start: int = 0
     total_loss: float = 0.0
     tokens: int = 0
+    log_lines: int = 0
 
 
 def find_checkpoint(wanted: str | None, output_dir: Path) -> Path | None:
@@ -111,6 +113,14 @@ def check_same_run(checkpoint: Path, flags: Mapping[str, Any]) -> None:
             raise InputError(
                 f"--{name} is {flags[name]}, but {checkpoint} comes from a run with {earlier[name]}"
                 f"; {same}, or start a new run from its prefix with --ptuning_checkpoint")
+
+
+def describe_warm_start(prefix: str | Path) -> str:
+    """What --ptuning_checkpoint does, for those who meant --resume_from_checkpoint."""
+    line = f"a new run from the prefix in {prefix}, with a new optimiser and schedule, from step 0"
+    if (Path(prefix) / RESUME_FILE).is_file():
+        line += f"; --resume_from_checkpoint {prefix} would go on with the run that saved it"
+    return line
 
 
 def fingerprint(rows: Sequence[Row]) -> str:

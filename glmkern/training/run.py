@@ -22,7 +22,7 @@ from glmkern.training.arguments import (
 )
 from glmkern.training.dataset import TrainingRows, build_training_rows, read_examples
 from glmkern.training.distributed import World, join_world
-from glmkern.training.resume import check_same_run, find_checkpoint
+from glmkern.training.resume import check_same_run, describe_warm_start, find_checkpoint
 from glmkern.training.run_folder import RunFolder
 from glmkern.training.seeding import set_seed, use_deterministic_libraries
 from glmkern.training.state import metrics_table
@@ -58,6 +58,8 @@ def _train(arguments: Arguments, device: torch.device, world: World,
     dtype = choose_dtype(model_args, training_args, device)
     for note in notes:
         print(note)
+    if model_args.ptuning_checkpoint is not None and checkpoint is None:
+        print(describe_warm_start(model_args.ptuning_checkpoint))
     if training_args.deterministic:
         use_deterministic_libraries()
     if training_args.tf32 is not None:

@@ -123,7 +123,8 @@ class Trainer:
 
         Raises TrainingError, naming step and rows, where the loss or the gradient is not finite;
         Interrupted, with everything saved, where SIGINT or SIGTERM asked to stop; InputError where
-        `resume_from` is damaged or of another run.
+        `resume_from` is damaged, or of other rows, another prefix or precision. Whether it is of
+        the same flags, resume.check_same_run says.
         """
         args, plan = self.args, self.plan
         if resume_from is not None:
@@ -136,7 +137,7 @@ class Trainer:
             self.folder.make()
             self.folder.remove_litter()
             if resume_from is not None:
-                self.folder.shorten_log(first_step)
+                self.folder.shorten_log(self.position.log_lines)
                 if resume_from == find_checkpoint("auto", self.folder.path):
                     self.folder.delete_older(resume_from, self._best())
         self._print_header(resume_from)
@@ -144,7 +145,7 @@ class Trainer:
             plan.max_steps, self.model.device,
             show_bar=not args.disable_tqdm and self.world.is_first,
             log_file=self.folder.path / LOG if self._writes else None,
-            steps=first_step, tokens=self.position.tokens)
+            steps=first_step, tokens=self.position.tokens, lines=self.position.log_lines)
         start = time.monotonic()
         try:
             with StopRequest() as self._stop_request:
@@ -309,6 +310,7 @@ class Trainer:
     def _write_log(self, logs: dict[str, float]) -> None:
         if self.world.is_first:
             self.progress.log(logs, self.state)
+            self.position.log_lines = self.progress.lines
 
     def _describe(self, failure: StepFailure) -> str:
         names = ", ".join(str(self.row_names[index]) for index in failure.rows[:16])

@@ -165,6 +165,35 @@ def test_stopped_by_a_signal(tmp_path, flags):
     assert {"checkpoint-1", "checkpoint-3", "checkpoint-4"} <= parts.keys()
 
 
+@pytest.mark.parametrize("flags", [
+    {"logging_strategy": "epoch", "evaluation_strategy": "epoch", "save_steps": 1},
+    {"logging_steps": 1, "eval_steps": 1, "save_steps": 2, "save_total_limit": None},
+    {"logging_steps": 5, "save_steps": 1, "gradient_accumulation_steps": 7},
+])
+def test_from_every_checkpoint(tmp_path, flags):
+    """As after a kill at any time between two saves: the logs have lines of later steps."""
+    run_in_parts(tmp_path / "whole", [], children.model, flags)
+    whole = contents(tmp_path / "whole")
+    steps = sorted(int(path.name.split("-")[1])
+                   for path in (tmp_path / "whole").glob("checkpoint-*"))
+    assert len(steps) > 5
+    for place, step in enumerate(steps):
+        again = tmp_path / str(step)
+        shutil.copytree(tmp_path / "whole", again)
+        for later in steps[place + 1:]:
+            shutil.rmtree(again / f"checkpoint-{later}")
+        run_in_parts(again, [], children.model, flags)
+        assert contents(again) == whole
+
+
+def test_the_log_of_an_older_run_is_not_continued(tmp_path):
+    (tmp_path / "trainer_log.jsonl").write_text('{"current_steps": 1}\n' * 5)
+    run_in_parts(tmp_path, [3], children.model, {"logging_steps": 4, "logging_first_step": False})
+    lines = [json.loads(line)["current_steps"]
+             for line in (tmp_path / "trainer_log.jsonl").read_text().splitlines()]
+    assert lines == [4, 8, 12]
+
+
 def test_the_loss_scale_goes_on(tmp_path):
     flags = {"learning_rate": 0.1, "max_steps": 8, "save_steps": 8, "evaluation_strategy": "no"}
     ends = []
