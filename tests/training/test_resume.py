@@ -92,7 +92,7 @@ def test_killed_at_random_moments(tmp_path, flags):
 
 
 def train_stand_in(folder: Path) -> None:
-    """Two steps, two checkpoints, the first of which is deleted; and it remembers its masks."""
+    """Two steps and two checkpoints, the first of which is deleted."""
     trainer = Trainer(StandIn(), simple_rows(6), arguments(
         max_steps=2, save_steps=1, logging_steps=1, learning_rate=0.1,
         per_device_train_batch_size=2), folder=RunFolder(folder, save_total_limit=1))
@@ -134,13 +134,13 @@ def test_killed_at_every_file_operation(tmp_path):
     children.run(die_at_every_file_operation, tmp_path)
 
 
-def run_in_parts(folder: Path, stops: list[int], model, flags: dict, **hooks) -> Trainer:
+def run_in_parts(folder: Path, stops: list[int], model, flags: dict) -> Trainer:
     """Trains with a SIGTERM after each of the steps `stops`."""
     for stop in [*stops, None]:
         args = children.run_arguments(folder, **flags)
         trainer = Trainer(
             model(), random_rows(13, 12), args, folder=RunFolder(folder), evaluate=children.draws,
-            on_step=lambda step, stop=stop: step == stop and os.kill(os.getpid(), 15), **hooks)
+            on_step=lambda step, stop=stop: step == stop and os.kill(os.getpid(), 15))
         try:
             trainer.train(find_checkpoint("auto", folder))
         except Interrupted:
