@@ -9,7 +9,7 @@ import torch
 
 import glmkern
 from glmkern import cli
-from glmkern.errors import InputError, TrainingError
+from glmkern.errors import InputError, Interrupted, TrainingError
 from glmkern.training.arguments import ModelArguments, TrainingArguments
 from glmkern.training.run import choose_device, choose_dtype
 from tests.official import refused
@@ -18,7 +18,8 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.parametrize("error, status", [
-    (InputError("wrong"), 2), (TrainingError("wrong"), 1), (KeyboardInterrupt(), 130)])
+    (InputError("wrong"), 2), (TrainingError("wrong"), 1), (KeyboardInterrupt(), 130),
+    (Interrupted("stopped", signal=15), 143)])
 def test_exit_status(monkeypatch, capsys, error, status):
     def fail(argv):
         raise error

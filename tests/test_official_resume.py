@@ -107,13 +107,20 @@ def test_what_cannot_be_resumed(flags, tmp_path, rows, capsys, changes, words): 
     assert contents(tmp_path / "out") == before
 
 
-def test_a_warm_start_can_be_resumed_with_its_own_command(flags, tmp_path):  # noqa: F811
+def test_a_warm_start_can_be_resumed_with_its_own_command(flags, tmp_path,  # noqa: F811
+                                                          capsys):
     """The printed command is the first one and --resume_from_checkpoint auto."""
     assert cli.main(command({**flags, "output_dir": tmp_path / "first"})) == 0
     warm = {**flags, "ptuning_checkpoint": tmp_path / "first" / "checkpoint-4", "seed": 3}
     assert cli.main(command({**warm, "output_dir": tmp_path / "whole"})) == 0
+    first = tmp_path / "first" / "checkpoint-4"
+    explained = (f"a new run from the prefix in {first}, with a new optimiser and schedule, from "
+                 f"step 0; --resume_from_checkpoint {first} would go on with the run that saved it")
+    assert explained in capsys.readouterr().out
     assert cli.main(command(warm)) == 0
+    capsys.readouterr()
     Path(tmp_path / "out" / "checkpoint-4" / "optimizer.pt").unlink()
     assert cli.main(command({**warm, "resume_from_checkpoint": "auto"})) == 0
+    assert "a new run" not in capsys.readouterr().out
     ends = [contents(tmp_path / name)["checkpoint-4/optimizer.pt"] for name in ("whole", "out")]
     assert ends[0] == ends[1]

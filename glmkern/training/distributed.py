@@ -31,7 +31,7 @@ FAILURE, HEARD, ROLL_CALL, PRESENT = "failure", "heard", "roll_call", "present"
 STORE_LOST = {"ranks": [0], "message": "rank 0 died without a message"}
 POLL_SECONDS = 0.1
 SAME_CAUSE_SECONDS = 1.0
-ROLL_CALL_SECONDS = 3.0
+ROLL_CALL_SECONDS = 5.0
 HANG_SECONDS = 10.0  # how long a rank may go on computing once another has failed
 CAUSE_SECONDS = 120.0  # in which a rank with a NaN loss finds the layer it comes from
 

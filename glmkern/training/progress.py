@@ -21,13 +21,14 @@ class Progress:
 
     The bar shows loss, learning rate, tokens per second, peak memory and the time left. `log_file`
     has one JSON object a log, under the names LLaMA-Factory's tools read. A resumed run goes on
-    after the `steps` and `tokens` of its earlier part.
+    after the `steps`, `tokens` and `lines` of the log file of its earlier part.
     """
 
     def __init__(self, max_steps: int, device: torch.device, *, show_bar: bool = True,
-                 log_file: Path | None = None, steps: int = 0, tokens: int = 0):
+                 log_file: Path | None = None, steps: int = 0, tokens: int = 0,
+                 lines: int = 0):
         self.device = device
-        self.tokens = tokens
+        self.tokens, self.lines = tokens, lines
         self._earlier_steps, self._earlier_tokens = steps, tokens
         self._start = time.monotonic()
         self._bar = tqdm(total=max_steps, initial=steps, disable=not show_bar, unit="step",
@@ -55,7 +56,7 @@ class Progress:
         if self._log_file is None or not losses.keys() & {"loss", "eval_loss"}:
             return
         if self._log is None:
-            self._log = self._log_file.open("a" if self._earlier_steps else "w", encoding="utf-8")
+            self._log = self._log_file.open("a" if self.lines else "w", encoding="utf-8")
         elapsed = time.monotonic() - self._start
         steps = max(state.global_step - self._earlier_steps, 1)
         remaining = elapsed / steps * (state.max_steps - state.global_step)
@@ -75,6 +76,7 @@ class Progress:
             **memory,
         }) + "\n")
         self._log.flush()
+        self.lines += 1
 
     def close(self) -> None:
         self._bar.close()

@@ -52,7 +52,8 @@ class Position:
 
     micro_batches: of the steps taken, over all epochs. epochs_ended: whose logs, evaluations and
     checkpoints are done. window_loss: sum over the steps since the last log; window_start: that
-    log's step; total_loss: sum over all steps up to it. tokens: of all rows so far.
+    log's step; total_loss: sum over all steps up to it. tokens: of all rows so far; log_lines: in
+    trainer_log.jsonl.
     """
 
     micro_batches: int = 0
@@ -61,6 +62,7 @@ class Position:
     window_start: int = 0
     total_loss: float = 0.0
     tokens: int = 0
+    log_lines: int = 0
 
 
 def find_checkpoint(wanted: str | None, output_dir: Path) -> Path | None:
@@ -113,6 +115,14 @@ def check_same_run(checkpoint: Path, flags: Mapping[str, Any]) -> None:
                 f"; {same}, or start a new run from its prefix with --ptuning_checkpoint")
 
 
+def describe_warm_start(prefix: str | Path) -> str:
+    """What --ptuning_checkpoint does, for those who meant --resume_from_checkpoint."""
+    line = f"a new run from the prefix in {prefix}, with a new optimiser and schedule, from step 0"
+    if (Path(prefix) / RESUME_FILE).is_file():
+        line += f"; --resume_from_checkpoint {prefix} would go on with the run that saved it"
+    return line
+
+
 def fingerprint(rows: Sequence[Row]) -> str:
     """The same for the same rows in the same order, and for no others."""
     digest = hashlib.sha256()
@@ -145,8 +155,12 @@ def read_training_state(folder: Path, trainer: "Trainer") -> None:
     if position.pop("rows", None) != trainer.fingerprint:
         raise InputError(f"{folder} comes from a run over other rows; give it the --train_file, "
                          "and the base's tokenizer, that it had")
-    trainer.position = Position(**position)
-    state = TrainerState.from_json(json.dumps(_read_json(folder / "trainer_state.json")))
+    try:
+        trainer.position = Position(**position)
+    except TypeError as error:
+        raise InputError(f"{folder / RESUME_FILE} is of another version; start a new run from its "
+                         "prefix with --ptuning_checkpoint") from error
+    state = TrainerState.from_dict(_read_json(folder / "trainer_state.json"))
     if state.global_step > trainer.plan.max_steps:
         raise InputError(f"{folder} has {state.global_step} steps, more than the "
                          f"{trainer.plan.max_steps} of this run; raise --max_steps")

@@ -22,7 +22,7 @@ from glmkern.training.evaluation import Evaluation, EvaluationData
 from glmkern.training.prediction import PredictionFile
 from glmkern.training.progress import write_line
 from glmkern.training.reports import Reports, check_reports
-from glmkern.training.resume import check_same_run, find_checkpoint
+from glmkern.training.resume import check_same_run, describe_warm_start, find_checkpoint
 from glmkern.training.run_data import RunData, TrainingData, read_data
 from glmkern.training.run_folder import RunFolder
 from glmkern.training.samples import SampleWriter
@@ -54,11 +54,9 @@ def _prepare_folder(arguments: Arguments) -> Path | None:
     training_args = arguments.training
     output = Path(training_args.output_dir)
     checkpoint = find_checkpoint(training_args.resume_from_checkpoint, output)
-    if checkpoint is not None:
-        check_same_run(checkpoint, arguments.to_dict())
-    elif training_args.resume_from_checkpoint is not None:
+    if checkpoint is None and training_args.resume_from_checkpoint is not None:
         print(f"no checkpoint in {output} to resume from: the run starts afresh")
-    else:
+    elif checkpoint is None:
         check_output_folder(output, training_args.overwrite_output_dir)
     return checkpoint
 
@@ -69,6 +67,9 @@ def _run(arguments: Arguments, device: torch.device, world: World,
     dtype = choose_dtype(arguments.model, training_args, device)
     for note in arguments.notes:
         print(note)
+    warm_start = arguments.model.ptuning_checkpoint
+    if training_args.do_train and warm_start is not None and checkpoint is None:
+        print(describe_warm_start(warm_start))
     if training_args.deterministic:
         use_deterministic_libraries()
     if training_args.tf32 is not None:
@@ -78,6 +79,8 @@ def _run(arguments: Arguments, device: torch.device, world: World,
     base = resolve_folder(arguments.model.model_name_or_path)
     config = ChatGLMConfig.from_pretrained(base)
     arguments = take_prefix_from_checkpoint(arguments, config)
+    if checkpoint is not None:
+        check_same_run(checkpoint, arguments.to_dict())
     model_args, data_args, training_args, _ = arguments
     tokenizer = ChatGLMTokenizer.from_pretrained(base)
     check_vocabulary(tokenizer, config)

@@ -90,19 +90,12 @@ class RunFolder:
                 else:
                     path.unlink(missing_ok=True)
 
-    def shorten_log(self, step: int) -> None:
-        """Keep the lines of trainer_log.jsonl up to `step`, from where the run goes on."""
+    def shorten_log(self, lines: int) -> None:
+        """Keep the first lines of trainer_log.jsonl, behind which the run goes on."""
         log = self.path / LOG
-        if not log.exists():
-            return
-        kept = []
-        for line in log.read_text(encoding="utf-8").splitlines():
-            try:
-                if json.loads(line)["current_steps"] <= step:
-                    kept.append(line + "\n")
-            except (ValueError, KeyError, TypeError):
-                continue  # a line that was cut, or not ours
-        write_text(log, "".join(kept))
+        if log.exists():
+            kept = log.read_text(encoding="utf-8").splitlines(keepends=True)[:lines]
+            write_text(log, "".join(kept))
 
     def _delete(self, checkpoint: Path) -> None:
         """Under another name: a kill must not leave half a checkpoint that looks like a whole."""

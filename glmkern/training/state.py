@@ -94,10 +94,10 @@ class TrainerState:
         return json.dumps(asdict(self), indent=2, sort_keys=True) + "\n"
 
     @classmethod
-    def from_json(cls, text: str) -> "TrainerState":
-        """What `to_json` wrote; keys that other releases of transformers add are left out."""
+    def from_dict(cls, values: dict[str, Any]) -> "TrainerState":
+        """From trainer_state.json; keys that other releases of transformers add are left out."""
         known = {each.name for each in fields(cls)}
-        return cls(**{name: value for name, value in json.loads(text).items() if name in known})
+        return cls(**{name: value for name, value in values.items() if name in known})
 
 
 def speed_metrics(plan: Plan, steps: int, runtime: float) -> dict[str, float]:

@@ -16,6 +16,7 @@ from glmkern.training.batching import labelled_tokens
 from glmkern.training.distributed import PeerFailure, World
 from glmkern.training.failures import StepFailure
 from glmkern.training.gradient import StepGradient
+from glmkern.training.loss_scale import LossScale
 from glmkern.training.optimizer import create_optimizer, create_scheduler
 from glmkern.training.progress import Progress
 from glmkern.training.resume import (
@@ -100,7 +101,7 @@ class Trainer:
         self._non_embedding_parameters = _count_non_embedding(model)
 
     @property
-    def loss_scale(self):
+    def loss_scale(self) -> LossScale | None:
         """Of a float16 model; None for the others, which need none."""
         return self.gradient.loss_scale
 
@@ -122,7 +123,8 @@ class Trainer:
 
         Raises TrainingError, naming step and rows, where the loss or the gradient is not finite;
         Interrupted, with everything saved, where SIGINT or SIGTERM asked to stop; InputError where
-        `resume_from` is damaged or of another run.
+        `resume_from` is damaged, or of other rows, another prefix or precision. Whether it is of
+        the same flags, resume.check_same_run says.
         """
         args, plan = self.args, self.plan
         if resume_from is not None:
@@ -135,7 +137,7 @@ class Trainer:
             self.folder.make()
             self.folder.remove_litter()
             if resume_from is not None:
-                self.folder.shorten_log(first_step)
+                self.folder.shorten_log(self.position.log_lines)
                 if resume_from == find_checkpoint("auto", self.folder.path):
                     self.folder.delete_older(resume_from, self._best())
         self._print_header(resume_from)
@@ -143,7 +145,7 @@ class Trainer:
             plan.max_steps, self.model.device,
             show_bar=not args.disable_tqdm and self.world.is_first,
             log_file=self.folder.path / LOG if self._writes else None,
-            steps=first_step, tokens=self.position.tokens)
+            steps=first_step, tokens=self.position.tokens, lines=self.position.log_lines)
         start = time.monotonic()
         try:
             with StopRequest() as self._stop_request:
@@ -248,15 +250,14 @@ class Trainer:
         if self.folder is None:
             return
         path, state = self.folder.checkpoint(self.state.global_step), self.state
-        self.last_checkpoint = path
-        if not self._writes:
-            return
         if metrics is not None and self.schedule.is_better(metrics, state.best_metric):
             state.best_metric = metrics[self.schedule.best_metric]
             state.best_model_checkpoint = str(path)
-        self._print("Saving PrefixEncoder")
-        self.folder.write_checkpoint(state.global_step, self._fill_checkpoint, self._best())
-        if self.on_save is not None:
+        if self._writes:
+            self._print("Saving PrefixEncoder")
+            self.folder.write_checkpoint(state.global_step, self._fill_checkpoint, self._best())
+        self.last_checkpoint = path
+        if self._writes and self.on_save is not None:
             self.on_save(path, state.global_step)
 
     def _fill_checkpoint(self, folder: Path) -> None:
@@ -309,6 +310,7 @@ class Trainer:
     def _write_log(self, logs: dict[str, float]) -> None:
         if self.world.is_first:
             self.progress.log(logs, self.state)
+            self.position.log_lines = self.progress.lines
 
     def _describe(self, failure: StepFailure) -> str:
         names = ", ".join(str(self.row_names[index]) for index in failure.rows[:16])

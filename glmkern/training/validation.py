@@ -124,10 +124,7 @@ def _check_training(training: TrainingArguments) -> None:
     _require_count("ddp_timeout", training.ddp_timeout)
     _check_interval("logging_steps", training.logging_steps, training.logging_strategy, least=True)
     _check_interval("save_steps", training.save_steps, training.save_strategy, least=False)
-    if training.evaluation_strategy == "steps" and training.eval_steps is not None:
-        _check_interval("eval_steps", training.eval_steps, "steps", least=False)
-        _require_range("eval_steps", training.eval_steps, 0, math.inf, "at least 0")
-    _check_best(training)
+    _check_evaluations(training)
     _require_range("sample_prompts", training.sample_prompts, 0, math.inf, "at least 0")
     if training.tokens_per_pack != "auto" and not training.tokens_per_pack.isdecimal():
         raise InputError(
@@ -136,8 +133,13 @@ def _check_training(training: TrainingArguments) -> None:
         )
 
 
-def _check_best(training: TrainingArguments) -> None:
-    """The best model can only be loaded where every save comes with an evaluation."""
+def _check_evaluations(training: TrainingArguments) -> None:
+    """Their interval, and that every save has one where the best model is to be loaded."""
+    every = training.eval_steps or training.logging_steps
+    if training.evaluation_strategy == "steps":
+        _check_interval("eval_steps", every, "steps", least=False)
+        if every <= 0:
+            raise InputError(f"--eval_steps is {every:g}; it must be above 0")
     if not training.load_best_model_at_end:
         return
     if training.evaluation_strategy != training.save_strategy:
@@ -146,14 +148,14 @@ def _check_best(training: TrainingArguments) -> None:
             f"--evaluation_strategy is {training.evaluation_strategy} and --save_strategy is "
             f"{training.save_strategy}; give both the same"
         )
-    every = training.eval_steps or training.logging_steps
-    shares = (every < 1, training.save_steps < 1)
-    whole = math.isclose(training.save_steps / every, round(training.save_steps / every))
-    if training.save_strategy == "steps" and (shares[0] != shares[1] or not whole):
-        raise InputError(
-            f"--load_best_model_at_end needs an evaluation at every save, but --save_steps is "
-            f"{training.save_steps:g} and --eval_steps is {every:g}; make it a multiple of that"
-        )
+    if training.save_strategy == "steps":
+        ratio = training.save_steps / every
+        both_shares_or_none = (every < 1) == (training.save_steps < 1)
+        if not both_shares_or_none or not math.isclose(ratio, round(ratio)):
+            raise InputError(
+                f"--load_best_model_at_end needs an evaluation at every save, but --save_steps is "
+                f"{training.save_steps:g} and --eval_steps is {every:g}; make it a multiple of that"
+            )
 
 
 def _check_evaluation(arguments: Arguments) -> None:
@@ -208,6 +210,6 @@ def check_output_folder(folder: Path, overwrite: bool) -> None:
         raise InputError(f"--output_dir {folder} is a file; name a folder")
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
         raise InputError(
-            f"--output_dir {folder} exists and is not empty; pass --overwrite_output_dir or name "
-            "another folder"
+            f"--output_dir {folder} exists and is not empty; pass --overwrite_output_dir, or "
+            "--resume_from_checkpoint auto to go on with its run, or name another folder"
         )

@@ -102,14 +102,15 @@ def draws() -> dict[str, float]:
 
 
 def train(folder: Path, flags: dict[str, object], until: int | None = None) -> None:
-    """Trains the small model, going on from the newest checkpoint if there is one; stops by a
-    SIGTERM of its own after step `until`."""
+    """Trains the small model, going on from the newest checkpoint if there is one; the last rank
+    gets a SIGTERM at the end of step `until`."""
     args = run_arguments(folder, **flags)
     with join_world(args, CPU) as world:
-        trainer = Trainer(
-            model(), random_rows(13, 12), args, world=world, evaluate=draws,
-            folder=RunFolder(folder, args.save_total_limit),
-            on_step=lambda step: step == until and os.kill(os.getpid(), 15))
+        trainer = Trainer(model(), random_rows(13, 12), args, world=world, evaluate=draws,
+                          folder=RunFolder(folder, args.save_total_limit))
+        if world.rank == world.size - 1:
+            trainer.optimizer.register_step_post_hook(
+                lambda *_: trainer.state.global_step + 1 == until and os.kill(os.getpid(), 15))
         trainer.train(find_checkpoint("auto", folder))
         if world.is_first:
             trainer.folder.write_state(trainer.state)
@@ -152,6 +153,19 @@ def ten_losses(folder: Path, tokens_per_pack: str, seed: int) -> None:
         trainer.gradient.compute = computed
         trainer.train()
         torch.save({"losses": losses, "gradient": gradients[0], "prefix": parameter.detach()},
+                   folder / f"rank{world.rank}.pt")
+
+
+def overflow(folder: Path) -> None:
+    """Float16 with a row of the output layer that makes the gradient overflow."""
+    args = run_arguments(folder, evaluation_strategy="no", save_strategy="no")
+    with join_world(args, CPU) as world:
+        tuned = model(torch.float16)
+        with torch.no_grad():
+            tuned.transformer.output_layer.weight[77] *= 100
+        trainer = Trainer(tuned, random_rows(13, 12), args, world=world)
+        trainer.train()
+        torch.save({"overflows": trainer.loss_scale.overflows, **tuned.prefix_encoder.state_dict()},
                    folder / f"rank{world.rank}.pt")
 
 

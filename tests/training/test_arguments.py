@@ -336,6 +336,9 @@ def test_several_processes_need_the_launcher():
     (["--evaluation_strategy", "epoch"], "give both the same"),
     (["--evaluation_strategy", "steps", "--eval_steps", "3", "--save_steps", "10"],
      "--save_steps is 10 and --eval_steps is 3"),
+    (["--evaluation_strategy", "steps", "--eval_steps=-2"], "--eval_steps is -2; it must be above"),
+    (["--evaluation_strategy", "steps", "--logging_steps", "0", "--logging_strategy", "no"],
+     "--eval_steps is 0; it must be above 0"),
     (["--evaluation_strategy", "steps", "--eval_steps", "0.1", "--save_steps", "10"], "multiple"),
 ])
 def test_the_best_model_needs_an_evaluation_at_every_save(argv, words):

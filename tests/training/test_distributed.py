@@ -72,16 +72,22 @@ def test_fewer_micro_batches_than_ranks(tmp_path):
     assert (tmp_path / "3" / "checkpoint-3").is_dir()
 
 
+def test_all_ranks_repeat_an_overflow(tmp_path):
+    assert run_ranks(2, children.overflow, tmp_path) == [0, 0]
+    ends = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
+    assert ends[0]["overflows"] == ends[1]["overflows"] > 0
+    assert torch.equal(ends[0]["embedding.weight"], ends[1]["embedding.weight"])
+
+
 def test_a_signal_to_one_rank_stops_all_after_the_same_step(tmp_path):
     """And the resumed run ends with the bits of two ranks that were never stopped."""
     flags = {"save_steps": 4}  # noqa: F811
     assert run_ranks(2, children.train, tmp_path / "whole", flags) == [0, 0]
-    # on_step, through which the signal comes, is the first rank's alone; both stop.
     statuses = run_ranks(2, children.train, tmp_path / "parts", flags, 5)
     assert statuses == [1, 128 + signal.SIGTERM]  # the first has its exception to tell
-    stopped = [path for path in (tmp_path / "parts").glob("checkpoint-*")
-               if path.name not in ("checkpoint-4",)]
-    assert [path.name for path in stopped] in (["checkpoint-5"], ["checkpoint-6"])
+    # What the second rank was told after the sum of step 5, the first hears with that of step 6.
+    assert {path.name for path in (tmp_path / "parts").glob("checkpoint-*")} == {
+        "checkpoint-4", "checkpoint-6"}
     assert run_ranks(2, children.train, tmp_path / "parts", flags) == [0, 0]
     whole, parts = contents(tmp_path / "whole"), contents(tmp_path / "parts")
     assert {name: parts[name] for name in whole} == whole

@@ -92,7 +92,7 @@ def test_killed_at_random_moments(tmp_path, flags):
 
 
 def train_stand_in(folder: Path) -> None:
-    """Two steps, two checkpoints, the first of which is deleted; and it remembers its masks."""
+    """Two steps and two checkpoints, the first of which is deleted."""
     trainer = Trainer(StandIn(), simple_rows(6), arguments(
         max_steps=2, save_steps=1, logging_steps=1, learning_rate=0.1,
         per_device_train_batch_size=2), folder=RunFolder(folder, save_total_limit=1))
@@ -134,13 +134,13 @@ def test_killed_at_every_file_operation(tmp_path):
     children.run(die_at_every_file_operation, tmp_path)
 
 
-def run_in_parts(folder: Path, stops: list[int], model, flags: dict, **hooks) -> Trainer:
+def run_in_parts(folder: Path, stops: list[int], model, flags: dict) -> Trainer:
     """Trains with a SIGTERM after each of the steps `stops`."""
     for stop in [*stops, None]:
         args = children.run_arguments(folder, **flags)
         trainer = Trainer(
             model(), random_rows(13, 12), args, folder=RunFolder(folder), evaluate=children.draws,
-            on_step=lambda step, stop=stop: step == stop and os.kill(os.getpid(), 15), **hooks)
+            on_step=lambda step, stop=stop: step == stop and os.kill(os.getpid(), 15))
         try:
             trainer.train(find_checkpoint("auto", folder))
         except Interrupted:
@@ -163,6 +163,35 @@ def test_stopped_by_a_signal(tmp_path, flags):
     # The signals leave checkpoints of their own.
     assert {name: parts[name] for name in whole} == whole
     assert {"checkpoint-1", "checkpoint-3", "checkpoint-4"} <= parts.keys()
+
+
+@pytest.mark.parametrize("flags", [
+    {"logging_strategy": "epoch", "evaluation_strategy": "epoch", "save_steps": 1},
+    {"logging_steps": 1, "eval_steps": 1, "save_steps": 2, "save_total_limit": None},
+    {"logging_steps": 5, "save_steps": 1, "gradient_accumulation_steps": 7},
+])
+def test_from_every_checkpoint(tmp_path, flags):
+    """As after a kill at any time between two saves: the logs have lines of later steps."""
+    run_in_parts(tmp_path / "whole", [], children.model, flags)
+    whole = contents(tmp_path / "whole")
+    steps = sorted(int(path.name.split("-")[1])
+                   for path in (tmp_path / "whole").glob("checkpoint-*"))
+    assert len(steps) > 5
+    for place, step in enumerate(steps):
+        again = tmp_path / str(step)
+        shutil.copytree(tmp_path / "whole", again)
+        for later in steps[place + 1:]:
+            shutil.rmtree(again / f"checkpoint-{later}")
+        run_in_parts(again, [], children.model, flags)
+        assert contents(again) == whole
+
+
+def test_the_log_of_an_older_run_is_not_continued(tmp_path):
+    (tmp_path / "trainer_log.jsonl").write_text('{"current_steps": 1}\n' * 5)
+    run_in_parts(tmp_path, [3], children.model, {"logging_steps": 4, "logging_first_step": False})
+    lines = [json.loads(line)["current_steps"]
+             for line in (tmp_path / "trainer_log.jsonl").read_text().splitlines()]
+    assert lines == [4, 8, 12]
 
 
 def test_the_loss_scale_goes_on(tmp_path):
@@ -288,6 +317,14 @@ def test_what_may_change(tmp_path, earlier, now):
     check_same_run(make_checkpoint(tmp_path, 2, **earlier), every_flag(**now))
 
 
+def test_a_position_of_another_version(tmp_path):
+    checkpoint = make_checkpoint(tmp_path, 2)
+    position = json.loads((checkpoint / "resume.json").read_text())
+    (checkpoint / "resume.json").write_text(json.dumps({**position, "moon": 1}))
+    with pytest.raises(InputError, match="resume.json is of another version"):
+        resume_stand_in(checkpoint)
+
+
 def resume_stand_in(checkpoint: Path, rows=None, model=None, **flags) -> None:
     Trainer(model or StandIn(), rows or simple_rows(6), arguments(**{"max_steps": 3, **flags})
             ).train(checkpoint)
@@ -336,6 +373,8 @@ def test_damaged_checkpoints(tmp_path, name):
      "glmkern train --seed=3 --resume_from_checkpoint auto"),
     ("/usr/bin/glmkern", ["flags.json", "--resume-from-checkpoint=auto"], {},
      "glmkern flags.json --resume_from_checkpoint auto"),
+    ("/x/glmkern/__main__.py", ["--do_train"], {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"},
+     "torchrun ... --nproc-per-node 2 -m glmkern --do_train --resume_from_checkpoint auto"),
     ("/x/glmkern/__main__.py", ["--do_train"], {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"},
      "torchrun --standalone --nproc-per-node 2 -m glmkern --do_train --resume_from_checkpoint "
      "auto"),

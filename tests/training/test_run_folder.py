@@ -237,9 +237,9 @@ def test_litter_of_a_killed_run_is_removed(tmp_path):
     assert saved(tmp_path) == {".mine.tmp"}
 
 
-def test_the_log_is_continued(tmp_path):
-    lines = [json.dumps({"current_steps": step}) for step in (2, 4, 6)]
-    (tmp_path / "trainer_log.jsonl").write_text("\n".join(lines) + '\n{"current_st')
-    RunFolder(tmp_path).shorten_log(4)
-    assert (tmp_path / "trainer_log.jsonl").read_text() == "\n".join(lines[:2]) + "\n"
+def test_the_log_is_shortened(tmp_path):
+    lines = [json.dumps({"current_steps": step}) + "\n" for step in (2, 4, 4, 6)]
+    (tmp_path / "trainer_log.jsonl").write_text("".join(lines) + '{"current_st')
+    RunFolder(tmp_path).shorten_log(2)
+    assert (tmp_path / "trainer_log.jsonl").read_text() == "".join(lines[:2])
     RunFolder(tmp_path / "none").shorten_log(4)
