@@ -86,6 +86,18 @@ def test_a_longer_run_at_a_constant_rate(flags, tmp_path):  # noqa: F811
         prefix(tmp_path / "whole" / "checkpoint-6"))
 
 
+def test_the_tokens_of_a_pack_stay_those_of_the_first_part(flags, tmp_path):  # noqa: F811
+    """However much memory is free by then."""
+    saved = [tmp_path / "out" / f"checkpoint-{step}" / "glmkern.json" for step in (2, 4)]
+    assert cli.main(command({**flags, "save_steps": 2})) == 0
+    kept = json.loads(saved[0].read_text())
+    assert kept["tokens_per_pack"] == "2048"  # chosen by auto
+    saved[0].write_text(json.dumps(kept | {"tokens_per_pack": "50"}))
+    assert cli.main(command({**flags, "save_steps": 2,
+                             "resume_from_checkpoint": saved[0].parent})) == 0
+    assert json.loads(saved[1].read_text())["tokens_per_pack"] == "50"
+
+
 @pytest.mark.parametrize("changes, words", [
     ({"seed": 7}, "--seed is 7, but "),
     ({"max_steps": 8}, "--max_steps is 8, but "),

@@ -277,7 +277,7 @@ def test_torchrun_with_one_process(flags, tmp_path):
     ({"fp16": True}, "--fp16 needs a GPU"),
     ({"quantization_bit": 3}, "--quantization_bit is 3; it must be 4 or 8"),
     ({"output_layer_bit": 4}, "--output_layer_bit is 4; it must be 8"),
-    ({"label_smoothing_factor": 2}, "--label_smoothing_factor is 2.0; it must be in [0, 1]"),
+    ({"label_smoothing_factor": 2}, "--label_smoothing_factor is 2.0; it must be in [0, 1"),
     ({"dataloader_drop_last": True, "per_device_train_batch_size": 11}, "do not fill a micro"),
 ])
 def test_bad_input_is_one_sentence_and_leaves_nothing(flags, tmp_path, capsys, changes, words):

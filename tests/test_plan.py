@@ -16,11 +16,9 @@ from glmkern.plan import run as plan_run
 from glmkern.plan.machines import GIB, Machine
 from glmkern.plan.precision import Precision
 from glmkern.plan.run import FirstSteps
-from glmkern.training import run as training_run
 from tests import test_official_run as official_run
 from tests.model.oracles import SMALL
 from tests.test_official_run import command, refused
-from tests.training.stand_in import Hooked
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 base, rows, flags = official_run.base, official_run.rows, official_run.flags  # fixtures
@@ -151,7 +149,6 @@ def test_help_needs_no_torch():
 # At the start of a run, and after a few steps
 
 def test_a_run_tells_what_it_expects_and_what_came(flags, monkeypatch, capsys):
-    monkeypatch.setattr(training_run, "Trainer", Hooked)
     assert cli.main(command(flags)) == 0
     text = capsys.readouterr().out
     before, _, after = text.partition("***** Running training *****")
@@ -167,13 +164,6 @@ def test_a_run_tells_what_it_expects_and_what_came(flags, monkeypatch, capsys):
     # After the third step and before the log of the fourth.
     assert after.index("in the first 3 steps") < after.index("{'loss'", after.index("{'loss'") + 1)
     assert after.count("in the first 3 steps") == 1
-
-
-def test_other_ranks_say_nothing(flags, monkeypatch, capsys):
-    monkeypatch.setattr(training_run, "Trainer", Hooked)
-    monkeypatch.setenv("RANK", "1")
-    assert cli.main(command(flags)) == 0
-    assert "predicted" not in capsys.readouterr().out
 
 
 class Clock:

@@ -29,6 +29,8 @@ SAMPLED_STEPS = 64
 # A layer's calls, forward and backward, for a pack of any size.
 SECONDS_PER_LAYER = 0.4e-3
 LARGEST_PACK = 1 << 20
+# Predictions may be that much too low (docs/plan.md).
+MARGIN = 1.15
 
 
 @dataclass(frozen=True)
@@ -204,6 +206,16 @@ class Prediction:
 def as_seconds(seconds: float) -> str:
     """Three digits, or all before the point."""
     return f"{seconds:.3g} s" if seconds < 999.5 else f"{seconds:,.0f} s"
+
+
+def fitted(job: Job, machine: Machine) -> Job:
+    """The job with the tokens a pack of `--tokens_per_pack auto`: halved until the run is predicted
+    to fit with a margin, or a pack is as small as the longest row. Halved, so that a machine with a
+    little more or less memory free gives the same packs."""
+    while (job.budget > job.longest_row and machine.memory
+           and MARGIN * predict(job, machine).total > machine.memory):
+        job = replace(job, budget=max(job.budget // 2, job.longest_row))
+    return job
 
 
 def predict(job: Job, machine: Machine) -> Prediction:

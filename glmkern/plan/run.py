@@ -10,7 +10,7 @@ from glmkern.model.config import ChatGLMConfig
 from glmkern.model.packing import Row
 from glmkern.plan.machines import GIB, this_machine
 from glmkern.plan.precision import Precision
-from glmkern.plan.prediction import Job, Prediction, as_seconds, predict
+from glmkern.plan.prediction import Job, Prediction, as_seconds, fitted, predict
 from glmkern.training.arguments import Arguments
 from glmkern.training.progress import peak_memory
 
@@ -19,12 +19,16 @@ COMPARED_STEPS = 3
 
 def predict_run(arguments: Arguments, config: ChatGLMConfig, rows: Sequence[Row],
                 device: torch.device, dtype: torch.dtype) -> tuple[Prediction, list[str]]:
-    """The memory and time of this run on this machine, and the lines that tell them and which
-    number has which precision; to be called before the base takes memory."""
+    """The memory and time of this run on this machine, its job with the tokens a pack that
+    --tokens_per_pack auto comes to, and the lines that tell them and which number has which
+    precision; to be called before the base takes memory."""
     precision = Precision.of(config, dtype, device, arguments.model.rope_precision)
     job = Job.of(arguments, config, precision, rows,
                  processes=int(os.environ.get("WORLD_SIZE", 1)))
-    prediction = predict(job, this_machine(str(device), precision.activations))
+    machine = this_machine(str(device), precision.activations)
+    if arguments.training.tokens_per_pack == "auto":
+        job = fitted(job, machine)
+    prediction = predict(job, machine)
     return prediction, [*precision.lines(job.config.quantization_bit), *prediction.summary()]
 
 

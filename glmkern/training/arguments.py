@@ -131,7 +131,8 @@ class TrainingArguments:
     tokens_per_pack: str = _flag(
         "auto",
         "tokens that are computed at once: the rows of an optimiser step are packed to at most this"
-        " many; 0 is one micro-batch at a time; the gradient does not depend on it",
+        " many; auto is 2,048, or fewer where that is predicted not to fit; 0 is one micro-batch at"
+        " a time; the gradient does not depend on it",
         own=True,
     )
     learning_rate: float = _flag(5e-5, "learning rate after warm-up")

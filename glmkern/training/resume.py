@@ -35,8 +35,8 @@ NEWEST = ("auto", "true")
 
 # The flags that decide the numbers of a run; the others may change from one part to the next.
 DECISIVE = (
-    "pre_seq_len", "prefix_projection", "prefix_dropout", "quantization_bit", "model_dtype",
-    "fp16", "bf16", "rope_precision", "max_source_length", "max_target_length",
+    "pre_seq_len", "prefix_projection", "prefix_dropout", "quantization_bit", "output_layer_bit",
+    "model_dtype", "fp16", "bf16", "rope_precision", "max_source_length", "max_target_length",
     "max_train_samples", "ignore_pad_token_for_loss", "source_prefix",
     "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "weight_decay",
     "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "optim", "lr_scheduler_type",
@@ -96,7 +96,7 @@ def check_same_run(checkpoint: Path, flags: Mapping[str, Any]) -> None:
 
     `flags` are those of Arguments.to_dict().
     """
-    earlier = _read_json(checkpoint / FLAGS_FILE)
+    earlier = read_flags(checkpoint)
     start = flags.get("ptuning_checkpoint")
     if start is not None and start != earlier.get("ptuning_checkpoint"):
         raise InputError(
@@ -113,6 +113,11 @@ def check_same_run(checkpoint: Path, flags: Mapping[str, Any]) -> None:
             raise InputError(
                 f"--{name} is {flags[name]}, but {checkpoint} comes from a run with {earlier[name]}"
                 f"; {same}, or start a new run from its prefix with --ptuning_checkpoint")
+
+
+def read_flags(checkpoint: Path) -> dict[str, Any]:
+    """The flags of the run that saved the checkpoint."""
+    return _read_json(checkpoint / FLAGS_FILE)
 
 
 def describe_warm_start(prefix: str | Path) -> str:

@@ -22,7 +22,12 @@ from glmkern.training.evaluation import Evaluation, EvaluationData
 from glmkern.training.prediction import PredictionFile
 from glmkern.training.progress import write_line
 from glmkern.training.reports import Reports, check_reports
-from glmkern.training.resume import check_same_run, describe_warm_start, find_checkpoint
+from glmkern.training.resume import (
+    check_same_run,
+    describe_warm_start,
+    find_checkpoint,
+    read_flags,
+)
 from glmkern.training.run_data import RunData, TrainingData, read_data
 from glmkern.training.run_folder import RunFolder
 from glmkern.training.samples import SampleWriter
@@ -81,7 +86,7 @@ def _run(arguments: Arguments, device: torch.device, world: World,
     arguments = take_prefix_from_checkpoint(arguments, config)
     if checkpoint is not None:
         check_same_run(checkpoint, arguments.to_dict())
-    model_args, data_args, training_args, _ = arguments
+        arguments = take_packs_from_checkpoint(arguments, checkpoint)
     tokenizer = ChatGLMTokenizer.from_pretrained(base)
     check_vocabulary(tokenizer, config)
     data = read_data(arguments, tokenizer, config)
@@ -90,7 +95,8 @@ def _run(arguments: Arguments, device: torch.device, world: World,
         if data.train is not None:
             prediction, lines = predict_run(arguments, config, data.train.rows.rows, device, dtype)
             print(*lines, sep="\n")
-        model = load_model(base, model_args, device, dtype, mapped=world.size > 1)
+            arguments = with_tokens_per_pack(arguments, str(prediction.job.budget))
+        model = load_model(base, arguments.model, device, dtype, mapped=world.size > 1)
         model.label_smoothing = training_args.label_smoothing_factor
     except ValueError as error:  # a configuration or combination of flags that is not supported
         raise InputError(str(error)) from error
@@ -101,7 +107,7 @@ def _run(arguments: Arguments, device: torch.device, world: World,
         metrics = _train(arguments, model, tokenizer, config, data, folder, world, checkpoint,
                          prediction)
         if world.is_first:
-            results |= _finish("train", metrics, data_args.max_train_samples, data.train,
+            results |= _finish("train", metrics, arguments.data.max_train_samples, data.train,
                                folder)
         epoch = {"epoch": metrics["epoch"]}
     if not world.is_first:  # the first process alone measures and writes
@@ -110,11 +116,13 @@ def _run(arguments: Arguments, device: torch.device, world: World,
     if data.validation is not None:
         metrics = Evaluation.of(arguments, model, tokenizer, data.validation).evaluate() | epoch
         print(metrics)
-        results |= _finish("eval", metrics, data_args.max_eval_samples, data.validation, folder)
+        results |= _finish("eval", metrics, arguments.data.max_eval_samples, data.validation,
+                           folder)
     if data.test is not None:
         with PredictionFile(folder.path / "generated_predictions.txt") as file:
             metrics = Evaluation.of(arguments, model, tokenizer, data.test).predict(file)
-        results |= _finish("predict", metrics, data_args.max_predict_samples, data.test, folder)
+        results |= _finish("predict", metrics, arguments.data.max_predict_samples, data.test,
+                           folder)
     return results
 
 
@@ -177,6 +185,18 @@ def take_prefix_from_checkpoint(arguments: Arguments, config: ChatGLMConfig) -> 
     length, _, projection = describe_prefix(read_prefix(args.ptuning_checkpoint, config))
     return arguments._replace(
         model=replace(args, pre_seq_len=length, prefix_projection=projection))
+
+
+def take_packs_from_checkpoint(arguments: Arguments, checkpoint: Path) -> Arguments:
+    """--tokens_per_pack as the stopped run had it, where it is left to this one: the same packs
+    give the same bits."""
+    if arguments.training.tokens_per_pack != "auto":
+        return arguments
+    return with_tokens_per_pack(arguments, read_flags(checkpoint)["tokens_per_pack"])
+
+
+def with_tokens_per_pack(arguments: Arguments, tokens: str) -> Arguments:
+    return arguments._replace(training=replace(arguments.training, tokens_per_pack=tokens))
 
 
 def choose_device(args: TrainingArguments) -> torch.device:

@@ -107,7 +107,6 @@ def _check_training(training: TrainingArguments) -> None:
     for name in ("adam_beta1", "adam_beta2", "label_smoothing_factor"):
         if not 0 <= getattr(training, name) < 1:
             raise InputError(f"--{name} is {getattr(training, name)}; it must be in [0, 1)")
-    _require_range("label_smoothing_factor", training.label_smoothing_factor, 0, 1, "in [0, 1]")
     _require_range("warmup_ratio", training.warmup_ratio, 0, 1, "in [0, 1]")
     for name in ("seed", "data_seed"):
         _require_range(name, getattr(training, name), 0, 2**32 - 1, "in [0, 2**32 - 1]")

@@ -51,7 +51,7 @@ def plan(arguments: Arguments, gpu: str | None = None) -> list[str]:
     from glmkern.model.config import ChatGLMConfig
     from glmkern.plan.machines import named_gpu, this_machine
     from glmkern.plan.precision import Precision
-    from glmkern.plan.prediction import Job, predict
+    from glmkern.plan.prediction import Job, fitted, predict
     from glmkern.training.run import choose_device, choose_dtype
     from glmkern.training.validation import check_arguments
 
@@ -69,6 +69,8 @@ def plan(arguments: Arguments, gpu: str | None = None) -> list[str]:
         job = Job.of(arguments, config, precision, rows)
     except ValueError as error:
         raise InputError(str(error)) from error
+    if training.tokens_per_pack == "auto":
+        job = fitted(job, machine)
     return [*lines, *precision.lines(job.config.quantization_bit), *predict(job, machine).table()]
 
 

@@ -17,7 +17,14 @@ from glmkern.plan import machines
 from glmkern.plan.machines import GIB, GPUS, OPTIMISER, PROCESS, Machine, named_gpu, this_machine
 from glmkern.plan.memory import base_bytes, prefix_parameters, saved_bytes
 from glmkern.plan.precision import Precision
-from glmkern.plan.prediction import Job, Prediction, predict, tokens_that_fit
+from glmkern.plan.prediction import (
+    MARGIN,
+    Job,
+    Prediction,
+    fitted,
+    predict,
+    tokens_that_fit,
+)
 from glmkern.plan.work import RowLength, attention_flops, linear_flops, linear_weights, step_flops
 from glmkern.training.batching import pack_step
 from glmkern.training.dataset import Row
@@ -214,6 +221,22 @@ def test_largest_pack_just_fits(recompute):
     tokens = tokens_that_fit(planned, small)
     at, over = (replace(planned, rows=[RowLength(n, 0)]) for n in (tokens, tokens + 1))
     assert predict(at, small).fits and not predict(over, small).fits
+
+
+@pytest.mark.parametrize("memory, budget", [(0, 2048), (30, 2048), (12, 1024), (8, 512), (4, 193)])
+def test_the_default_packs_what_fits(memory, budget):
+    """Halved until there is room, but never below a row."""
+    config = replace(chatglm2_6b(), quantization_bit=4)
+    planned = job(config, [(193, 129)] * 16, Precision("float32", "float16"), micro_batch=1,
+                  accumulation=16)
+    here = machine(memory=memory * GIB)
+    found = fitted(planned, here)
+    assert found.budget == budget
+    needs = MARGIN * predict(found, here).total
+    assert not memory or needs <= here.memory or budget == 193
+    if budget < 2048:
+        larger = replace(found, budget=2 * budget)
+        assert MARGIN * predict(larger, here).total > here.memory
 
 
 def test_reading_may_take_more_than_training():

@@ -66,15 +66,6 @@ class Recorder(Trainer):
         super()._take_step(window)
 
 
-class Hooked(Trainer):
-    """Calls `on_step` after every step."""
-
-    def _take_step(self, window):
-        super()._take_step(window)
-        if self.on_step is not None:
-            self.on_step(self.state.global_step)
-
-
 def arguments(**flags) -> TrainingArguments:
     return TrainingArguments(**{"output_dir": "out", "disable_tqdm": True, **flags})
 

@@ -9,13 +9,13 @@ import torch
 
 from glmkern import cli
 from glmkern.errors import InputError
-from glmkern.training import reports, run
+from glmkern.training import reports
 from glmkern.training.progress import Progress
 from glmkern.training.reports import Reports, check_reports, smoothed, tag
 from glmkern.training.state import TrainerState
 from tests import test_official_run as official_run
 from tests.test_official_run import command, refused
-from tests.training.stand_in import Hooked, arguments
+from tests.training.stand_in import arguments
 
 base, rows, flags = official_run.base, official_run.rows, official_run.flags  # fixtures
 TRAINED = {"loss": 3.5, "learning_rate": 0.02, "epoch": 0.5}
@@ -200,7 +200,6 @@ def test_smoothing():
 # Through the command line
 
 def test_a_run_is_reported_and_drawn(installed, flags, monkeypatch, tmp_path):
-    monkeypatch.setattr(run, "Trainer", Hooked)
     asked = {"report_to": "tensorboard", "plot_loss": True, "logging_dir": tmp_path / "tb"}
     assert cli.main(command({**flags, **asked})) == 0
     history = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
