@@ -39,6 +39,7 @@ bench: $(VENV)/.installed-test
 	$(VENV)/bin/python -m bench.bench_quant_linear
 	$(VENV)/bin/python -m bench.bench_linear_cross_entropy
 	$(VENV)/bin/python -m bench.bench_train
+	$(VENV)/bin/python -m bench.bench_generate
 
 # Not in the virtual environment: a machine with a GPU has a torch that fits it.
 gpu:
