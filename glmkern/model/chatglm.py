@@ -342,9 +342,9 @@ class _Embedding(nn.Module):
 
     def __init__(self, config: ChatGLMConfig):
         super().__init__()
-        with torch.device("meta"):
-            self.word_embeddings = nn.Embedding(config.padded_vocab_size, config.hidden_size)
-        self.word_embeddings.weight.requires_grad_(False)
+        # Not nn.Embedding(): its random start would import much of torch for a meta tensor.
+        self.word_embeddings = nn.Embedding.from_pretrained(
+            torch.empty(config.padded_vocab_size, config.hidden_size, device="meta"))
 
 
 class _Encoder(nn.Module):

@@ -65,14 +65,15 @@ class PrefixSwitch:
         return next((name for name, each in self._prefixes.items() if each is in_use), None)
 
     def load_prefix(self, path: str | Path, name: str) -> None:
-        """Reads one more trained prefix, of any length, and keeps it as `name` for use_prefix. One
-        that already has this name is replaced, also where it is in use.
+        """Reads one more trained prefix, of any length and format, and keeps it as `name` for
+        use_prefix. One that already has this name is replaced, also where it is in use.
 
         Raises:
-            InputError: the prefix is missing, broken, or of another base.
+            InputError: the prefix is missing, broken, or of another base or family.
         """
-        from glmkern.checkpoint import check_prefix, describe_prefix, read_prefix
-        state = read_prefix(path)
+        from glmkern.checkpoint import check_family, check_prefix, describe_prefix, read_prefix
+        state = read_prefix(path, self.config)
+        check_family(path, self.config)
         length, _, projection = describe_prefix(state)
         check_prefix(state, self.config, length, projection, path)
         encoder = PrefixEncoder(self.config, length, projection)

@@ -37,7 +37,8 @@ def run(argv: Sequence[str]) -> int:
 
     tokenizer = ChatGLMTokenizer.from_pretrained(args.model_name_or_path)
     model = ChatGLM.from_pretrained(
-        args.model_name_or_path, quantization_bit=args.quantization_bit).eval()
+        args.model_name_or_path, quantization_bit=args.quantization_bit,
+        output_layer_bit=args.output_layer_bit, offload_embedding=args.offload_embedding).eval()
     model.use_prefix(None)
     for name, path in prefixes.items():
         model.load_prefix(path, name)
@@ -141,6 +142,10 @@ def _parser() -> argparse.ArgumentParser:
                         help="only checked against the length of the prefix in use")
     parser.add_argument("--quantization_bit", type=int, choices=(4, 8),
                         help="quantise the base's linears as it is read")
+    parser.add_argument("--output_layer_bit", type=int, choices=(8,),
+                        help="quantise the output layer too")
+    parser.add_argument("--offload_embedding", action="store_true",
+                        help="keep the embedding in host memory")
     parser.add_argument("--max_length", type=int, default=8192,
                         help="most tokens of the whole conversation (default: %(default)s)")
     parser.add_argument("--top_p", type=float, default=0.8, help="default: %(default)s")

@@ -1,11 +1,13 @@
 """Several prefixes over one base, one of them in use."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 from glmkern.checkpoint import write_prefix
+from glmkern.checkpoint.adapter import write_adapter
 from glmkern.errors import InputError
 from glmkern.model.prefix import PrefixEncoder
 from tests.model.oracles import small_model
@@ -60,3 +62,18 @@ def test_prefixes_that_are_not_there(tmp_path):
     with pytest.raises(InputError, match="has 7 columns, but this base needs"):
         model.load_prefix(tmp_path, "law")
     assert model.prefix_names == ["default"]
+
+
+def test_any_format_and_its_family(tmp_path):
+    """An adapter's keys are rotated back; a prefix of another member of the family is refused."""
+    model = small_model()
+    model.config = replace(model.config, extra={"_name_or_path": "THUDM/chatglm2-6b"})
+    rows = torch.randn(4, model.config.kv_size)
+    write_adapter(tmp_path / "adapter", rows, model.config)
+    model.load_prefix(tmp_path / "adapter", "law")
+    model.use_prefix("law")
+    torch.testing.assert_close(model.prefix_encoder.embedding.weight.detach(), rows)
+    write_prefix(tmp_path / "other", {"embedding.weight": rows}, "safetensors", "chatglm3-6b")
+    with pytest.raises(InputError, match="was trained on chatglm3-6b, but the base is chatglm2-6b"):
+        model.load_prefix(tmp_path / "other", "ads")
+    assert model.prefix_names == ["default", "law"]
