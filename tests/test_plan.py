@@ -11,13 +11,14 @@ import pytest
 import torch
 
 from glmkern import cli
+from glmkern.checkpoint import write_prefix
 from glmkern.model.config import ChatGLMConfig
 from glmkern.plan import run as plan_run
 from glmkern.plan.machines import GIB, Machine
 from glmkern.plan.precision import Precision
 from glmkern.plan.run import FirstSteps
 from tests import test_official_run as official_run
-from tests.model.oracles import SMALL
+from tests.model.oracles import SMALL, small_model
 from tests.test_official_run import command, refused
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -117,12 +118,52 @@ def test_flags_from_a_file(config_only, tmp_path, capsys):
     (["--fp16", "--no_cuda"], "--fp16 needs a GPU"),
     (["--train_file", "rows.json"], "--prompt_column is missing"),
     (["--train_file", "rows.json", "--prompt_column", "a", "--response_column", "b"],
-     "rows.json cannot be read"),
+     "tokenizer.model is missing"),
     (["--model_name_or_path", "missing/base"], "missing/base"),
 ])
 def test_mistakes(config_only, capsys, argv, words):
     start = ["plan", "--model_name_or_path", str(config_only), "--pre_seq_len", "8"]
     assert words in refused([*start, *argv], capsys)
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"train_file": "missing.json"}, "missing.json cannot be read"),
+    ({"max_target_length": 128, "max_source_length": 1024, "source_prefix": "长" * 300},
+     "but the base has 256 positions; lower --max_source_length"),
+    ({"dataloader_drop_last": True, "per_device_train_batch_size": 11},
+     "10 rows do not fill a micro-batch of 11, and --dataloader_drop_last"),
+])
+def test_rows_that_a_run_refuses(flags, tmp_path, capsys, changes, words):
+    argv = command({**flags, **changes})
+    said = refused(["plan", *argv], capsys)
+    assert words in said and said == refused(argv, capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tokenizer_of_another_base(flags, config_only, base, capsys):
+    shutil.copy(base / "tokenizer.model", config_only)
+    argv = command({**flags, "model_name_or_path": config_only})
+    said = refused(["plan", *argv], capsys)
+    assert "but the base has only 151" in said and said == refused(argv, capsys)
+
+
+@pytest.mark.parametrize("projection", [False, True])
+def test_the_length_of_a_prefix_to_go_on_from(config_only, tmp_path, capsys, projection):
+    model = small_model(pre_seq_len=7, projection=projection)
+    write_prefix(tmp_path, model.prefix_encoder.state_dict())
+    start = ["--model_name_or_path", config_only, "--gpu", "L4", "--max_source_length", "20",
+             "--max_target_length", "9"]
+    given = ["--pre_seq_len", "7", *(["--prefix_projection"] if projection else [])]
+    assert planned([*start, "--ptuning_checkpoint", tmp_path], capsys) == planned(
+        [*start, *given], capsys)
+    assert "there is no prefix checkpoint missing" in refused(
+        ["plan", *map(str, start), "--ptuning_checkpoint", "missing"], capsys)
+
+
+def test_more_steps_than_a_date_can_hold(config_only, capsys):
+    text = planned(["--model_name_or_path", config_only, "--pre_seq_len", "8", "--gpu", "L4",
+                    "--max_steps", 10**18], capsys)
+    assert "more than 100 years for 1,000,000,000,000,000,000 steps\n" in text
 
 
 def test_what_does_not_fit_a_prefix_is_one_sentence(config_only, capsys):

@@ -11,6 +11,18 @@ from typing import Any
 from glmkern.errors import InputError
 
 
+@contextmanager
+def writing(what: str | Path) -> Iterator[None]:
+    """Turn an OSError of the block into an InputError: `what` cannot be written, and the cure."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"cannot write {what} ({error.strerror or error}); free some space or choose a folder "
+            "you may write to"
+        ) from error
+
+
 class NewFiles:
     """Files of one folder, written under temporary names and then renamed together.
 
@@ -20,13 +32,15 @@ class NewFiles:
         new.rename({temporary: "model.bin"})
 
     The data reach the disk before the names do. Leaving the block without renaming leaves no
-    litter. Missing parent folders are made. An OSError becomes an InputError that names `what`.
+    litter, nor a folder that was made for them. Missing parent folders are made. An OSError becomes
+    an InputError that names `what`.
     """
 
     def __init__(self, folder: str | Path, what: str | Path | None = None):
         self.folder = Path(folder)
         self.what = what or folder
         self._temporary: dict[Path, int] = {}
+        self._made_folder = False
 
     def __enter__(self) -> "NewFiles":
         return self
@@ -34,7 +48,8 @@ class NewFiles:
     def temporary(self) -> Path:
         """A new empty file to write."""
         path = self.folder / f".{secrets.token_hex(8)}.tmp"
-        with self._explained():
+        with writing(self.what):
+            self._made_folder |= not self.folder.exists()
             self.folder.mkdir(parents=True, exist_ok=True)
             path.touch(exist_ok=False)
             # safetensors makes its files readable by their owner alone; the user's umask decides.
@@ -43,7 +58,7 @@ class NewFiles:
 
     def rename(self, names: dict[Path, str], obsolete: Iterable[str] = ()) -> None:
         """Remove what matches the patterns `obsolete`, then name the files, in order."""
-        with self._explained():
+        with writing(self.what):
             for temporary in names:
                 temporary.chmod(self._temporary[temporary])
                 _flush(temporary)
@@ -58,19 +73,12 @@ class NewFiles:
         for path in self._temporary:
             with suppress(OSError):
                 path.unlink()
+        if error is not None and self._made_folder:
+            with suppress(OSError):  # it holds something after all
+                self.folder.rmdir()
         if isinstance(error, OSError):
-            with self._explained():
+            with writing(self.what):
                 raise error
-
-    @contextmanager
-    def _explained(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise InputError(
-                f"cannot write {self.what} ({error.strerror or error}); free some space or choose "
-                "a folder you may write to"
-            ) from error
 
 
 @contextmanager

@@ -93,6 +93,7 @@ def _write(
         )
     single, shard = NAMES[layout]
     with NewFiles(folder) as new:
+        config = new.temporary()  # first, so that a folder that cannot be written costs no shard
         shards: list[tuple[Path, dict[str, int]]] = []  # file, bytes by key
         for group in _grouped(_checked(expected, stream), max_shard_bytes):
             temporary = new.temporary()
@@ -109,7 +110,6 @@ def _write(
             copy = new.temporary()
             shutil.copyfile(companion, copy)
             names[copy] = companion.name
-        config = new.temporary()
         config.write_text(configuration, encoding="utf-8")
         names[config] = "config.json"
         # An older model's shards must not stay beside a single file, nor a file beside shards.

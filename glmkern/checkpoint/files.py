@@ -117,7 +117,9 @@ def require_new(target: Path) -> None:
 
 
 def require_float(path: Path, name: str, tensor: torch.Tensor) -> None:
-    """Raise InputError where the tensor is not of a real floating dtype."""
+    """Raise InputError where the tensor is not of a real floating dtype, or is sparse."""
+    if tensor.layout != torch.strided:
+        raise InputError(f"{name} in {path} is a sparse tensor; save it dense")
     if not tensor.dtype.is_floating_point:
         dtype = str(tensor.dtype).removeprefix("torch.")
         raise InputError(

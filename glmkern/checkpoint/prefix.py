@@ -202,3 +202,5 @@ def _check_names(state: dict[str, torch.Tensor], source: str) -> None:
                 f"{name} of {source} has shape {list(state[name].shape)}, but the prefix encoder's "
                 f"has {dimensions} dimensions; use a whole checkpoint"
             )
+    if len(state["embedding.weight"]) == 0:
+        raise InputError(f"{source} has no virtual tokens; use a whole checkpoint")

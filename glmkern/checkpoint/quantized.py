@@ -107,7 +107,8 @@ def quantize_folder(
     require_new(target)
     write_base(
         target,
-        replace(config, quantization_bit=bits),
+        # A prefix in the folder is not part of the base.
+        replace(config, quantization_bit=bits, pre_seq_len=None, prefix_projection=False),
         quantize_stream(read_base(folder, config), bits),
         layout=layout,
         companions=[path for path in folder.iterdir() if _is_companion(path)],

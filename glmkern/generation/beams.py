@@ -150,6 +150,11 @@ class BeamSearch:
             return scores.flatten(1).topk(candidates)
         # The official order: warpers act on the sums, and the warped sums are kept.
         warped = sampling.warp(scores.flatten(0, 1), keep).view_as(scores).flatten(1)
+        if not bool(warped.amax(1).isfinite().all()):
+            raise ValueError(
+                f"with beams, temperature {sampling.temperature:g} divides the sums of "
+                "log-probabilities again at every step, as officially, and they have left "
+                "float32's range; use temperature 1, num_beams 1 or fewer tokens")
         places = sampling.draw(warped, candidates, order, rows)
         sums, descending = warped.gather(1, places).sort(-1, descending=True)
         return sums, places.gather(1, descending)

@@ -1,6 +1,7 @@
 """generate and stream_generate: their arguments, checked and completed."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -74,6 +75,8 @@ def stream_generate(model: ChatGLM, input_ids: Tensor, attention_mask: Tensor | 
     if not cache.belongs_to(model):
         raise ValueError("past_key_values is of another model or prefix; begin with a new cache")
     decoder = make_decoder(model, cache, **options)
+    if past_key_values is not None:
+        decoder = replace(decoder, drops_rows=False)  # its rows stay those of the caller
     max_length = _limit(model, input_ids, max_length, max_new_tokens)
     prompts = read_prompts(cache, input_ids, attention_mask, max_length)
     for sequences in decoder.run(prompts, max_length):

@@ -32,7 +32,8 @@ class ModelOutput(NamedTuple):
 
 
 class ChatGLM(PrefixSwitch, nn.Module):
-    """The model. Its state_dict has the official names, `transformer.…`.
+    """The model. Its state_dict has the official names, `transformer.…`; that of a quantised linear
+    has `packed` and `scale` in place of the official `weight` and `weight_scale`.
 
     Attributes:
         config: ChatGLMConfig.
@@ -78,7 +79,8 @@ class ChatGLM(PrefixSwitch, nn.Module):
                 precision where they are stored so; the results are those of float32 copies.
             quantization_bit: 4 or 8 quantises the layers' linears as they are read, to the
                 official codes and scales; None or 0: as the folder has them.
-            pre_seq_len: prefix tokens, P; None: config.pre_seq_len, or no prefix.
+            pre_seq_len: prefix tokens, P; None: those of the trained prefix that config.pre_seq_len
+                says the folder holds, or no prefix.
             prefix_projection: the prefix goes through a two-layer MLP.
             prefix_checkpoint: a trained prefix, file or folder, or a PEFT adapter of one.
             rope_precision: "float32", or "model" for the official rounding (see rotary.py).
@@ -112,9 +114,10 @@ class ChatGLM(PrefixSwitch, nn.Module):
         if dtype is None:
             dtype = torch.float32 if device.type == "cpu" else config.dtype
         config.check_dtype(dtype)
-        if pre_seq_len is None:
+        if pre_seq_len is None and config.pre_seq_len is not None:
             pre_seq_len = config.pre_seq_len
             prefix_projection = prefix_projection or config.prefix_projection
+            prefix_checkpoint = prefix_checkpoint or folder
         prefix_state = None
         if prefix_checkpoint is not None:
             prefix_state = read_prefix(prefix_checkpoint, config)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from glmkern.model.config import ChatGLMConfig
+from glmkern.model.config import UNKNOWN_FAMILY, ChatGLMConfig
 
 MODEL_TYPE = "glm"
 SIZES = {
@@ -52,6 +52,9 @@ def from_glm_config(values: Mapping[str, Any]) -> ChatGLMConfig:
     missing = [name for name in SIZES.values() if values.get(name) is None]
     if missing:
         raise ValueError(f"{missing[0]} is missing, which a configuration of model_type 'glm' has")
+    for name in ("rope_scaling", "rope_parameters"):
+        if not isinstance(values.get(name) or {}, Mapping):
+            raise ValueError(f"{name} is {values[name]!r}; it must be an object of fields")
     scaling = values.get("rope_scaling") or {}
     rope = {**(values.get("rope_parameters") or {}), **scaling}
     found = {**FIXED, **values, **rope}
@@ -83,6 +86,8 @@ def to_glm_config(config: ChatGLMConfig) -> dict[str, Any]:
                 f"{name} is {getattr(config, name)!r}; GlmForCausalLM has it fixed at {value!r}"
             )
     rope = {"rope_type": "default", **ROPE}
+    known = None if config.family == UNKNOWN_FAMILY else config.family
+    name = config.extra.get(NAME) or known
     if config.rope_ratio != 1:
         # Dividing the position or the frequency by it is the same.
         rope |= {"rope_type": "linear", "factor": float(config.rope_ratio)}
@@ -94,5 +99,5 @@ def to_glm_config(config: ChatGLMConfig) -> dict[str, Any]:
         "tie_word_embeddings": False,
         "rope_parameters": rope,
         "dtype": config.torch_dtype,
-        **({NAME: config.extra[NAME]} if config.extra.get(NAME) else {}),
+        **({NAME: name} if name else {}),
     }

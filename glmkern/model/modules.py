@@ -66,8 +66,11 @@ class FrozenLinear(nn.Module):
 
     def _has_kernel(self, x: Tensor) -> bool:
         """A float32 product on the CPU is ours too: its bits, unlike those of torch's, do not
-        depend on the number of threads, and it is not slower (bench/NOTES.md)."""
-        return self.weight is None or (x.device.type == "cpu" and x.dtype == torch.float32)
+        depend on the number of threads, and it is not slower (bench/NOTES.md). So is one with a
+        weight that is kept in half precision."""
+        if self.weight is None or self.weight.dtype != x.dtype:
+            return True
+        return x.device.type == "cpu" and x.dtype == torch.float32
 
     def _stored(self) -> tuple[Tensor, Tensor | None, int]:
         """The weight as quant_linear takes it."""

@@ -94,7 +94,7 @@ class PrefixSwitch:
             loaded = ", ".join(self._prefixes) or "none"
             raise InputError(f"there is no prefix {name!r}; loaded: {loaded}")
         encoder = None if name is None else self._prefixes[name].to(self.device)
-        self.transformer.prefix_encoder = encoder
         self.config = replace(
             self.config, pre_seq_len=None if encoder is None else len(encoder.embedding.weight),
             prefix_projection=encoder is not None and encoder.trans is not None)
+        self.transformer.prefix_encoder = encoder

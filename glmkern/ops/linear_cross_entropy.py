@@ -65,10 +65,11 @@ def linear_cross_entropy(hidden: Tensor, weight: QuantizedWeight | Tensor, label
               lambda: f"{op}: token_weight must be float32 [{hidden.shape[0]}], not "
               f"{token_weight.dtype} {list(token_weight.shape)}")
         check_device(op, "token_weight", token_weight, "hidden", hidden)
+        token_weight = token_weight.contiguous()
     hidden_grad = hidden.requires_grad and torch.is_grad_enabled()
     return torch.ops.glmkern.linear_cross_entropy_fwd(
-        hidden.contiguous(), *weight, labels, token_weight, ignore_index, label_smoothing,
-        hidden_grad)[0]
+        hidden.contiguous(), *weight, labels.contiguous(), token_weight, ignore_index,
+        label_smoothing, hidden_grad)[0]
 
 
 def linear_cross_entropy_fwd_reference(hidden, packed, scale, bits, labels, token_weight,

@@ -24,6 +24,8 @@ from glmkern.ops.checks import (
     supports_dtype,
 )
 
+BLOCK_ELEMENTS = 1 << 24
+
 
 class QuantizedWeight(NamedTuple):
     """A weight [N, K] of codes and one scale a row.
@@ -62,7 +64,7 @@ def quantize(weight: Tensor, bits: int = 4) -> QuantizedWeight:
     check_floating("quantize", "weight", weight)
     check(bits == 8 or weight.shape[1] % 2 == 0, lambda: "quantize: 4 bits pack two columns in a "
           f"byte, so K must be even, not {weight.shape[1]}")
-    largest = weight.abs().amax(1)
+    largest = torch.maximum(weight.amax(1), -weight.amin(1)).abs()  # zero, never minus zero
     check(bool(torch.isfinite(largest).all()), lambda: "quantize: row "
           f"{int(torch.isfinite(largest).logical_not().nonzero()[0])} of the weight holds NaN or "
           "infinity")
@@ -70,9 +72,15 @@ def quantize(weight: Tensor, bits: int = 4) -> QuantizedWeight:
     scale = largest / most
     # A zero scale would divide 0 by 0; any other divisor gives the code 0 that belongs there.
     divisor = torch.where(scale == 0, torch.ones_like(scale), scale)
-    # Clamped: a scale rounded down in bfloat16 makes the largest code one too many.
-    codes = torch.round(weight / divisor.unsqueeze(1)).clamp(-most, most).to(torch.int8)
-    return QuantizedWeight(codes if bits == 8 else _pack(codes), scale, bits)
+    packed = weight.new_empty(len(weight), weight.shape[1] * bits // 8, dtype=torch.int8)
+    # A block of rows at a time: quotients of a whole output layer would take gigabytes.
+    for rows in torch.arange(len(weight)).split(max(1, BLOCK_ELEMENTS // weight.shape[1])):
+        block = slice(int(rows[0]), int(rows[-1]) + 1)
+        # Clamped: a scale rounded down in bfloat16 makes the largest code one too many.
+        codes = torch.round(weight[block] / divisor[block].unsqueeze(1)).clamp(-most, most)
+        codes = codes.to(torch.int8)
+        packed[block] = codes if bits == 8 else _pack(codes)
+    return QuantizedWeight(packed, scale, bits)
 
 
 def dequantize(qweight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
@@ -127,6 +135,7 @@ def stored(op: str, weight: QuantizedWeight | Tensor, x_name: str, x: Tensor) ->
         weight = QuantizedWeight(weight.contiguous(), None, 8 * weight.element_size())
     else:
         _check_qweight(op, weight)
+        weight = QuantizedWeight(weight.packed.contiguous(), weight.scale.contiguous(), weight.bits)
     check_device(op, "the weight", weight.packed, x_name, x)
     return weight
 

@@ -114,9 +114,9 @@ def _plain(name: str) -> str:
 
 
 @functools.cache
-def this_machine(device: str, dtype: str) -> Machine:
+def this_machine(device: str, dtype: str, sharing: int = 1) -> Machine:
     """This machine's CPU or GPU ("cpu", "cuda", "cuda:1"), from matrix products and reads that
-    take less than a second."""
+    take less than a second; of a CPU's free memory the part of one of `sharing` processes."""
     import torch
 
     kind = device.partition(":")[0]
@@ -129,10 +129,12 @@ def this_machine(device: str, dtype: str) -> Machine:
         name, overhead = torch.cuda.get_device_name(device), 0
         words = f"{memory / GIB:.1f} GiB free"
     else:
-        resident = resident_bytes()
-        memory = available_bytes() + resident if available_bytes() else 0
+        resident, available = resident_bytes(), available_bytes()
+        memory = available // sharing + resident if available else 0
         overhead = max(PROCESS, resident) + OPTIMISER
         name, words = "this CPU", f"{torch.get_num_threads()} threads, {memory / GIB:.1f} GiB free"
+        if sharing > 1:
+            words += f" for each of {sharing} processes"
     return Machine(
         f"{name} (measured: {words}, {rate / 1e9:,.0f} GFLOP/s in {dtype} products, "
         f"{bandwidth / 1e9:.0f} GB/s read)", kind, memory, overhead, rate * share, bandwidth,

@@ -1,8 +1,9 @@
 """The memory and time of a training run on a machine, and the words they are told in."""
 
 import datetime
+import heapq
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -29,6 +30,8 @@ SAMPLED_STEPS = 64
 # A layer's calls, forward and backward, for a pack of any size.
 SECONDS_PER_LAYER = 0.4e-3
 LARGEST_PACK = 1 << 20
+# More steps than timedelta can hold the time of may be asked for.
+LONGEST_SHOWN = datetime.timedelta(days=365 * 100)
 # Predictions may be that much too low (docs/plan.md).
 MARGIN = 1.15
 
@@ -83,6 +86,11 @@ class Job:
     def longest_row(self) -> int:
         return max(row.tokens for row in self.rows)
 
+    def worst_pack(self) -> RowLength:
+        """A pack that comes up whatever the sampled steps hold: the longest row alone. Where a
+        micro-batch is a pack, an upper bound: the order of rows may put the longest into one."""
+        return _sum(heapq.nlargest(1 if self.budget else self.micro_batch, self.rows))
+
     def sampled_steps(self) -> list[list[RowLength]]:
         """The rows of some steps of an epoch; an epoch shorter than a step is one."""
         rows = list(self.rows)
@@ -99,7 +107,7 @@ class Job:
                 place % self.micro_batch == 0
             if full and packs[-1].tokens:
                 packs.append(RowLength(0, 0))
-            packs[-1] = RowLength(*map(sum, zip(packs[-1], row, strict=True)))
+            packs[-1] = _sum([packs[-1], row])
         return packs
 
 
@@ -184,7 +192,7 @@ class Prediction:
     def _time(self) -> str:
         if not self.job.steps:
             return f"{as_seconds(self.seconds)} a step"
-        run = datetime.timedelta(seconds=round(self.seconds * self.job.steps))
+        run = as_duration(self.seconds * self.job.steps)
         return f"{as_seconds(self.seconds)} a step, {run} for {self.job.steps:,} steps"
 
     def _with_recompute(self, recompute: str) -> str:
@@ -208,6 +216,13 @@ def as_seconds(seconds: float) -> str:
     return f"{seconds:.3g} s" if seconds < 999.5 else f"{seconds:,.0f} s"
 
 
+def as_duration(seconds: float) -> str:
+    """Days, hours, minutes and seconds."""
+    if seconds > LONGEST_SHOWN.total_seconds():
+        return f"more than {LONGEST_SHOWN.days // 365} years"
+    return str(datetime.timedelta(seconds=round(seconds)))
+
+
 def fitted(job: Job, machine: Machine) -> Job:
     """The job with the tokens a pack of `--tokens_per_pack auto`: halved until the run is predicted
     to fit with a margin, or a pack is as small as the longest row. Halved, so that a machine with a
@@ -222,7 +237,7 @@ def predict(job: Job, machine: Machine) -> Prediction:
     """The run's peak memory and its time a step on this machine."""
     steps = job.sampled_steps()
     packs = [job.packs(step) for step in steps]
-    largest = max(pack for step in packs for pack in step)
+    largest = max(job.worst_pack(), *(pack for step in packs for pack in step))
     tokens, flops, seconds = 0.0, 0.0, 0.0
     for rows, computed in zip(steps, packs, strict=True):
         step = step_flops(job.config, rows, job.config.pre_seq_len, job.recompute, len(computed))
@@ -272,6 +287,10 @@ def tokens_that_fit(job: Job, machine: Machine) -> int:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(middle) else (low, middle - 1)
     return low
+
+
+def _sum(rows: Iterable[RowLength]) -> RowLength:
+    return RowLength(*map(sum, zip(*rows, strict=True)))
 
 
 def _bytes_a_weight(job: Job) -> float:

@@ -25,7 +25,8 @@ def predict_run(arguments: Arguments, config: ChatGLMConfig, rows: Sequence[Row]
     precision = Precision.of(config, dtype, device, arguments.model.rope_precision)
     job = Job.of(arguments, config, precision, rows,
                  processes=int(os.environ.get("WORLD_SIZE", 1)))
-    machine = this_machine(str(device), precision.activations)
+    sharing = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if device.type == "cpu" else 1
+    machine = this_machine(str(device), precision.activations, sharing)
     if arguments.training.tokens_per_pack == "auto":
         job = fitted(job, machine)
     prediction = predict(job, machine)

@@ -107,6 +107,23 @@ class World:
         if self.size > 1:
             self._communicate(dist.all_reduce, torch.zeros(1, device=self._device()))
 
+    def gather(self, name: str, value: str) -> list[str]:
+        """What every rank calls `name`, by rank; to be asked by all of them, once a name."""
+        if self.size == 1:
+            return [value]
+        self._store.set(f"{name}/{self.rank}", value)
+        self.wait_for_all()
+        return [self._store.get(f"{name}/{rank}").decode() for rank in range(self.size)]
+
+    def require_same(self, what: str, value: str) -> None:
+        """Raise InputError, on every rank, where `what` is not the same on all of them."""
+        values = self.gather(what, value)
+        for rank, other in enumerate(values):
+            if other != values[0]:
+                raise InputError(
+                    f"{what} is {values[0]} on rank 0, but {other} on rank {rank}; give all ranks "
+                    "the same files, and an --output_dir that they share")
+
     def wait_for_cause(self) -> PeerFailure:
         """The failure of a rank that is known to fail and about to say why."""
         return self._peer_failure(CAUSE_SECONDS, "")

@@ -98,7 +98,6 @@ ACCEPTED: dict[str, Flag] = {
     "push_to_hub_token": Flag(None, _HUB),
 }
 
-_LATER = "not in this release"
 _WHOLE_MODEL = "a prefix of a few MB is trained and the base is frozen: nothing is to be sharded"
 
 REFUSED: dict[str, Flag] = {

@@ -8,7 +8,13 @@ from pathlib import Path
 import torch
 
 from glmkern import __version__
-from glmkern.checkpoint import describe_prefix, read_prefix, resolve_folder, write_prefix
+from glmkern.checkpoint import (
+    check_bits,
+    describe_prefix,
+    read_prefix,
+    resolve_folder,
+    write_prefix,
+)
 from glmkern.checkpoint.atomic import write_text
 from glmkern.errors import InputError
 from glmkern.model.chatglm import ChatGLM
@@ -36,6 +42,9 @@ from glmkern.training.state import metrics_table
 from glmkern.training.trainer import Trainer
 from glmkern.training.validation import check_arguments, check_output_folder
 
+# Values of --resume_from_checkpoint that scripts pass for none.
+NO_CHECKPOINT = ("", "false", "none")
+
 
 def run(arguments: Arguments) -> dict[str, float]:
     """Train, evaluate and predict as the official script does and write what it writes.
@@ -58,8 +67,11 @@ def _prepare_folder(arguments: Arguments) -> Path | None:
     """The checkpoint to go on from, or None for a fresh run into a folder that may be written."""
     training_args = arguments.training
     output = Path(training_args.output_dir)
-    checkpoint = find_checkpoint(training_args.resume_from_checkpoint, output)
-    if checkpoint is None and training_args.resume_from_checkpoint is not None:
+    wanted = training_args.resume_from_checkpoint
+    if wanted is not None and wanted.lower() in NO_CHECKPOINT:
+        wanted = None
+    checkpoint = find_checkpoint(wanted, output)
+    if checkpoint is None and wanted is not None:
         print(f"no checkpoint in {output} to resume from: the run starts afresh")
     elif checkpoint is None:
         check_output_folder(output, training_args.overwrite_output_dir)
@@ -92,10 +104,15 @@ def _run(arguments: Arguments, device: torch.device, world: World,
     data = read_data(arguments, tokenizer, config)
     try:
         prediction = None
+        if arguments.model.quantization_bit:
+            check_bits(base, config, arguments.model.quantization_bit)
         if data.train is not None:
             prediction, lines = predict_run(arguments, config, data.train.rows.rows, device, dtype)
             print(*lines, sep="\n")
-            arguments = with_tokens_per_pack(arguments, str(prediction.job.budget))
+            budgets = world.gather("tokens of a pack", str(prediction.job.budget))
+            arguments = with_tokens_per_pack(arguments, min(budgets, key=int))
+        if data.train is None and not world.is_first:
+            return {}
         model = load_model(base, arguments.model, device, dtype, mapped=world.size > 1)
         model.label_smoothing = training_args.label_smoothing_factor
     except ValueError as error:  # a configuration or combination of flags that is not supported
@@ -156,6 +173,8 @@ def _train(arguments: Arguments, model: ChatGLM, tokenizer: ChatGLMTokenizer,
             evaluate=evaluate, on_save=on_save, on_step=on_step)
     except ValueError as error:  # flags that do not go with the rows
         raise InputError(str(error)) from error
+    world.require_same("the start of the run", "afresh" if checkpoint is None else checkpoint.name)
+    world.require_same("the fingerprint of the training rows", trainer.fingerprint)
     if on_save is not None and checkpoint is not None and world.is_first:
         on_save.go_on_from(checkpoint)
     with reports:

@@ -48,7 +48,11 @@ def read_data(arguments: Arguments, tokenizer: ChatGLMTokenizer, config: ChatGLM
     train = validation = test = None
     samples: Sequence[Example] = ()
     if training.do_train:
-        train = _training_data(args, tokenizer, config)
+        train = training_data(args, tokenizer, config)
+        print(f"{args.train_file}: ", end="")
+        print(*describe_rows(train.rows, args), sep="\n")
+        first = train.rows.rows[0]
+        _print_example(first.input_ids, first.labels, tokenizer)
     if arguments.evaluates:
         examples = _read(args.validation_file, args, args.max_eval_samples)
         validation = _evaluation_data(args.validation_file, examples, arguments, tokenizer, config)
@@ -58,6 +62,18 @@ def read_data(arguments: Arguments, tokenizer: ChatGLMTokenizer, config: ChatGLM
         examples = _read(args.test_file, args, args.max_predict_samples)
         test = _evaluation_data(args.test_file, examples, arguments, tokenizer, config)
     return RunData(train, validation, test, samples)
+
+
+def training_data(args: DataTrainingArguments, tokenizer: ChatGLMTokenizer,
+                  config: ChatGLMConfig) -> TrainingData:
+    """Read --train_file; InputError where it is wrong or its rows are too long for the base."""
+    examples = _read(args.train_file, args, args.max_train_samples)
+    rows = build_training_rows(
+        examples, tokenizer, max_source_length=args.max_source_length,
+        max_target_length=args.max_target_length, source_prefix=args.source_prefix,
+        ignore_pad_token_for_loss=args.ignore_pad_token_for_loss)
+    _check_fit(rows, config)
+    return TrainingData(examples, rows)
 
 
 def describe_rows(rows: TrainingRows, args: DataTrainingArguments) -> list[str]:
@@ -90,20 +106,6 @@ def _sample_source(args: DataTrainingArguments, train: TrainingData,
 def _read(path: str, args: DataTrainingArguments, limit: int | None) -> Examples:
     return read_examples(
         path, args.prompt_column, args.response_column, args.history_column, limit)
-
-
-def _training_data(args: DataTrainingArguments, tokenizer: ChatGLMTokenizer,
-                   config: ChatGLMConfig) -> TrainingData:
-    examples = _read(args.train_file, args, args.max_train_samples)
-    rows = build_training_rows(
-        examples, tokenizer, max_source_length=args.max_source_length,
-        max_target_length=args.max_target_length, source_prefix=args.source_prefix,
-        ignore_pad_token_for_loss=args.ignore_pad_token_for_loss)
-    _check_fit(rows, config)
-    print(f"{args.train_file}: ", end="")
-    print(*describe_rows(rows, args), sep="\n")
-    _print_example(rows.rows[0].input_ids, rows.rows[0].labels, tokenizer)
-    return TrainingData(examples, rows)
 
 
 def _evaluation_data(path: str, examples: Examples, arguments: Arguments,

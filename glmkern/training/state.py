@@ -27,9 +27,14 @@ class Plan:
 
     @classmethod
     def of(cls, num_examples: int, args: TrainingArguments) -> "Plan":
+        """For a run over this many rows; ValueError where they do not fill a micro-batch."""
         batch, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
         whole_batches = num_examples // batch
         batches = whole_batches if args.dataloader_drop_last else math.ceil(num_examples / batch)
+        if batches == 0:
+            raise ValueError(
+                f"{num_examples} rows do not fill a micro-batch of {batch}, and "
+                "--dataloader_drop_last leaves out what does not; lower the batch size")
         steps_per_epoch = max(batches // accumulation, 1)
         if args.max_steps > 0:
             max_steps = args.max_steps

@@ -30,11 +30,16 @@ def check_arguments(arguments: Arguments, environment: Mapping[str, str]) -> Non
     _check_training(training)
     if arguments.evaluates or training.do_predict:
         _check_evaluation(arguments)
+    elif training.metric_for_best_model is not None:
+        raise InputError(
+            f"--metric_for_best_model is {training.metric_for_best_model}, but nothing is "
+            "evaluated; pass --evaluation_strategy steps or epoch, or leave it out"
+        )
     _check_precision(arguments.model, training)
 
 
 def _require(value: object, name: str, cure: str) -> None:
-    if value is None:
+    if value in (None, ""):  # "" is an unset variable of a shell script
         raise InputError(f"--{name} is missing; {cure}")
 
 

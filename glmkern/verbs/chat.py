@@ -122,6 +122,7 @@ class Conversation:
             self.past = None  # it lacks the last token that was printed, and may be torn
             print(" …", end="")
         except ValueError as error:  # no room for a reply
+            self.past = None
             print(error, end="")
         print()
 

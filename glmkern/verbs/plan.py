@@ -12,6 +12,7 @@ from glmkern.training.arguments import Arguments
 from glmkern.training.parser import parse as parse_flags
 
 if TYPE_CHECKING:
+    from glmkern.model.config import ChatGLMConfig
     from glmkern.training.dataset import Row
 
 # What checking a training command asks for and a plan can do without.
@@ -46,25 +47,28 @@ def plan(arguments: Arguments, gpu: str | None = None) -> list[str]:
     """The lines of the plan; InputError for flags a run would refuse, or an unknown GPU."""
     import torch
 
-    from glmkern.checkpoint import resolve_folder
+    from glmkern.checkpoint import check_bits, resolve_folder
     from glmkern.errors import InputError
     from glmkern.model.config import ChatGLMConfig
     from glmkern.plan.machines import named_gpu, this_machine
     from glmkern.plan.precision import Precision
     from glmkern.plan.prediction import Job, fitted, predict
-    from glmkern.training.run import choose_device, choose_dtype
+    from glmkern.training.run import choose_device, choose_dtype, take_prefix_from_checkpoint
     from glmkern.training.validation import check_arguments
 
     check_arguments(_as_a_run(arguments), {})
-    model, training = arguments.model, arguments.training
+    training = arguments.training
     device = torch.device("cuda") if gpu else choose_device(training)
-    dtype = choose_dtype(model, training, device)
-    folder = resolve_folder(model.model_name_or_path)
+    dtype = choose_dtype(arguments.model, training, device)
+    folder = resolve_folder(arguments.model.model_name_or_path)
     config = ChatGLMConfig.from_pretrained(folder)
-    precision = Precision.of(config, dtype, device, model.rope_precision)
+    if arguments.model.quantization_bit:
+        check_bits(folder, config, arguments.model.quantization_bit)
+    arguments = take_prefix_from_checkpoint(arguments, config)
+    precision = Precision.of(config, dtype, device, arguments.model.rope_precision)
     machine = named_gpu(gpu, precision.activations) if gpu else this_machine(
         str(device), precision.activations)
-    rows, lines = _rows(arguments, folder)
+    rows, lines = _rows(arguments, folder, config)
     try:
         job = Job.of(arguments, config, precision, rows)
     except ValueError as error:
@@ -85,21 +89,18 @@ def _as_a_run(arguments: Arguments) -> Arguments:
     return arguments._replace(data=data, training=training)
 
 
-def _rows(arguments: Arguments, folder: Path) -> tuple[Sequence[Row] | None, list[str]]:
+def _rows(arguments: Arguments, folder: Path,
+          config: ChatGLMConfig) -> tuple[Sequence[Row] | None, list[str]]:
     """The rows of --train_file, or None, and the lines that describe them."""
     from glmkern.tokenizer import ChatGLMTokenizer
-    from glmkern.training.dataset import build_training_rows, read_examples
-    from glmkern.training.run_data import describe_rows
+    from glmkern.training.run import check_vocabulary
+    from glmkern.training.run_data import describe_rows, training_data
 
     data = arguments.data
     if data.train_file is None:
         tokens = data.max_source_length + data.max_target_length + 1
         return None, [f"no --train_file: every row is taken to have {tokens:,} tokens"]
-    examples = read_examples(data.train_file, data.prompt_column, data.response_column,
-                             data.history_column, data.max_train_samples)
-    rows = build_training_rows(
-        examples, ChatGLMTokenizer.from_pretrained(folder),
-        max_source_length=data.max_source_length, max_target_length=data.max_target_length,
-        source_prefix=data.source_prefix,
-        ignore_pad_token_for_loss=data.ignore_pad_token_for_loss)
+    tokenizer = ChatGLMTokenizer.from_pretrained(folder)
+    check_vocabulary(tokenizer, config)
+    rows = training_data(data, tokenizer, config).rows
     return rows.rows, describe_rows(rows, data)

@@ -22,6 +22,7 @@ from glmkern.checkpoint import (
 )
 from glmkern.errors import InputError
 from glmkern.model.config import ChatGLMConfig
+from glmkern.model.glm_config import to_glm_config
 from tests.model.oracles import SMALL, random_weights, relative_error
 
 QKV = "transformer.encoder.layers.1.self_attention.query_key_value"
@@ -307,3 +308,17 @@ for name, tensor in read_base(back, config):
     )
     # A mapping of 12, a shard of 6, the largest tensor of 6 with its parts, and copies of both.
     assert float(done.stdout) < 60, done.stdout
+
+
+@pytest.mark.parametrize("name", ["rope_scaling", "rope_parameters"])
+def test_rope_that_is_no_object(name):
+    values = to_glm_config(ChatGLMConfig.from_dict(SMALL)) | {name: [1]}
+    with pytest.raises(ValueError, match=rf"{name} is \[1\]; it must be an object"):
+        ChatGLMConfig.from_dict(values)
+
+
+def test_the_family_survives_where_only_auto_map_names_it():
+    config = ChatGLMConfig.from_dict(SMALL | {
+        "auto_map": {"AutoConfig": "THUDM/chatglm3-6b--configuration_chatglm.ChatGLMConfig"}})
+    assert config.family == "chatglm3-6b"
+    assert ChatGLMConfig.from_dict(to_glm_config(config)).family == "chatglm3-6b"

@@ -159,3 +159,9 @@ def test_beam_sampling(temperature, top_k, top_p):
                           temperature=temperature, top_k=top_k, top_p=top_p, eos_token_id=end,
                           generator=torch.Generator().manual_seed(9))[0].tolist()
     assert text == (expected + end[:1])[:max_length]
+
+
+def test_sums_that_leave_the_range_are_told():
+    with pytest.raises(ValueError, match="temperature 0.01 divides the sums .* use temperature 1"):
+        small_model().generate(torch.randint(151, (1, 3)), num_beams=2, do_sample=True,
+                               temperature=0.01, max_length=40, eos_token_id=[])

@@ -326,3 +326,14 @@ def test_a_cache_that_does_not_fit():
     model.use_prefix(None)
     with pytest.raises(ValueError, match="of another model or prefix"):
         more(max_new_tokens=2)
+
+
+def test_a_callers_cache_keeps_its_rows():
+    """Also those that have ended, or it could not be given back."""
+    model, prompt = small_model(), torch.randint(151, (2, 3))
+    end = int(model.generate(prompt, max_new_tokens=3, eos_token_id=[])[0, 4])
+    past = KeyValueCache(model)
+    *_, text = model.stream_generate(prompt, max_new_tokens=6, past_key_values=past,
+                                     eos_token_id=[end])
+    assert len(past.lens) == 2
+    next(model.stream_generate(text[:, -1:], max_new_tokens=2, past_key_values=past))

@@ -4,8 +4,9 @@ import types
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from glmkern.checkpoint import write_base, write_prefix
+from glmkern.checkpoint import quantize_folder, write_base, write_prefix
 from glmkern.errors import InputError
 from glmkern.model.chatglm import ChatGLM
 from glmkern.model.packing import PackedBatch, pack_rows
@@ -205,6 +206,21 @@ def test_from_pretrained(folder):
                                    prefix_checkpoint=path / "pytorch_model.bin").eval()
     assert half.prefix_encoder.embedding.weight.dtype == torch.float32
     assert half.loss(batch).item() == pytest.approx(model.loss(batch).item(), rel=1e-2)
+
+
+def test_a_folder_that_holds_its_own_prefix(tmp_path):
+    """As a full checkpoint of the official code: config.json says pre_seq_len."""
+    model, rows = small_model(), pack_rows(random_rows([6, 2]))
+    model.config.save(tmp_path)
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    again = ChatGLM.from_pretrained(tmp_path).eval()
+    assert again.loss(rows) == model.loss(rows)
+    quantize_folder(tmp_path, tmp_path / "base", 8)
+    assert ChatGLM.from_pretrained(tmp_path / "base").prefix_encoder is None
+    save_file({k: v for k, v in model.state_dict().items() if "prefix" not in k},
+              tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match="holds no prefix"):
+        ChatGLM.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16], ids=str)

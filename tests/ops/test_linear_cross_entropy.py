@@ -100,6 +100,20 @@ def test_logits_far_from_and_near_zero(backend, size):
                  lambda: [torch.randn(9, 8).requires_grad_()])
 
 
+def test_arguments_of_any_strides(backend):
+    hidden, packed, scale = torch.randn(5, 6), *ops.quantize(torch.randn(9, 6), 8)[:2]
+    labels, token_weight = torch.randint(9, (5,)), torch.rand(5)
+    expected = ops.linear_cross_entropy(hidden, ops.QuantizedWeight(packed, scale, 8), labels,
+                                        token_weight=token_weight)
+
+    def strided(x):
+        return torch.stack([x, x], -1)[..., 0]
+
+    weight = ops.QuantizedWeight(strided(packed), strided(scale), 8)
+    assert ops.linear_cross_entropy(strided(hidden), weight, strided(labels),
+                                    token_weight=strided(token_weight)) == expected
+
+
 def test_without_gradient(backend):
     hidden, weight, labels = torch.randn(9, 8), torch.randn(30, 8), labelled(9, 30)
     loss, dhidden = torch.ops.glmkern.linear_cross_entropy_fwd(

@@ -1,5 +1,7 @@
 """The official 4- and 8-bit format, and linear layers over it."""
 
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +11,9 @@ import glmkern
 from glmkern import ops
 from tests.ops.contract import check_compiles, check_registration
 from tests.ops.numerics import HALF_AND_SINGLE, matches_fp64, poisoned_memory, same_bits
+
+# The package's attribute of that name is the function.
+module = sys.modules["glmkern.ops.quant_linear"]
 
 OP = "quant_linear_fwd"
 SHAPES = [(1, 1, 2), (1, 140, 1030), (2, 35, 66), (3, 5, 8), (4, 129, 300), (15, 131, 258),
@@ -246,3 +251,14 @@ def test_the_kernels_guard_direct_calls(position, wrong, sentence):
     with pytest.raises(RuntimeError, match=f"^quant_linear_fwd.* {sentence}|^quant_linear_fwd "
                                            f"{sentence}"):
         torch.ops.glmkern_cpu.quant_linear_fwd(*call)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantising_in_blocks_changes_no_bit(bits, monkeypatch):
+    weight = torch.randn(13, 10).half()
+    weight[3] = 0
+    whole = ops.quantize(weight, bits)
+    monkeypatch.setattr(module, "BLOCK_ELEMENTS", 40)
+    blocks = ops.quantize(weight, bits)
+    assert all(map(same_bits, whole[:2], blocks[:2]))
+    assert not torch.signbit(whole.scale).any()

@@ -14,6 +14,7 @@ from glmkern.checkpoint.base import MAPPED_BYTES
 from glmkern.errors import InputError
 from glmkern.model.packing import pack_rows
 from glmkern.plan import machines
+from glmkern.plan import run as plan_run
 from glmkern.plan.machines import GIB, GPUS, OPTIMISER, PROCESS, Machine, named_gpu, this_machine
 from glmkern.plan.memory import base_bytes, prefix_parameters, saved_bytes
 from glmkern.plan.precision import Precision
@@ -21,11 +22,19 @@ from glmkern.plan.prediction import (
     MARGIN,
     Job,
     Prediction,
+    as_duration,
     fitted,
     predict,
     tokens_that_fit,
 )
+from glmkern.plan.run import predict_run
 from glmkern.plan.work import RowLength, attention_flops, linear_flops, linear_weights, step_flops
+from glmkern.training.arguments import (
+    Arguments,
+    DataTrainingArguments,
+    ModelArguments,
+    TrainingArguments,
+)
 from glmkern.training.batching import pack_step
 from glmkern.training.dataset import Row
 from tests.model.oracles import diffusers_twin, small_model
@@ -211,6 +220,46 @@ def test_what_is_computed_again_costs_a_forward():
     assert layer - none == again + 28 * attention_flops(config, lengths, 128)
 
 
+# The longest row
+
+WITH_A_LONG_ROW = [(19, 7)] * 1500 + [(202, 90)] + [(19, 7)] * 1500
+
+
+@pytest.mark.parametrize("budget, micro_batch, largest", [
+    (0, 1, (202, 90)), (0, 3, (240, 104)), (16, 1, (202, 90)), (64, 3, (202, 90)),
+    (2048, 20, (380, 140))])
+def test_a_long_row_is_planned_for_wherever_it_comes(budget, micro_batch, largest):
+    planned = job(chatglm2_6b(), WITH_A_LONG_ROW, micro_batch=micro_batch, budget=budget)
+    sampled = max(pack for step in planned.sampled_steps() for pack in planned.packs(step))
+    assert sampled.tokens % 19 == 0  # the long row is not in the sample
+    predicted = predict(planned, machine())
+    assert predicted.largest_pack == RowLength(*largest)
+    alone = predict(replace(planned, rows=[RowLength(*largest)]), machine())
+    assert predicted.memory == alone.memory
+
+
+def test_fewer_rows_than_a_micro_batch():
+    planned = job(chatglm2_6b(), [(30, 4), (50, 9)], micro_batch=8, budget=0)
+    assert predict(planned, machine()).largest_pack == (80, 13)
+
+
+def test_the_default_leaves_room_for_the_longest_row():
+    config = replace(chatglm2_6b(), quantization_bit=4)
+    planned = job(config, WITH_A_LONG_ROW, micro_batch=1)
+    short, long = (predict(replace(planned, rows=[RowLength(*row)]), machine(device="cuda")).total
+                   for row in ((19, 7), (202, 90)))
+    for memory, budget in ((1.01 * long, 2048), ((short + long) / 2, 202)):
+        assert fitted(planned, machine(memory=MARGIN * memory, device="cuda")).budget == budget
+
+
+def test_a_run_too_long_for_a_date():
+    planned = job(chatglm2_6b(), [(192, 0)], steps=10**18)
+    assert "more than 100 years for 1,000,000,000,000,000,000 steps" in "\n".join(
+        predict(planned, machine()).summary())
+    assert as_duration(1e300) == "more than 100 years"
+    assert as_duration(90061.4) == "1 day, 1:01:01"
+
+
 # Fitting
 
 @pytest.mark.parametrize("recompute", ["none", "mlp", "layer"])
@@ -300,3 +349,30 @@ def test_this_machine_is_measured_without_random_numbers():
     assert 1e8 < here.flops < 1e15 and 1e8 < here.bandwidth < 1e13
     assert here.overhead > PROCESS and "measured" in here.name
     assert this_machine("cpu", "float32") is here
+
+
+def test_processes_of_a_machine_share_its_memory(monkeypatch):
+    monkeypatch.setattr(machines, "available_bytes", lambda: 12 * GIB)
+    monkeypatch.setattr(machines, "resident_bytes", lambda: GIB)
+    monkeypatch.setattr(machines, "_product_rate", lambda *_: 1e12)
+    monkeypatch.setattr(machines, "_read_rate", lambda *_: 1e10)
+    alone, shared = (this_machine.__wrapped__("cpu", "float32", *each) for each in ((), (3,)))
+    assert (alone.memory, shared.memory) == (13 * GIB, 5 * GIB)
+    assert "5.0 GiB free for each of 3 processes" in shared.name and "each" not in alone.name
+
+
+@pytest.mark.parametrize("device, environment, sharing", [
+    ("cpu", {}, 1), ("cpu", {"WORLD_SIZE": "6", "LOCAL_WORLD_SIZE": "3"}, 3),
+    ("cuda:1", {"LOCAL_WORLD_SIZE": "3"}, 1)])
+def test_a_run_knows_its_share(monkeypatch, device, environment, sharing):
+    asked = []
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(plan_run, "this_machine",
+                        lambda *values: asked.append(values) or machine())
+    arguments = Arguments(ModelArguments(model_name_or_path="base", pre_seq_len=5),
+                          DataTrainingArguments(), TrainingArguments(output_dir="out"), ())
+    predict_run(arguments, chatglm2_6b(), random_rows(3, 9, 100), torch.device(device),
+                torch.float32)
+    assert asked == [(device, "float32", sharing)]

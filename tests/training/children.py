@@ -5,7 +5,8 @@ import os
 import random
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy
@@ -172,37 +173,45 @@ def overflow(folder: Path) -> None:
 def fail(folder: Path, failing_rank: int, how: str) -> None:
     """A run in which one rank fails in its third step; each rank leaves its error in a file."""
     rank = int(os.environ["RANK"])
-    try:
-        args = run_arguments(folder, save_steps=2, evaluation_strategy="no")
-        with join_world(args, CPU) as world:
-            tuned = model()
-            trainer = Trainer(tuned, random_rows(13, 12), args, world=world,
-                              folder=RunFolder(folder))
-            compute = trainer.gradient.compute
+    args = run_arguments(folder, save_steps=2, evaluation_strategy="no")
+    with _recorded(folder), join_world(args, CPU) as world:
+        tuned = model()
+        trainer = Trainer(tuned, random_rows(13, 12), args, world=world, folder=RunFolder(folder))
+        compute = trainer.gradient.compute
 
-            def computed(window, step, *others):
-                if step == 2 and rank == failing_rank:
-                    _break(how, tuned)
-                if step == 2 and how == "error while others compute" and rank != failing_rank:
-                    distributed.HANG_SECONDS = 0.5
-                    time.sleep(60)
-                return compute(window, step, *others)
+        def computed(window, step, *others):
+            if step == 2 and rank == failing_rank:
+                _break(how, tuned)
+            if step == 2 and how == "error while others compute" and rank != failing_rank:
+                distributed.HANG_SECONDS = 0.5
+                time.sleep(60)
+            return compute(window, step, *others)
 
-            trainer.gradient.compute = computed
-            trainer.train()
-    except BaseException as error:
-        (folder / f"rank{rank}.txt").write_text(f"{type(error).__name__}: {error}")
-        raise
+        trainer.gradient.compute = computed
+        trainer.train()
 
 
 def refuse(folder: Path) -> None:
     """A mistake in the flags, which every rank finds."""
-    rank = int(os.environ["RANK"])
+    with _recorded(folder), join_world(run_arguments(folder), CPU):
+        raise InputError("--seed is wrong")
+
+
+def disagree(folder: Path) -> None:
+    """The ranks look for one thing that all have, and for one that they do not."""
+    with _recorded(folder), join_world(run_arguments(folder), CPU) as world:
+        assert world.gather("number", str(world.rank)) == list(map(str, range(world.size)))
+        world.require_same("the colour", "red")
+        world.require_same("the start of the run", "afresh" if world.is_first else "checkpoint-2")
+
+
+@contextmanager
+def _recorded(folder: Path) -> Iterator[None]:
+    """Writes what ends the block into a file of this rank."""
     try:
-        with join_world(run_arguments(folder), CPU):
-            raise InputError("--seed is wrong")
+        yield
     except BaseException as error:
-        (folder / f"rank{rank}.txt").write_text(f"{type(error).__name__}: {error}")
+        (folder / f"rank{os.environ['RANK']}.txt").write_text(f"{type(error).__name__}: {error}")
         raise
 
 

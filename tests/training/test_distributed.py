@@ -141,6 +141,13 @@ def test_what_every_rank_finds_wrong_is_said_once(tmp_path):
                                       "SystemExit: 2"]
 
 
+def test_ranks_that_start_differently_are_told(tmp_path):
+    assert run_ranks(3, children.disagree, tmp_path) == [1, 2, 2]
+    assert errors_of(tmp_path, 3)[0] == (
+        "InputError: the start of the run is afresh on rank 0, but checkpoint-2 on rank 1; give "
+        "all ranks the same files, and an --output_dir that they share")
+
+
 def test_a_rank_that_goes_on_computing_is_ended(tmp_path):
     statuses = run_ranks(2, children.fail, tmp_path, 1, "error while others compute")
     assert statuses == [1, 1]
