@@ -86,6 +86,24 @@ def test_a_longer_run_at_a_constant_rate(flags, tmp_path):  # noqa: F811
         prefix(tmp_path / "whole" / "checkpoint-6"))
 
 
+def test_another_folder_and_the_dtype_that_auto_chose(flags, rows, tmp_path):  # noqa: F811
+    """The best checkpoint stays in the first folder."""
+    flags = {**flags, "save_steps": 2, "eval_steps": 2, "evaluation_strategy": "steps",
+             "load_best_model_at_end": True, "validation_file": rows, "no_cuda": True}
+    assert cli.main(command(flags)) == 0
+    first, second = tmp_path / "out" / "checkpoint-2", tmp_path / "elsewhere"
+    judged = [json.loads(line)["eval_loss"] for line in
+              (tmp_path / "out" / "trainer_log.jsonl").read_text().splitlines()
+              if "eval_loss" in line]
+    state = first / "trainer_state.json"  # as if step 2 had been much better than step 4 will be
+    state.write_text(state.read_text().replace(f'"best_metric": {judged[0]}', '"best_metric": -1'))
+    assert cli.main(command({**flags, "output_dir": second, "model_dtype": "float32",
+                             "resume_from_checkpoint": first})) == 0
+    end = json.loads((second / "trainer_state.json").read_text())
+    assert end["best_model_checkpoint"] == str(first) and end["best_metric"] == -1
+    assert (second / "train_results.json").exists()
+
+
 def test_the_tokens_of_a_pack_stay_those_of_the_first_part(flags, tmp_path):  # noqa: F811
     """However much memory is free by then."""
     saved = [tmp_path / "out" / f"checkpoint-{step}" / "glmkern.json" for step in (2, 4)]

@@ -4,11 +4,13 @@ import datetime
 import json
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+from glmkern.checkpoint.atomic import writing
 from glmkern.training.state import TrainerState
 
 GIB = 2**30
@@ -50,42 +52,53 @@ class Progress:
 
     def log(self, logs: dict[str, float], state: TrainerState) -> None:
         """Print the official log line, and append it to the log file where it has a loss: that of
-        a window of steps ("loss") or of an evaluation ("eval_loss")."""
+        a window of steps ("loss") or of an evaluation ("eval_loss").
+
+        Raises InputError where the file cannot be written."""
         self.write(str(logs))
         losses = {FILE_NAMES[name]: logs[name] for name in FILE_NAMES if name in logs}
         if self._log_file is None or not losses.keys() & {"loss", "eval_loss"}:
             return
-        if self._log is None:
-            self._log = self._log_file.open("a" if self.lines else "w", encoding="utf-8")
         elapsed = time.monotonic() - self._start
         steps = max(state.global_step - self._earlier_steps, 1)
         remaining = elapsed / steps * (state.max_steps - state.global_step)
         on_gpu = self.device.type == "cuda"
         memory = {"vram_allocated" if on_gpu else "ram_allocated":
                   round(peak_memory(self.device) / GIB, 2)}
-        self._log.write(json.dumps({
+        line = json.dumps({
             "current_steps": state.global_step,
             "total_steps": state.max_steps,
             **losses,
             "epoch": logs["epoch"],
             "percentage": round(100 * state.global_step / state.max_steps, 2),
-            "elapsed_time": str(datetime.timedelta(seconds=int(elapsed))),
-            "remaining_time": str(datetime.timedelta(seconds=int(remaining))),
+            "elapsed_time": _clock(elapsed),
+            "remaining_time": _clock(remaining),
             "throughput": round(self._tokens_per_second(), 2),
             "total_tokens": self.tokens,
             **memory,
-        }) + "\n")
-        self._log.flush()
+        }) + "\n"
+        with writing(self._log_file):
+            if self._log is None:
+                self._log = self._log_file.open("a" if self.lines else "w", encoding="utf-8")
+            self._log.write(line)
+            self._log.flush()
         self.lines += 1
 
     def close(self) -> None:
         self._bar.close()
         if self._log is not None:
-            self._log.close()
+            with suppress(OSError):  # of a line that `log` failed to write, and told so
+                self._log.close()
 
     def _tokens_per_second(self) -> float:
         tokens = self.tokens - self._earlier_tokens
         return tokens / max(time.monotonic() - self._start, 1e-9)
+
+
+def _clock(seconds: float) -> str:
+    """h:mm:ss, with days where there are; no more than a timedelta holds."""
+    longest = datetime.timedelta.max.total_seconds()
+    return str(datetime.timedelta(seconds=int(min(seconds, longest - 1))))
 
 
 def write_line(line: str) -> None:

@@ -71,12 +71,14 @@ class Reports:
         self._draws = args.plot_loss and writes
         self._writer = None
         self._reported = 0  # entries of the history
-        self._first_step = 0  # of this process
+        self._first_step = 0  # entries of earlier steps are reported already
 
     def __enter__(self) -> "Reports":
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
+        if self._to_tensorboard and self._writer is None and kind is None and self.history():
+            self._open(self.history()[-1]["step"])  # no step was left to a resumed run
         if self._writer is not None:
             self._report()
             self._writer.close()
@@ -88,8 +90,7 @@ class Reports:
         if not self._to_tensorboard:
             return
         if self._writer is None:
-            self._first_step = step
-            self._writer = self._open(resumed=step > 1)
+            self._open(step - 1)
         self._report()
 
     def _report(self) -> None:
@@ -99,20 +100,24 @@ class Reports:
                 self._add(entry)
         self._reported = len(history)
 
-    def _open(self, resumed: bool):
-        """The event file; a resumed run goes on in the newest folder, and hides there what its
-        predecessor logged past the checkpoint."""
+    def _open(self, steps: int) -> None:
+        """Open an event file for a run that goes on after `steps` steps, 0 if it is a new one.
+
+        A resumed run goes on in the newest folder. It hides there what its predecessor reported of
+        the checkpoint's step and later ones, and reports the step again: an epoch that ended with
+        it may have had its log and evaluation to come.
+        """
         from torch.utils.tensorboard import SummaryWriter
 
+        resumed, self._first_step = steps > 0, steps
         folder = self.args.logging_dir
         if folder is None:
             runs = Path(self.args.output_dir) / "runs"
             earlier = sorted(runs.glob("*/"), key=lambda path: path.stat().st_mtime_ns)
             now = datetime.datetime.now().strftime("%b%d_%H-%M-%S")
             folder = earlier[-1] if resumed and earlier else runs / f"{now}_{socket.gethostname()}"
-        writer = SummaryWriter(str(folder), purge_step=self._first_step if resumed else None)
-        writer.add_text("args", json.dumps(self.flags, indent=2))
-        return writer
+        self._writer = SummaryWriter(str(folder), purge_step=steps if resumed else None)
+        self._writer.add_text("args", json.dumps(self.flags, indent=2))
 
     def _add(self, entry: dict[str, float]) -> None:
         for name, value in entry.items():

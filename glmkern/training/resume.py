@@ -10,7 +10,7 @@ import pickle
 import shlex
 import sys
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,13 +36,15 @@ NEWEST = ("auto", "true")
 # The flags that decide the numbers of a run; the others may change from one part to the next.
 DECISIVE = (
     "pre_seq_len", "prefix_projection", "prefix_dropout", "quantization_bit", "output_layer_bit",
-    "model_dtype", "fp16", "bf16", "rope_precision", "max_source_length", "max_target_length",
-    "max_train_samples", "ignore_pad_token_for_loss", "source_prefix",
-    "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "weight_decay",
-    "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "optim", "lr_scheduler_type",
-    "warmup_ratio", "warmup_steps", "seed", "data_seed", "dataloader_drop_last",
-    "group_by_length", "label_smoothing_factor")
+    "tf32", "rope_precision", "max_source_length", "max_target_length", "max_train_samples",
+    "ignore_pad_token_for_loss", "source_prefix", "per_device_train_batch_size",
+    "gradient_accumulation_steps", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2",
+    "adam_epsilon", "max_grad_norm", "optim", "lr_scheduler_type", "warmup_ratio", "warmup_steps",
+    "seed", "data_seed", "dataloader_drop_last", "group_by_length", "label_smoothing_factor")
 DECISIVE_FOR_A_DECAY = ("max_steps", "num_train_epochs")
+# The flags that decide which checkpoint is the best.
+DECISIVE_FOR_THE_BEST = (
+    "metric_for_best_model", "greater_is_better", "validation_file", "max_eval_samples")
 SCHEDULES_WITHOUT_END = ("constant", "constant_with_warmup", "inverse_sqrt")
 
 
@@ -80,7 +82,8 @@ def find_checkpoint(wanted: str | None, output_dir: Path) -> Path | None:
     if not folder.is_dir():
         raise InputError(f"--resume_from_checkpoint {wanted} is not a folder; name a checkpoint-N "
                          "folder, or auto for the newest of --output_dir")
-    missing = _missing(folder)
+    # Only the flags' file is not the trainer's own: `auto` leaves it to read_flags.
+    missing = [name for name in (*NEEDED, FLAGS_FILE) if not (folder / name).is_file()]
     if missing and any(folder.glob("checkpoint-*")):
         raise InputError(f"--resume_from_checkpoint {wanted} holds checkpoints but is none; name "
                          "one of them, or pass auto with this --output_dir")
@@ -117,7 +120,10 @@ def check_same_run(checkpoint: Path, flags: Mapping[str, Any]) -> None:
 
 def read_flags(checkpoint: Path) -> dict[str, Any]:
     """The flags of the run that saved the checkpoint."""
-    return _read_json(checkpoint / FLAGS_FILE)
+    flags = _read_json(checkpoint / FLAGS_FILE)
+    if not isinstance(flags.get("tokens_per_pack"), str):
+        raise InputError(_damaged(checkpoint / FLAGS_FILE))
+    return flags
 
 
 def describe_warm_start(prefix: str | Path) -> str:
@@ -147,7 +153,8 @@ def write_training_state(folder: Path, trainer: "Trainer") -> None:
         write_torch(folder / "scaler.pt", trainer.loss_scale.state_dict())
     write_torch(folder / "rng_state.pth", rng_state())
     write_text(folder / "trainer_state.json", trainer.state.to_json())
-    position = {**asdict(trainer.position), "rows": trainer.fingerprint}
+    position = {**asdict(trainer.position), "rows": trainer.fingerprint,
+                "dtype": _dtype_name(trainer)}
     write_text(folder / RESUME_FILE, json.dumps(position, indent=2) + "\n")
 
 
@@ -160,12 +167,18 @@ def read_training_state(folder: Path, trainer: "Trainer") -> None:
     if position.pop("rows", None) != trainer.fingerprint:
         raise InputError(f"{folder} comes from a run over other rows; give it the --train_file, "
                          "and the base's tokenizer, that it had")
+    dtype, now = position.pop("dtype", None), _dtype_name(trainer)
+    if dtype is not None and dtype != now:
+        raise InputError(f"{folder} comes from a run in {dtype} and this one is in {now}; pass "
+                         f"--model_dtype {dtype}")
     try:
         trainer.position = Position(**position)
     except TypeError as error:
         raise InputError(f"{folder / RESUME_FILE} is of another version; start a new run from its "
                          "prefix with --ptuning_checkpoint") from error
+    _check_types(trainer.position, folder / RESUME_FILE)
     state = TrainerState.from_dict(_read_json(folder / "trainer_state.json"))
+    _check_types(state, folder / "trainer_state.json")
     if state.global_step > trainer.plan.max_steps:
         raise InputError(f"{folder} has {state.global_step} steps, more than the "
                          f"{trainer.plan.max_steps} of this run; raise --max_steps")
@@ -173,15 +186,51 @@ def read_training_state(folder: Path, trainer: "Trainer") -> None:
     state.num_train_epochs = trainer.plan.num_train_epochs
     trainer.state = state
     _read_prefix_into(trainer.model.prefix_encoder, folder)
-    trainer.optimizer.load_state_dict(_load(folder / "optimizer.pt"))
-    trainer.scheduler.load_state_dict(_load(folder / "scheduler.pt"))
+    _load_into(trainer.optimizer.load_state_dict, folder / "optimizer.pt")
+    _check_moments(trainer.optimizer, folder / "optimizer.pt")
+    _load_into(trainer.scheduler.load_state_dict, folder / "scheduler.pt")
+    if trainer.scheduler.last_epoch != state.global_step:
+        raise InputError(f"scheduler.pt of {folder} is of step {trainer.scheduler.last_epoch} and "
+                         f"trainer_state.json of {state.global_step}; resume from another "
+                         "checkpoint")
     scaled = (folder / "scaler.pt").is_file()
     if scaled != (trainer.loss_scale is not None):
-        raise InputError(f"{folder} comes from a run {'in' if scaled else 'not in'} float16 and "
-                         "this one is not; pass the --model_dtype that it had")
+        raise InputError(
+            f"{folder} has {'a' if scaled else 'no'} scaler.pt, which only a run in float16 saves,"
+            f" and this one is in {now}; pass the --model_dtype that it had, or resume from "
+            "another checkpoint")
     if scaled:
-        trainer.loss_scale.load_state_dict(_load(folder / "scaler.pt"))
-    set_rng_state(_load(folder / "rng_state.pth"))
+        _load_into(trainer.loss_scale.load_state_dict, folder / "scaler.pt")
+    _load_into(set_rng_state, folder / "rng_state.pth")
+
+
+def take_up_best(checkpoint: Path, state: TrainerState, flags: Mapping[str, Any]) -> str | None:
+    """Have `state`, as read from `checkpoint`, name the best checkpoint where it lies by now.
+
+    It lies beside `checkpoint`, or where it was when it was recorded. Where `flags` judge by
+    another measure than the run so far, `state` forgets it; returns the line that says so. Raises
+    InputError where --load_best_model_at_end would not find it.
+    """
+    if state.best_model_checkpoint is None:
+        return None
+    recorded = Path(state.best_model_checkpoint)
+    if (checkpoint / FLAGS_FILE).is_file():
+        earlier = read_flags(checkpoint)
+        for name in DECISIVE_FOR_THE_BEST:
+            if name in earlier and name in flags and earlier[name] != flags[name]:
+                line = (f"--{name} was {earlier[name]} and is {flags[name]}: the best checkpoint "
+                        f"so far, {recorded} ({state.best_metric}), does not count any more")
+                state.best_model_checkpoint = state.best_metric = None
+                return line
+    beside = checkpoint.parent / recorded.name
+    found = next((path for path in (beside, recorded) if _is_best(path, state)), None)
+    if found is not None:
+        state.best_model_checkpoint = str(found.absolute())
+    elif flags["load_best_model_at_end"]:
+        raise InputError(
+            f"--load_best_model_at_end would load {recorded}, the best checkpoint of the run so "
+            f"far, but it is neither there nor at {beside}; put it back, or leave out the flag")
+    return None
 
 
 def resume_command(argv: Sequence[str], environment: Mapping[str, str]) -> str:
@@ -225,17 +274,56 @@ def _read_prefix_into(encoder: torch.nn.Module, folder: Path) -> None:
     encoder.load_state_dict(saved)
 
 
-def _load(path: Path) -> Any:
+def _is_best(folder: Path, state: TrainerState) -> bool:
+    """Whether `folder` is the checkpoint whose saving made best_metric what it is in `state`."""
+    file = folder / "trainer_state.json"
+    # As text, since a NaN is not equal to itself.
+    return file.is_file() and str(_read_json(file).get("best_metric")) == str(state.best_metric)
+
+
+def _dtype_name(trainer: "Trainer") -> str:
+    return str(trainer.model.dtype).removeprefix("torch.")
+
+
+def _damaged(path: Path) -> str:
+    return f"{path} is damaged or not of this kind; resume from another checkpoint"
+
+
+def _load_into(load_state: Callable[[Any], object], path: Path) -> None:
+    """Hand the contents of a .pt file to `load_state`; InputError where either fails."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, KeyError) as error:
-        raise InputError(f"{path} is damaged or not of this kind; resume from another checkpoint"
-                         ) from error
+        load_state(torch.load(path, map_location="cpu", weights_only=True))
+    except torch.OutOfMemoryError:
+        raise
+    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, KeyError, TypeError,
+            ValueError, AttributeError, IndexError) as error:
+        raise InputError(_damaged(path)) from error
+
+
+def _check_moments(optimizer: torch.optim.Optimizer, path: Path) -> None:
+    for parameter, state in optimizer.state.items():
+        for value in state.values():
+            if isinstance(value, torch.Tensor) and value.shape not in ((), parameter.shape):
+                raise InputError(_damaged(path))
+
+
+def _check_types(record: Position | TrainerState, path: Path) -> None:
+    """Raise InputError where a value is not of the kind of the field's default."""
+    for name, default in vars(type(record)()).items():
+        kind = (int, float) if isinstance(default, (int, float)) else type(default)
+        if default is not None and not isinstance(getattr(record, name), kind):
+            raise InputError(_damaged(path))
+    best = getattr(record, "best_model_checkpoint", None)
+    if not isinstance(best, (str, type(None))):
+        raise InputError(_damaged(path))
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read ({error}); resume from another checkpoint"
                          ) from error
+    if not isinstance(values, dict):
+        raise InputError(_damaged(path))
+    return values

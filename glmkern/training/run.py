@@ -170,7 +170,7 @@ def _train(arguments: Arguments, model: ChatGLM, tokenizer: ChatGLMTokenizer,
             write_companions=lambda checkpoint: write_companions(
                 checkpoint, saved_config, tokenizer, arguments),
             row_names=[example.index for example in data.train.examples], world=world,
-            evaluate=evaluate, on_save=on_save, on_step=on_step)
+            evaluate=evaluate, on_save=on_save, on_step=on_step, flags=arguments.to_dict())
     except ValueError as error:  # flags that do not go with the rows
         raise InputError(str(error)) from error
     world.require_same("the start of the run", "afresh" if checkpoint is None else checkpoint.name)

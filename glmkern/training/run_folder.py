@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from glmkern.checkpoint.atomic import write_text
+from glmkern.checkpoint.atomic import write_text, writing
 from glmkern.errors import InputError
 from glmkern.training.state import TrainerState
 
@@ -54,29 +54,32 @@ class RunFolder:
         """Make checkpoint-<step> of what `fill` writes into the folder it is given.
 
         The folder gets its name when it is complete. Older checkpoints beyond --save_total_limit
-        are deleted afterwards, but never `best`.
+        are deleted afterwards, but never `best`. Raises InputError where the disk is full.
         """
         final = self.checkpoint(step)
         partial = self._temporary(final)
-        partial.mkdir()
         try:
-            fill(partial)
-            if final.exists():
-                self._delete(final)
-            os.replace(partial, final)
+            with writing(final):
+                partial.mkdir()
+                fill(partial)
+                if final.exists():
+                    self._delete(final)
+                os.replace(partial, final)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
         self.delete_older(final, best)
         return final
 
     def delete_older(self, newest: Path, best: Path | None = None) -> None:
-        """Delete the oldest checkpoints beyond --save_total_limit, but not `newest` and `best`."""
+        """Delete the oldest checkpoints beyond --save_total_limit, but not `newest` and `best`,
+        which may lie in another folder."""
         if not self.save_total_limit or self.save_total_limit < 0:
             return
-        others = [path for path in self.path.glob(f"{CHECKPOINT}*")
-                  if path.is_dir() and path not in (newest, best)]
+        needed = {path.resolve() for path in (newest, best) if path is not None}
+        found = [path for path in self.path.glob(f"{CHECKPOINT}*") if path.is_dir()]
+        others = [path for path in found if path.resolve() not in needed]
         others.sort(key=lambda path: path.stat().st_mtime_ns)
-        kept = max(self.save_total_limit - len({newest, best} - {None}), 0)
+        kept = max(self.save_total_limit - (len(found) - len(others)), 0)
         for path in others[: max(len(others) - kept, 0)]:
             with suppress(OSError):
                 self._delete(path)
@@ -88,13 +91,15 @@ class RunFolder:
                 if path.is_dir():
                     shutil.rmtree(path, ignore_errors=True)
                 else:
-                    path.unlink(missing_ok=True)
+                    with writing(self.path):
+                        path.unlink(missing_ok=True)
 
     def shorten_log(self, lines: int) -> None:
         """Keep the first lines of trainer_log.jsonl, behind which the run goes on."""
         log = self.path / LOG
         if log.exists():
-            kept = log.read_text(encoding="utf-8").splitlines(keepends=True)[:lines]
+            with writing(log):
+                kept = log.read_text(encoding="utf-8").splitlines(keepends=True)[:lines]
             write_text(log, "".join(kept))
 
     def _delete(self, checkpoint: Path) -> None:

@@ -1,9 +1,11 @@
 """The training loop of transformers 4.30.2 for a prefix, over packed rows."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 from torch.utils.data import BatchSampler, Sampler
@@ -24,6 +26,7 @@ from glmkern.training.resume import (
     find_checkpoint,
     fingerprint,
     read_training_state,
+    take_up_best,
     write_training_state,
 )
 from glmkern.training.row_order import create_sampler
@@ -55,6 +58,7 @@ class Trainer:
             when --evaluation_strategy says so, after the log and before the save of a step.
         on_save: called with every new checkpoint folder and its step.
         on_step: called with the number of every step taken.
+        flags: every flag of the run, as glmkern.json keeps them; None: those of `args`.
 
     Attributes:
         state: TrainerState, as trainer_state.json holds it.
@@ -69,7 +73,8 @@ class Trainer:
                  row_names: Sequence[object] | None = None, world: World | None = None,
                  evaluate: Callable[[], dict[str, float]] | None = None,
                  on_save: Callable[[Path, int], None] | None = None,
-                 on_step: Callable[[int], None] | None = None):
+                 on_step: Callable[[int], None] | None = None,
+                 flags: Mapping[str, Any] | None = None):
         for index, row in enumerate(rows):
             if not labelled_tokens(row):
                 raise ValueError(f"row {index} has no token to predict; leave it out")
@@ -78,14 +83,11 @@ class Trainer:
         self.folder, self.write_companions = folder, write_companions
         self.row_names = row_names or range(len(rows))
         self.evaluate, self.on_save, self.on_step = evaluate, on_save, on_step
+        self.flags = flags or asdict(args)
         if args.evaluation_strategy != "no" and evaluate is None:
             raise ValueError(f"--evaluation_strategy {args.evaluation_strategy} needs something to "
                              "evaluate; pass no")
         self.plan = Plan.of(len(rows), args)
-        if self.plan.batches_per_epoch == 0:
-            raise ValueError(
-                f"{len(rows)} rows do not fill a micro-batch of {args.per_device_train_batch_size},"
-                " and --dataloader_drop_last leaves out what does not; lower the batch size")
         # As the official Trainer: seeded again once the model is there, so that the order of rows
         # does not depend on how many random numbers the model's construction took.
         set_seed(args.seed)
@@ -123,12 +125,16 @@ class Trainer:
 
         Raises TrainingError, naming step and rows, where the loss or the gradient is not finite;
         Interrupted, with everything saved, where SIGINT or SIGTERM asked to stop; InputError where
-        `resume_from` is damaged, or of other rows, another prefix or precision. Whether it is of
-        the same flags, resume.check_same_run says.
+        `resume_from` is damaged, or of other rows, another prefix or precision, or where the best
+        checkpoint is to be loaded at the end and is no more. Whether it is of the same flags,
+        resume.check_same_run says.
         """
         args, plan = self.args, self.plan
         if resume_from is not None:
             read_training_state(resume_from, self)
+            forgotten = take_up_best(resume_from, self.state, self.flags)
+            if forgotten is not None and self.world.is_first:
+                print(forgotten)
             self.last_checkpoint = resume_from
         state, first_step = self.state, self.state.global_step
         self.model.train()
@@ -252,7 +258,7 @@ class Trainer:
         path, state = self.folder.checkpoint(self.state.global_step), self.state
         if metrics is not None and self.schedule.is_better(metrics, state.best_metric):
             state.best_metric = metrics[self.schedule.best_metric]
-            state.best_model_checkpoint = str(path)
+            state.best_model_checkpoint = str(path.absolute())
         if self._writes:
             self._print("Saving PrefixEncoder")
             self.folder.write_checkpoint(state.global_step, self._fill_checkpoint, self._best())
@@ -267,7 +273,7 @@ class Trainer:
 
     def _best(self) -> Path | None:
         best = self.state.best_model_checkpoint
-        return None if best is None else self.folder.path / Path(best).name
+        return None if best is None else Path(best)
 
     def _load_best(self) -> None:
         """--load_best_model_at_end."""

@@ -10,7 +10,7 @@ from matplotlib.image import imread
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from glmkern import cli
-from glmkern.errors import InputError
+from glmkern.errors import InputError, Interrupted
 from glmkern.training import reports
 from glmkern.training.progress import Progress
 from glmkern.training.reports import Reports, check_reports, smoothed, tag
@@ -144,7 +144,32 @@ def test_a_resumed_run_goes_on_where_it_was(installed, tmp_path):
         history += logged((11, {"loss": 2.0}))
     writer, = Writer.made
     assert writer.log_dir == str(tmp_path / "runs" / "Jan01_00-00-00_host")
-    assert writer.purge_step == 11 and writer.scalars == [("train/loss", 2.0, 11)]
+    # What the first part reported of the checkpoint's step is hidden and reported again.
+    assert writer.purge_step == 10
+    assert {step for _, _, step in writer.scalars} == {10, 11}
+    assert writer.scalars[-1] == ("train/loss", 2.0, 11)
+
+
+@pytest.mark.parametrize("steps_left", [0, 1])
+def test_what_was_due_at_the_end_of_a_stopped_epoch_is_reported_once(tmp_path, steps_left):
+    """The stop came in the epoch's last step, after that step's log; by the package itself."""
+    args = arguments(report_to=("tensorboard",), logging_dir=str(tmp_path))
+    history = []
+    with pytest.raises(Interrupted), Reports(args, lambda: history) as following:
+        for step in (1, 2):
+            following.after_step(step)
+            history += logged((step, {"loss": 4.0 - step}))
+        raise Interrupted("stopped after step 2", 2)
+    with Reports(args, lambda: history) as following:
+        history += logged((2, {"eval_loss": 1.5}))  # while the trainer ends the epoch
+        for step in range(3, 3 + steps_left):
+            following.after_step(step)
+            history += logged((step, {"loss": 0.5}))
+    events = EventAccumulator(str(tmp_path), {"scalars": 0}).Reload()
+    written = {name: [(event.step, event.value) for event in events.Scalars(name)]
+               for name in events.Tags()["scalars"]}
+    assert written == {"train/loss": [(1, 3.0), (2, 2.0), (3, 0.5)][:2 + steps_left],
+                       "eval/loss": [(2, 1.5)]}
 
 
 def test_a_new_run_has_a_new_folder(installed, tmp_path):
@@ -238,3 +263,12 @@ def test_log_file_has_losses_of_training_and_evaluation_only(tmp_path, capsys):
     assert second["percentage"] == 50.0
     assert capsys.readouterr().out.splitlines() == [
         str(TRAINED), str(EVALUATED), str({"eval_rouge-1": 30.0, "epoch": 0.5})]
+
+
+def test_a_run_that_would_never_end_has_a_log(tmp_path):
+    state = TrainerState(max_steps=10**18, global_step=1)
+    progress = Progress(10**18, torch.device("cpu"), show_bar=False, log_file=tmp_path / "log.jsonl")
+    progress._start -= 60
+    progress.log(TRAINED, state)
+    progress.close()
+    assert "days" in json.loads((tmp_path / "log.jsonl").read_text())["remaining_time"]

@@ -290,6 +290,7 @@ def test_a_folder_that_is_no_checkpoint(tmp_path):
     ({}, {"prefix_projection": True}, "--prefix_projection is True"),
     ({}, {"optim": "adamw_torch"}, "--optim is adamw_torch, .* pass --optim adamw_hf"),
     ({}, {"group_by_length": True}, "--group_by_length is True"),
+    ({}, {"tf32": True}, "--tf32 is True, .* leave it out"),
     ({"max_steps": 10}, {"max_steps": 20}, "--max_steps is 20"),
     ({}, {"num_train_epochs": 5.0}, "--num_train_epochs is 5.0"),
     ({"lr_scheduler_type": "constant", "warmup_ratio": 0.1},
@@ -311,6 +312,7 @@ def test_another_run_is_refused(tmp_path, earlier, now, words):
     ({"lr_scheduler_type": "constant"}, {"lr_scheduler_type": "constant", "max_steps": 9}),
     ({"ptuning_checkpoint": "old"}, {"ptuning_checkpoint": "old"}),
     ({"ptuning_checkpoint": "old"}, {}),
+    ({"model_dtype": "auto"}, {"model_dtype": "float32"}),  # what auto was, resume.json knows
 ])
 def test_what_may_change(tmp_path, earlier, now):
     check_same_run(make_checkpoint(tmp_path, 2, **earlier), every_flag(**now))
@@ -344,8 +346,10 @@ def test_other_rows_are_refused(tmp_path):
 
 def test_other_models_are_refused(tmp_path):
     checkpoint = make_checkpoint(tmp_path, 2)
-    with pytest.raises(InputError, match="not in float16"):
-        resume_stand_in(checkpoint, model=StandIn(torch.float16))
+    for dtype in (torch.float16, torch.bfloat16):
+        with pytest.raises(InputError, match=f"comes from a run in float32 and this one is in "
+                                             f"{str(dtype)[6:]}; pass --model_dtype float32"):
+            resume_stand_in(checkpoint, model=StandIn(dtype))
     with pytest.raises(InputError, match=r"embedding.weight of the prefix in .* is \[1, 8\] and "
                                          r"in this run \[5, 144\]"):
         resume_stand_in(checkpoint, model=children.model())
@@ -361,6 +365,152 @@ def test_damaged_checkpoints(tmp_path, name):
     (checkpoint / name).write_bytes(content[: len(content) // 2])
     with pytest.raises(InputError, match=name):
         resume_stand_in(checkpoint)
+
+
+def rewrite(path: Path, value) -> None:
+    if path.suffix == ".json":
+        path.write_text(json.dumps(value))
+    else:
+        torch.save(value, path)
+
+
+@pytest.mark.parametrize("name, value", [
+    ("optimizer.pt", []), ("optimizer.pt", {}), ("optimizer.pt", {"state": 1, "param_groups": [1]}),
+    ("scheduler.pt", []), ("scheduler.pt", {}), ("scheduler.pt", torch.ones(2)),
+    ("rng_state.pth", []), ("rng_state.pth", {"python": 1}), ("rng_state.pth", {"python": (3, ())}),
+    ("rng_state.pth", {"python": (3, (1,) * 625, None), "cpu": torch.ones(2)}),
+    ("resume.json", []), ("resume.json", 3), ("trainer_state.json", []),
+    ("trainer_state.json", {}), ("trainer_state.json", {"global_step": "2"}),
+    ("trainer_state.json", {"global_step": 2, "log_history": {}}),
+    ("trainer_state.json", {"global_step": 2, "best_model_checkpoint": 2})])
+def test_files_of_another_shape(tmp_path, name, value):
+    checkpoint = make_checkpoint(tmp_path, 2)
+    rewrite(checkpoint / name, value)
+    with pytest.raises(InputError, match=name) as error:
+        resume_stand_in(checkpoint)
+    assert str(tmp_path) in str(error.value) and "another checkpoint" in str(error.value)
+
+
+def test_a_place_and_moments_of_another_shape(tmp_path):
+    checkpoint = make_checkpoint(tmp_path, 2)
+    moments = torch.load(checkpoint / "optimizer.pt", weights_only=True)
+    position = json.loads((checkpoint / "resume.json").read_text())
+    rewrite(checkpoint / "resume.json", {**position, "micro_batches": [2]})
+    with pytest.raises(InputError, match="resume.json is damaged"):
+        resume_stand_in(checkpoint)
+    rewrite(checkpoint / "resume.json", position)
+    moments["state"][0]["exp_avg"] = torch.zeros(3)
+    rewrite(checkpoint / "optimizer.pt", moments)
+    with pytest.raises(InputError, match="optimizer.pt is damaged"):
+        resume_stand_in(checkpoint)
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", "{", '{"tokens_per_pack": 3}', None])
+def test_flags_that_are_none(tmp_path, content):
+    checkpoint = make_checkpoint(tmp_path, 2)
+    (checkpoint / "glmkern.json").unlink()
+    if content is not None:
+        (checkpoint / "glmkern.json").write_text(content)
+    with pytest.raises(InputError, match="glmkern.json"):
+        check_same_run(find_checkpoint(str(checkpoint), tmp_path), every_flag())
+    with pytest.raises(InputError, match="glmkern.json .*; resume from another checkpoint"):
+        check_same_run(find_checkpoint("auto", tmp_path), every_flag())
+
+
+def test_a_checkpoint_that_does_not_name_its_dtype(tmp_path):
+    """As of older releases: only the loss scale tells float16 from the others."""
+    checkpoint = make_checkpoint(tmp_path, 2)
+    position = json.loads((checkpoint / "resume.json").read_text())
+    assert position.pop("dtype") == "float32"
+    rewrite(checkpoint / "resume.json", position)
+    resume_stand_in(checkpoint)
+    with pytest.raises(InputError, match="has no scaler.pt, which only a run in float16 saves, "
+                                         "and this one is in float16; pass the --model_dtype"):
+        resume_stand_in(checkpoint, model=StandIn(torch.float16))
+
+
+# The best checkpoint
+
+def train_for_the_best(folder: Path, losses: dict[int, float], resume_from: Path | None = None,
+                       every: dict | None = None, **flags) -> Trainer:
+    """Saves and evaluates in every step; `losses`: step to what its evaluation returns. Every
+    checkpoint keeps the flags `every`."""
+    args = arguments(**{"max_steps": max(losses), "save_steps": 1, "evaluation_strategy": "steps",
+                        "eval_steps": 1, "load_best_model_at_end": True, "learning_rate": 0.1,
+                        "lr_scheduler_type": "constant", **flags})
+    kept = {**every_flag(), **vars(args), **(every or {})}
+    trainer = Trainer(
+        StandIn(), simple_rows(8), args, folder=RunFolder(folder, args.save_total_limit),
+        flags=kept, evaluate=lambda: {"eval_loss": losses[trainer.state.global_step],
+                                      "eval_bleu-4": 100 - losses[trainer.state.global_step]},
+        write_companions=lambda path: rewrite(path / "glmkern.json", kept))
+    trainer.train(resume_from)
+    return trainer
+
+
+def prefix_of(checkpoint: Path) -> torch.Tensor:
+    saved, = torch.load(checkpoint / "pytorch_model.bin", weights_only=True).values()
+    return saved
+
+
+@pytest.mark.parametrize("limit", [None, 1])
+def test_the_best_checkpoint_lies_in_the_folder_of_the_first_part(tmp_path, limit):
+    first, second = tmp_path / "a", tmp_path / "b"
+    train_for_the_best(first, {1: 3.0, 2: 1.0, 3: 2.0})
+    train_for_the_best(second, {1: 7.0, 2: 0.5}, learning_rate=0.3)  # another run
+    again = train_for_the_best(second, {4: 6.0, 5: 5.0}, first / "checkpoint-3",
+                               save_total_limit=limit)
+    assert again.state.best_model_checkpoint == str(first / "checkpoint-2")
+    assert again.model.scores.equal(prefix_of(first / "checkpoint-2"))
+    assert (second / "checkpoint-4").exists() == (limit is None)
+    if limit is None:  # the third part, too, passes by the other run's checkpoint-2
+        third = train_for_the_best(second, {6: 6.0}, second / "checkpoint-5")
+        assert third.model.scores.equal(prefix_of(first / "checkpoint-2"))
+
+
+def test_a_moved_folder_has_its_best_checkpoint_inside(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    losses = {1: 3.0, 2: 1.0, 3: 2.0}
+    whole = train_for_the_best(Path("a"), losses)
+    assert whole.state.best_model_checkpoint == str(tmp_path / "a" / "checkpoint-2")
+    os.rename("a", "moved")
+    again = train_for_the_best(Path("moved"), {4: 4.0, 5: 5.0}, Path("moved/checkpoint-3"),
+                               save_total_limit=1)
+    assert again.state.best_model_checkpoint == str(tmp_path / "moved" / "checkpoint-2")
+    assert again.model.scores.equal(whole.model.scores)
+    assert {path.name for path in Path("moved").glob("checkpoint-*")} == {
+        "checkpoint-2", "checkpoint-5"}
+
+
+def test_a_lost_best_checkpoint_stops_the_run_before_it_starts(tmp_path):
+    train_for_the_best(tmp_path / "a", {1: 3.0, 2: 1.0, 3: 2.0})
+    train_for_the_best(tmp_path / "b", {1: 7.0, 2: 0.5})
+    shutil.rmtree(tmp_path / "a" / "checkpoint-2")
+    before = contents(tmp_path)
+    with pytest.raises(InputError, match="would load .*/a/checkpoint-2, .* neither there nor at"):
+        train_for_the_best(tmp_path / "b", {4: 4.0}, tmp_path / "a" / "checkpoint-3")
+    assert contents(tmp_path) == before
+    again = train_for_the_best(tmp_path / "b", {4: 4.0}, tmp_path / "a" / "checkpoint-3",
+                               load_best_model_at_end=False)
+    assert again.state.best_metric == 1.0
+
+
+@pytest.mark.parametrize("flags, every, words", [
+    ({"metric_for_best_model": "bleu-4"}, {}, "--metric_for_best_model was None and is bleu-4: "),
+    ({"greater_is_better": True}, {}, "--greater_is_better was None and is True: "),
+    ({}, {"validation_file": "other.json"}, "--validation_file was None and is other.json: "),
+    ({}, {"max_eval_samples": 7}, "--max_eval_samples was None and is 7: "),
+])
+def test_a_best_by_another_measure_is_forgotten(tmp_path, capsys, flags, every, words):
+    train_for_the_best(tmp_path, {1: 3.0, 2: 1.0, 3: 2.0})
+    capsys.readouterr()
+    again = train_for_the_best(tmp_path, {4: 50.0, 5: 50.0}, tmp_path / "checkpoint-3", every,
+                               **flags)
+    assert words + (f"the best checkpoint so far, {tmp_path}/checkpoint-2 (1.0), does not count "
+                    "any more\n") in capsys.readouterr().out
+    assert again.state.best_model_checkpoint == str(tmp_path / "checkpoint-4")
+    assert again.state.best_metric == 50.0
+    assert again.model.scores.equal(prefix_of(tmp_path / "checkpoint-4"))
 
 
 # The command to go on with

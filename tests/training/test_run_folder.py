@@ -1,7 +1,9 @@
 """What a run leaves in its output folder, and that nothing of it is ever half-written."""
 
 import json
+import os
 import random
+from pathlib import Path
 
 import numpy
 import pytest
@@ -243,3 +245,40 @@ def test_the_log_is_shortened(tmp_path):
     RunFolder(tmp_path).shorten_log(2)
     assert (tmp_path / "trainer_log.jsonl").read_text() == "".join(lines[:2])
     RunFolder(tmp_path / "none").shorten_log(4)
+
+
+# A disk that is full, or not the user's
+
+def test_a_checkpoint_that_cannot_be_written(tmp_path, monkeypatch):
+    cannot = f"cannot write {tmp_path}/.*checkpoint-3 .*; free some space or choose a folder"
+    with pytest.raises(InputError, match=cannot):
+        RunFolder(tmp_path / "absent").write_checkpoint(3, lambda folder: None)
+
+    def full(*names):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(InputError, match=cannot):
+        RunFolder(tmp_path).write_checkpoint(3, lambda folder: None)
+    assert saved(tmp_path) == set()
+
+
+def test_files_of_a_killed_run_that_cannot_be_changed(tmp_path, monkeypatch):
+    (tmp_path / "trainer_log.jsonl").mkdir()
+    with pytest.raises(InputError, match="cannot write .*/trainer_log.jsonl .Is a directory"):
+        RunFolder(tmp_path).shorten_log(2)
+    (tmp_path / ".0123456789abcdef.tmp").write_text("")
+
+    def refuse(path, missing_ok):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(InputError, match=f"cannot write {tmp_path} .Permission denied"):
+        RunFolder(tmp_path).remove_litter()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the device is Linux's")
+def test_a_log_on_a_full_disk_stops_the_run_in_one_sentence(tmp_path):
+    (tmp_path / "trainer_log.jsonl").symlink_to("/dev/full")
+    with pytest.raises(InputError, match="cannot write .*/trainer_log.jsonl .No space left on"):
+        train_into(tmp_path, logging_steps=1)
