@@ -267,7 +267,8 @@ def test_log_file_has_losses_of_training_and_evaluation_only(tmp_path, capsys):
 
 def test_a_run_that_would_never_end_has_a_log(tmp_path):
     state = TrainerState(max_steps=10**18, global_step=1)
-    progress = Progress(10**18, torch.device("cpu"), show_bar=False, log_file=tmp_path / "log.jsonl")
+    progress = Progress(10**18, torch.device("cpu"), show_bar=False,
+                        log_file=tmp_path / "log.jsonl")
     progress._start -= 60
     progress.log(TRAINED, state)
     progress.close()
