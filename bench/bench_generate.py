@@ -1,7 +1,7 @@
 """Greedy generation beside GlmForCausalLM.generate, which takes one prompt at a time.
 
     python -m bench.bench_generate                  prints the table and writes bench/results/
-    python -m bench.bench_generate --rounds 3 --json /tmp/x.json
+    python -m bench.bench_generate --rounds 3 --json x.json
     python -m bench.bench_generate --profile        where the time of our decoding goes
 
 The model is bench_train's (hidden 1024, 8 layers, prefix 128), in float32:

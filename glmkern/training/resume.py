@@ -32,6 +32,7 @@ FLAGS_FILE = "glmkern.json"
 NEEDED = ("pytorch_model.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth",
           "trainer_state.json", RESUME_FILE)
 NEWEST = ("auto", "true")
+NONE = ("", "false", "none")  # what scripts pass for no value
 
 # The flags that decide the numbers of a run; the others may change from one part to the next.
 DECISIVE = (
@@ -67,13 +68,18 @@ class Position:
     log_lines: int = 0
 
 
+def asks_to_resume(wanted: str | None) -> bool:
+    """Whether a value of --resume_from_checkpoint means some checkpoint."""
+    return wanted is not None and wanted.lower() not in NONE
+
+
 def find_checkpoint(wanted: str | None, output_dir: Path) -> Path | None:
     """The folder that --resume_from_checkpoint means; None for a fresh start.
 
     `wanted` is a folder, "auto" (or "True"), which is the newest complete checkpoint of
-    `output_dir` if there is one, or None. Raises InputError for a folder that is no checkpoint.
+    `output_dir` if there is one, or none. Raises InputError for a folder that is no checkpoint.
     """
-    if wanted is None:
+    if not asks_to_resume(wanted):
         return None
     if wanted.lower() in NEWEST:
         complete = [path for path in output_dir.glob("checkpoint-*") if not _missing(path)]
@@ -83,7 +89,7 @@ def find_checkpoint(wanted: str | None, output_dir: Path) -> Path | None:
         raise InputError(f"--resume_from_checkpoint {wanted} is not a folder; name a checkpoint-N "
                          "folder, or auto for the newest of --output_dir")
     # Only the flags' file is not the trainer's own: `auto` leaves it to read_flags.
-    missing = [name for name in (*NEEDED, FLAGS_FILE) if not (folder / name).is_file()]
+    missing = _missing(folder, (*NEEDED, FLAGS_FILE))
     if missing and any(folder.glob("checkpoint-*")):
         raise InputError(f"--resume_from_checkpoint {wanted} holds checkpoints but is none; name "
                          "one of them, or pass auto with this --output_dir")
@@ -253,8 +259,8 @@ def resume_command(argv: Sequence[str], environment: Mapping[str, str]) -> str:
     return shlex.join([*program, *kept, flag, "auto"])
 
 
-def _missing(folder: Path) -> list[str]:
-    return [name for name in NEEDED if not (folder / name).is_file()]
+def _missing(folder: Path, needed: Sequence[str] = NEEDED) -> list[str]:
+    return [name for name in needed if not (folder / name).is_file()]
 
 
 def _age(folder: Path) -> tuple[int, int]:

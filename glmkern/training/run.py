@@ -29,6 +29,7 @@ from glmkern.training.prediction import PredictionFile
 from glmkern.training.progress import write_line
 from glmkern.training.reports import Reports, check_reports
 from glmkern.training.resume import (
+    asks_to_resume,
     check_same_run,
     describe_warm_start,
     find_checkpoint,
@@ -41,9 +42,6 @@ from glmkern.training.seeding import set_seed, use_deterministic_libraries
 from glmkern.training.state import metrics_table
 from glmkern.training.trainer import Trainer
 from glmkern.training.validation import check_arguments, check_output_folder
-
-# Values of --resume_from_checkpoint that scripts pass for none.
-NO_CHECKPOINT = ("", "false", "none")
 
 
 def run(arguments: Arguments) -> dict[str, float]:
@@ -68,10 +66,8 @@ def _prepare_folder(arguments: Arguments) -> Path | None:
     training_args = arguments.training
     output = Path(training_args.output_dir)
     wanted = training_args.resume_from_checkpoint
-    if wanted is not None and wanted.lower() in NO_CHECKPOINT:
-        wanted = None
     checkpoint = find_checkpoint(wanted, output)
-    if checkpoint is None and wanted is not None:
+    if checkpoint is None and asks_to_resume(wanted):
         print(f"no checkpoint in {output} to resume from: the run starts afresh")
     elif checkpoint is None:
         check_output_folder(output, training_args.overwrite_output_dir)
@@ -102,17 +98,17 @@ def _run(arguments: Arguments, device: torch.device, world: World,
     tokenizer = ChatGLMTokenizer.from_pretrained(base)
     check_vocabulary(tokenizer, config)
     data = read_data(arguments, tokenizer, config)
+    if data.train is None and not world.is_first:
+        return {}
+    if arguments.model.quantization_bit:
+        check_bits(base, config, arguments.model.quantization_bit)
+    prediction = None
     try:
-        prediction = None
-        if arguments.model.quantization_bit:
-            check_bits(base, config, arguments.model.quantization_bit)
         if data.train is not None:
             prediction, lines = predict_run(arguments, config, data.train.rows.rows, device, dtype)
             print(*lines, sep="\n")
             budgets = world.gather("tokens of a pack", str(prediction.job.budget))
             arguments = with_tokens_per_pack(arguments, min(budgets, key=int))
-        if data.train is None and not world.is_first:
-            return {}
         model = load_model(base, arguments.model, device, dtype, mapped=world.size > 1)
         model.label_smoothing = training_args.label_smoothing_factor
     except ValueError as error:  # a configuration or combination of flags that is not supported
