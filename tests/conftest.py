@@ -11,7 +11,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from tests.interpreter import (  # noqa: E402, F401 (torch reads the variable; pytest the names)
     device,
-    interpreter_knows_bfloat16,
+    interpreter_mended,
     pytest_pycollect_makemodule,
 )
 

@@ -49,14 +49,17 @@ class InterpretedTests(pytest.Item):
 
 
 @pytest.fixture(autouse=True, scope="session")
-def interpreter_knows_bfloat16():
+def interpreter_mended():
     """The interpreter cuts float32 off to bfloat16, where the hardware rounds to nearest even, and
-    takes the bits of a product's or a sum's bfloat16 operands for integers."""
+    takes the bits of a product's or a sum's bfloat16 operands for integers. Triton 3.6's has no
+    bfloat16 constants, and makes a loop's bound of an array of one element, which numpy refuses
+    since 2.4."""
     if not INTERPRETED:
         yield
         return
     import numpy as np
     from triton import language as tl
+    from triton.runtime import interpreter
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
     cast = InterpreterBuilder.cast_impl
 
@@ -80,7 +83,18 @@ def interpreter_knows_bfloat16():
         a, b = (cast(self, x, tl.float32) for x in (a, b))
         return rounding_cast(self, binary(self, a, b, operation), tl.bfloat16)
 
-    with (mock.patch.object(InterpreterBuilder, "cast_impl", rounding_cast),
+    def bfloat16_constant(self, value):
+        return rounding_cast(self, self.get_fp32(value), tl.bfloat16)
+
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch_tensor_and_index(tensor, scope):
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    with (mock.patch.object(interpreter, "_patch_lang_tensor", patch_tensor_and_index),
+          mock.patch.object(InterpreterBuilder, "get_bf16", bfloat16_constant, create=True),
+          mock.patch.object(InterpreterBuilder, "cast_impl", rounding_cast),
           mock.patch.object(InterpreterBuilder, "binary_op", widening_binary),
           mock.patch.object(InterpreterBuilder, "create_dot", widening_dot)):
         yield
