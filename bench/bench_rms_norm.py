@@ -64,13 +64,14 @@ def _calls(backend: str, x, residual, dy, dh, weight) -> dict[str, Callable]:
     """The four pieces of work by one backend of glmkern."""
     op = torch.ops.glmkern
     with glmkern.backend(backend):
-        _, h, rstd = op.add_rms_norm_fwd(x, residual, weight, EPS)
+        _, rstd = op.rms_norm_fwd(x, weight, EPS)
+        _, h, h_rstd = op.add_rms_norm_fwd(x, residual, weight, EPS)
 
     return {
         "rms_norm fwd": forced(backend, op.rms_norm_fwd, x, weight, EPS),
-        "rms_norm bwd": forced(backend, op.rms_norm_bwd, dy, h, weight, rstd, None, False),
+        "rms_norm bwd": forced(backend, op.rms_norm_bwd, dy, x, weight, rstd, None, False),
         "add_rms_norm fwd": forced(backend, op.add_rms_norm_fwd, x, residual, weight, EPS),
-        "add_rms_norm bwd": forced(backend, op.rms_norm_bwd, dy, h, weight, rstd, dh, False),
+        "add_rms_norm bwd": forced(backend, op.rms_norm_bwd, dy, h, weight, h_rstd, dh, False),
     }
 
 

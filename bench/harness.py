@@ -12,6 +12,7 @@ import argparse
 import ctypes
 import itertools
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -28,9 +29,11 @@ RESULTS = Path(__file__).with_name("results")
 ROUNDS = 21
 # On a CPU a sample lasts at least this long, so that the clock and a stray interrupt weigh little.
 SAMPLE_SECONDS = 0.01
-# Cleared before every sample on a GPU: more than any L2 cache holds, and long enough to write that
-# the launches of the sample are queued when it ends.
+# Cleared before every sample on a GPU: more than any L2 cache holds.
 FLUSH_BYTES = 2 ** 29
+# It is cleared so often that the GPU is busy for this long, in which Python queues the launches of
+# a sample, five for a backward pass: what is timed is then the work of the GPU alone.
+QUEUE_SECONDS = 1e-3
 
 
 @dataclass(frozen=True)
@@ -158,14 +161,20 @@ def _gpu_sampler() -> Callable[[Callable, int], float]:
     flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
-    def sample(call: Callable, repeats: int) -> float:
-        flush.zero_()
+    def seconds(call: Callable, repeats: int, flushes: int) -> float:
+        for _ in range(flushes):
+            flush.zero_()
         start.record()
         for _ in range(repeats):
             call()
         end.record()
         end.synchronize()
         return start.elapsed_time(end) / 1e3 / repeats
+
+    flushes = math.ceil(QUEUE_SECONDS / seconds(flush.zero_, 20, flushes=1))
+
+    def sample(call: Callable, repeats: int) -> float:
+        return seconds(call, repeats, flushes)
 
     return sample
 
