@@ -37,7 +37,9 @@ def shrink(monkeypatch, module, name: str, device: str) -> None:
 
 
 def check_equal_work(works: list[Work], ours: str) -> None:
-    key = (lambda work: (work.name, str(work.dtype)))
+    def key(work: Work) -> tuple[str, str]:
+        return work.name, str(work.dtype)
+
     for (name, _), group in itertools.groupby(sorted(works, key=key), key):
         group = list(group)
         assert any(ours in work.implementation for work in group), name

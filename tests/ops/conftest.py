@@ -12,3 +12,13 @@ def backend(request):
     assert state in ("chosen", "available"), state
     with glmkern.backend(request.param):
         yield request.param
+
+
+@pytest.fixture(autouse=True)
+def _triton(request):
+    """The files test_<op>_triton.py test the Triton kernels."""
+    if not request.module.__name__.endswith("_triton"):
+        yield
+        return
+    with glmkern.backend("triton"):
+        yield

@@ -11,7 +11,6 @@ import torch
 import glmkern
 from glmkern import ops
 from glmkern.ops.philox import keep_mask, philox4x32
-from tests.ops.contract import check_compiles, check_registration
 from tests.ops.numerics import HALF_AND_SINGLE, matches_fp64, poisoned_memory, same_bits
 
 OP = "bias_dropout_add_fwd"
@@ -171,20 +170,6 @@ def test_a_large_output_has_the_bits_of_its_pieces(p):
                  for i, (a, b) in enumerate(zip(x.split(100), residual.split(100), strict=True))]
     assert all(same_bits(w, torch.cat(pieces)) for w, pieces
                in zip(whole, zip(*parts, strict=True), strict=True))
-
-
-@pytest.mark.parametrize("p", [0.0, 0.5])
-def test_registration(backend, p):
-    x, bias, residual = (torch.randn(s, requires_grad=True) for s in ((4, 6), (6,), (4, 6)))
-    sequences = (torch.tensor([0, 4], dtype=torch.int32), torch.tensor([0]))
-    check_registration(torch.ops.glmkern.bias_dropout_add_fwd.default,
-                       (x, bias, residual, p, SEED, *sequences))
-    for bias_grad in (True, False):
-        check_registration(torch.ops.glmkern.bias_dropout_add_bwd.default,
-                           (x.detach(), 0.5, SEED, *sequences, bias_grad))
-    check_compiles(lambda x, b, r: ops.bias_dropout_add(x, b, r, p, SEED),
-                   [[torch.randn(n, 6, requires_grad=True), bias,
-                     torch.randn(n, 6, requires_grad=True)] for n in (4, 7)])
 
 
 @pytest.mark.parametrize(("arguments", "sentence"), [

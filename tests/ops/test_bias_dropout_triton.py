@@ -7,7 +7,6 @@ from unittest import mock
 import pytest
 import torch
 
-import glmkern
 from glmkern import ops
 from glmkern.ops.philox import keep_mask
 from glmkern.triton_kernels import bias_dropout as kernels
@@ -16,13 +15,6 @@ from tests.ops.numerics import HALF_AND_SINGLE, matches_fp64, poisoned_memory, s
 # rows of less than a tile and of several tiles; of a multiple of four elements and not
 SHAPES = [(5,), (3, 17), (63, 64), (2, 5, 100), (3, 1371), (2, 4096)]
 LENGTHS = [3, 1, 9, 4]
-
-
-@pytest.fixture(autouse=True)
-def _triton():
-    torch.manual_seed(0)
-    with glmkern.backend("triton"):
-        yield
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ import torch.nn.functional as F
 
 import glmkern
 from glmkern import ops
-from tests.ops.contract import check_compiles, check_registration
 from tests.ops.formulas import linear_cross_entropy
 from tests.ops.numerics import HALF_AND_SINGLE, matches_fp64, poisoned_memory, same_bits
 
@@ -146,16 +145,6 @@ def test_a_loss_scale_acts_before_rounding_to_half(backend):
     loss = ops.linear_cross_entropy(hidden, weight, labels, token_weight=tiny)
     (loss * 2**20).backward()
     assert (hidden.grad != 0).float().mean() > 0.9
-
-
-def test_registration():
-    hidden, weight = torch.randn(4, 3, requires_grad=True), torch.randn(5, 3)
-    labels, token_weight = torch.tensor([1, -100, 4, 0]), torch.rand(4)
-    check_registration(torch.ops.glmkern.linear_cross_entropy_fwd.default,
-                       (hidden, weight, None, 32, labels, token_weight, -100, 0.1, True))
-    check_compiles(lambda h, labels: ops.linear_cross_entropy(h, weight, labels),
-                   [[torch.randn(n, 3, requires_grad=True), torch.randint(5, (n,))]
-                    for n in (4, 7)])
 
 
 @pytest.mark.parametrize(("arguments", "sentence"), [

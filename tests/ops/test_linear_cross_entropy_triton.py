@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import glmkern
 from glmkern import ops
 from glmkern.triton_kernels import linear_cross_entropy as kernels
 from tests.ops.formulas import linear_cross_entropy
@@ -17,13 +16,6 @@ from tests.ops.test_linear_cross_entropy import labelled
 library = torch.ops.glmkern
 # tokens, width, classes, whether with token_weight; 33 classes are two blocks of 32
 CASES = [(1, 1, 2, False), (4, 3, 7, True), (5, 20, 33, False)]
-
-
-@pytest.fixture(autouse=True)
-def _triton():
-    torch.manual_seed(0)
-    with glmkern.backend("triton"):
-        yield
 
 
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)

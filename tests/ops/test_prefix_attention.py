@@ -7,7 +7,6 @@ import torch
 import glmkern
 from glmkern import ops
 from glmkern.ops.philox import keep_mask
-from tests.ops.contract import check_compiles, check_registration
 from tests.ops.numerics import (
     FORWARD,
     HALF_AND_SINGLE,
@@ -294,27 +293,6 @@ def test_bits_of_decode_depend_on_the_row_alone(threads, dtype):
         assert same_bits(run(number), first)
         for b in range(3):
             assert same_bits(run(number, slice(b, b + 1)), first[b:b + 1])
-
-
-def test_registration():
-    cu, ids = cumulative([3, 2]), torch.arange(2)
-    inputs = tensors([3, 2], 4, 2, 6, 3, torch.float32)
-    for p in (0.0, 0.25):
-        check_registration(torch.ops.glmkern.prefix_attention_fwd.default,
-                           (*inputs, cu, ids, SEED, 0.5, p))
-    values = [x.detach() for x in inputs]
-    out, lse = torch.ops.glmkern.prefix_attention_fwd(*values, cu, ids, SEED, 0.5, 0.25)
-    for token_grad, prefix_grad in ((True, True), (False, True), (True, False)):
-        check_registration(torch.ops.glmkern.prefix_attention_bwd.default,
-                           (torch.randn_like(out), *values, out, lse, cu, ids, SEED, 0.5, 0.25,
-                            token_grad, prefix_grad))
-    caches = torch.randn(2, 2, 5, 2, 6)
-    lens = torch.tensor([5, 4])
-    check_registration(torch.ops.glmkern.prefix_attention_decode_fwd.default,
-                       (torch.randn(2, 3, 4, 6), *caches, lens, *values[3:],
-                        torch.tensor([3, 1]), 0.5))
-    check_compiles(lambda q, k, v: ops.prefix_attention(q, k, v, *values[3:]),
-                   [tensors([n], 4, 2, 6, 3, torch.float32)[:3] for n in (5, 8)])
 
 
 def zeros(*shape, dtype=torch.float32):

@@ -9,7 +9,6 @@ from safetensors.torch import load_file
 
 import glmkern
 from glmkern import ops
-from tests.ops.contract import check_compiles, check_registration
 from tests.ops.numerics import HALF_AND_SINGLE, matches_fp64, poisoned_memory, same_bits
 
 # The package's attribute of that name is the function.
@@ -182,19 +181,6 @@ def test_quantising_keeps_no_graph():
     weight = torch.nn.Linear(8, 3).weight
     qweight = ops.quantize(weight)
     assert weight.requires_grad and not qweight.scale.requires_grad
-
-
-def test_registration():
-    packed, scale, bits = ops.quantize(torch.randn(5, 8))
-    x, bias = torch.randn(3, 8, requires_grad=True), torch.randn(5, requires_grad=True)
-    check_registration(torch.ops.glmkern.quant_linear_fwd.default, (x, packed, scale, bits, bias))
-    check_registration(torch.ops.glmkern.quant_linear_bwd.default,
-                       (torch.randn(3, 5), packed, scale, bits))
-    check_registration(torch.ops.glmkern.quant_linear_fwd.default,
-                       (x, torch.randn(5, 8).half(), None, 16, bias))
-    check_compiles(
-        lambda x, b: ops.quant_linear(x, ops.QuantizedWeight(packed, scale, bits), b),
-        [[torch.randn(n, 8, requires_grad=True), bias] for n in (3, 6)])
 
 
 @pytest.mark.parametrize(("weight", "bits", "sentence"), [

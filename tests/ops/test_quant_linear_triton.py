@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import glmkern
 from glmkern import ops
 from glmkern.triton_kernels import quant_linear as kernels
 from glmkern.triton_kernels.quant_linear_fused import FusedTile
@@ -18,13 +17,6 @@ SHAPES = [(1, 37, 70), (3, 51, 66), (8, 51, 264), (15, 35, 100), (17, 70, 136),
           (63, 35, 34)]  # M, N, K
 REAL_TILES = [(17, 131, 142), (63, 130, 518)]
 VARIANTS = ["gemv", "fused", "slab"]
-
-
-@pytest.fixture(autouse=True)
-def _triton():
-    torch.manual_seed(0)
-    with glmkern.backend("triton"):
-        yield
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import torch
 import glmkern
 from glmkern import ops
 from tests.ops import formulas
-from tests.ops.contract import check_compiles, check_registration
 from tests.ops.formulas import add_rms_norm_inputs, rms_norm_inputs
 from tests.ops.numerics import HALF_AND_SINGLE, matches_fp64, poisoned_memory, same_bits
 
@@ -112,23 +111,6 @@ def test_a_large_output_has_the_bits_of_its_pieces():
     assert all(same_bits(w, torch.cat(p)) for w, p in zip(whole, zip(*parts, strict=True),
                                                          strict=True))
     assert same_bits(dx, torch.cat(dx_parts))
-
-
-def test_registration(backend):
-    x, residual, weight = add_rms_norm_inputs((2, 3, 10), torch.float32)
-    library = torch.ops.glmkern
-    check_registration(library.rms_norm_fwd.default, (x, weight, 1e-5))
-    check_registration(library.add_rms_norm_fwd.default, (x, residual, weight, 1e-5))
-    x, residual, weight = x.detach(), residual.detach(), weight.detach()
-    rstd = torch.rand(2, 3)
-    check_registration(library.rms_norm_bwd.default, (residual, x, weight, rstd, None, True))
-    check_registration(library.rms_norm_bwd.default, (residual, x, weight, rstd, x, False))
-
-
-def test_compiles(backend):
-    check_compiles(ops.rms_norm, [rms_norm_inputs((n, 12), torch.float32) for n in (5, 8)])
-    check_compiles(lambda *inputs: sum(ops.add_rms_norm(*inputs)),
-                   [add_rms_norm_inputs((n, 12), torch.float32) for n in (5, 8)])
 
 
 @pytest.mark.parametrize(("arguments", "sentence"), [

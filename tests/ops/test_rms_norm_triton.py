@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import glmkern
 from glmkern import ops
 from glmkern.triton_kernels import rms_norm as kernels
 from glmkern.triton_kernels.tiles import row_tile
@@ -21,13 +20,6 @@ from tests.ops.numerics import (
 EPS = 1e-5
 # rows of less than a vector, of odd length, of exactly one block, of half a block, of five blocks
 SHAPES = [(1, 1), (3, 3), (63, 17), (63, 100), (2, 3, 100), (3, 4096), (1, 4099), (3, 8200)]
-
-
-@pytest.fixture(autouse=True)
-def _triton():
-    torch.manual_seed(0)
-    with glmkern.backend("triton"):
-        yield
 
 
 def random(shape, dtype, device, requires_grad=False):

@@ -6,7 +6,6 @@ import torch
 
 import glmkern
 from glmkern import ops
-from tests.ops.contract import check_compiles, check_registration
 from tests.ops.formulas import rotated
 from tests.ops.numerics import HALF_AND_SINGLE, matches_fp64, poisoned_memory, same_bits
 
@@ -154,22 +153,6 @@ def test_the_fused_form_has_the_bits_of_its_parts():
         dqkv = library.qkv_rope_bwd(q, k, v, cos_sin, positions, False)
         assert same_bits(dqkv, torch.cat([library.rope_bwd(qk, cos_sin, positions), v],
                                          1).flatten(1))
-
-
-def test_registration(backend):
-    cos_sin, positions = table(9, 2).float(), torch.tensor([8, 0, 3])
-    x = torch.randn(3, 2, 6, requires_grad=True)
-    check_registration(library.rope_fwd.default, (x, cos_sin, positions))
-    x = x.detach()
-    check_registration(library.rope_bwd.default, (x, cos_sin, positions))
-    for bias in (None, torch.randn(24)):
-        check_registration(library.qkv_rope_fwd.default,
-                           (torch.randn(3, 24), bias, cos_sin, positions, 2, 1, False))
-    check_registration(library.qkv_rope_bwd.default,
-                       (x, x[:, :1], x[:, 1:], cos_sin, positions, False))
-    check_registration(library.qkv_rope_bwd.default, (x, x, x, cos_sin, positions, True))
-    check_compiles(lambda x, positions: ops.rope(x, cos_sin, positions),
-                   [[torch.randn(n, 2, 6, requires_grad=True), torch.arange(n)] for n in (3, 8)])
 
 
 def test_a_float64_table_is_the_reference_s():

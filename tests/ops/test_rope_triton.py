@@ -6,7 +6,6 @@ from unittest import mock
 import pytest
 import torch
 
-import glmkern
 from glmkern import ops
 from glmkern.triton_kernels import rope as kernels
 from tests.ops.formulas import rotated
@@ -19,13 +18,6 @@ SHAPES = [(1, 1, 2, 1), (3, 5, 12, 3), (3, 34, 128, 32), (7, 2, 10, 5), (4, 3, 8
 # tokens, heads, groups, channels, pairs, interleaved
 QKV_SHAPES = [(1, 1, 1, 2, 1, False), (5, 6, 2, 12, 3, False), (3, 32, 2, 128, 32, False),
               (5, 3, 3, 10, 2, True), (2, 11, 11, 83, 41, True)]
-
-
-@pytest.fixture(autouse=True)
-def _triton():
-    torch.manual_seed(0)
-    with glmkern.backend("triton"):
-        yield
 
 
 def table(pairs, dtype, device):

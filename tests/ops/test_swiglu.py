@@ -6,7 +6,6 @@ import torch.nn.functional as F
 
 import glmkern
 from glmkern import ops
-from tests.ops.contract import check_compiles, check_registration
 from tests.ops.numerics import HALF_AND_SINGLE, matches_fp64, poisoned_memory, same_bits
 
 OP = "swiglu_fwd"
@@ -61,13 +60,6 @@ def test_the_same_bits_on_every_run_and_number_of_threads(threads, shape, dtype)
     first = run(1)
     for count in (1, 2, 3):
         assert all(map(same_bits, first, run(count)))
-
-
-def test_registration(backend):
-    x = torch.randn(3, 8, requires_grad=True)
-    check_registration(torch.ops.glmkern.swiglu_fwd.default, (x,))
-    check_registration(torch.ops.glmkern.swiglu_bwd.default, (torch.randn(3, 4), x.detach()))
-    check_compiles(ops.swiglu, [[torch.randn(n, 8, requires_grad=True)] for n in (3, 6)])
 
 
 @pytest.mark.parametrize("x", [torch.zeros(3, 5), torch.tensor(1.0)])

@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import glmkern
 from glmkern import ops
 from glmkern.triton_kernels import swiglu as kernels
 from tests.ops.numerics import HALF_AND_SINGLE, matches_fp64, poisoned_memory, same_bits
@@ -14,13 +13,6 @@ from tests.ops.numerics import HALF_AND_SINGLE, matches_fp64, poisoned_memory, s
 # widths of one element, of less than a vector, of half a tile, of exactly one, of two and of more;
 # tiles whose last rows are missing
 SHAPES = [(2,), (1, 2), (3, 34), (17, 66), (2, 3, 200), (9, 1024), (3, 2048), (5, 2742), (1, 27392)]
-
-
-@pytest.fixture(autouse=True)
-def _triton():
-    torch.manual_seed(0)
-    with glmkern.backend("triton"):
-        yield
 
 
 def formula(x):
