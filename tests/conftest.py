@@ -13,6 +13,7 @@ from tests.interpreter import (  # noqa: E402, F401 (torch reads the variable; p
     device,
     interpreter_mended,
     pytest_pycollect_makemodule,
+    pytest_runtest_logfinish,
 )
 
 REPOSITORY = Path(__file__).resolve().parents[1]

@@ -28,6 +28,17 @@ def pytest_pycollect_makemodule(module_path, parent):
     return None
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_logfinish(nodeid):
+    """After an illegal access every later call of that process to the GPU fails: one of several
+    processes of pytest-xdist ends itself then, and another one takes its place."""
+    if "PYTEST_XDIST_WORKER" in os.environ and torch.cuda.is_available():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            os._exit(3)
+
+
 class InterpretedModule(pytest.File):
     def collect(self):
         yield InterpretedTests.from_parent(self, name="interpreted")

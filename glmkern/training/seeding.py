@@ -45,6 +45,8 @@ def use_deterministic_libraries() -> None:
     `glmkern.environment.make_deterministic` does the part that must come before torch is loaded.
     """
     torch.use_deterministic_algorithms(True)
+    # Every kernel writes all of its results: filling them before is a write more.
+    torch.utils.deterministic.fill_uninitialized_memory = False
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False
 
