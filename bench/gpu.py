@@ -27,7 +27,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).with_name("results")
 BENCHES = ("rms_norm", "bias_dropout", "rope", "swiglu", "prefix_attention", "quant_linear",
-           "linear_cross_entropy")
+           "linear_cross_entropy", "step")
 ROUNDS = 11  # of the benchmarks
 TOTAL_SECONDS = 580
 # A step is asked to end so long before its limit: pytest then prints the failures it has.

@@ -161,12 +161,12 @@ WORKLOADS = {
 }
 
 
-def check_equal_work(steps: dict[str, Step]) -> None:
-    """Loss and prefix gradient of all are the same as ours, to TOLERANCE max-norm."""
+def check_equal_work(steps: dict[str, Step], tolerance: float = TOLERANCE) -> None:
+    """Loss and prefix gradient of all are the same as ours, to `tolerance` of the largest."""
     loss, gradient = steps[OURS].run(), steps[OURS].gradient()
     for name, step in steps.items():
         errors = [relative_error(step.run(), loss), relative_error(step.gradient(), gradient)]
-        if max(errors) > TOLERANCE:
+        if not max(errors) <= tolerance:  # nor if it is not a number
             raise RuntimeError(f"{name} does other work than {OURS}: relative difference of the "
                                f"loss {errors[0]:.1e}, of the prefix gradient {errors[1]:.1e}")
 
