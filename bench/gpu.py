@@ -55,7 +55,7 @@ def steps(json_folder: Path) -> Iterator[Step]:
                {"GLMKERN_BUILD": "cuda"})
     # Most of the time goes into compiling kernels, which several processes do at once.
     options = ["-n", "8"] if importlib.util.find_spec("xdist") else []
-    options += ["--timeout", "60"] if importlib.util.find_spec("pytest_timeout") else []
+    options += ["--timeout", "120"] if importlib.util.find_spec("pytest_timeout") else []
     yield Step("tests", [*pytest, *options, "tests/gpu", *sorted({*ops, *others})], 240)
     for name in BENCHES:
         yield Step(f"bench {name}", [python, "-m", f"bench.bench_{name}", "--device", "cuda",
