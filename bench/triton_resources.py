@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, CompiledKernel
 
 from bench import triton_cases
 from bench.triton_cases import Launch
@@ -87,16 +87,25 @@ def _is_one(value: object) -> bool:
     return isinstance(value, int) and value == 1
 
 
-def usage_of(launch: Launch, chip: Chip) -> Usage:
+def compile_for(chip: Chip, launch: Launch) -> CompiledKernel:
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages,
                "enable_fp_fusion": True}
-    compiled = triton.compile(source_of(launch), target=GPUTarget("cuda", chip.sm, 32),
-                              options=options)
+    return triton.compile(source_of(launch), target=GPUTarget("cuda", chip.sm, 32),
+                          options=options)
+
+
+def cuobjdump(compiled: CompiledKernel, option: str) -> str:
+    """What the tool prints of the kernel's binary."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
-        printed = subprocess.run([CUOBJDUMP, "-res-usage", cubin.name], check=True,
-                                 capture_output=True, text=True).stdout
+        return subprocess.run([CUOBJDUMP, option, cubin.name], check=True, capture_output=True,
+                              text=True).stdout
+
+
+def usage_of(launch: Launch, chip: Chip) -> Usage:
+    compiled = compile_for(chip, launch)
+    printed = cuobjdump(compiled, "-res-usage")
     registers, stack, local = (int(re.search(rf"{field}:(\d+)", printed)[1])
                                for field in ("REG", "STACK", "LOCAL"))
     shared = compiled.metadata.shared

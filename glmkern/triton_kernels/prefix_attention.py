@@ -2,9 +2,9 @@
 glmkern/ops/prefix_attention.py.
 
 The forward is flash attention (Dao, 2023) with the prefix as one more segment of keys, which every
-sequence reads from the same place: first the prefix, then the keys before the tile's first token,
-without a mask, then the few blocks on the diagonal. A program owns BM packed rows of one sequence
-and group (prefix_attention_shared.py).
+sequence reads from the same place. A program owns BM packed rows of one sequence and group
+(prefix_attention_shared.py) and walks the blocks of the prefix and of the sequence in one loop:
+each loop more would wait for its first blocks from memory once more.
 """
 
 import torch
@@ -18,15 +18,21 @@ from glmkern.triton_kernels.prefix_attention_bwd import prefix_attention_bwd
 from glmkern.triton_kernels.prefix_attention_decode import prefix_attention_decode_fwd
 from glmkern.triton_kernels.prefix_attention_shared import (
     AttentionTile,
-    attend,
+    all_seen,
     block_of_channels,
+    exponent,
     find_tile,
     fit_channels,
+    hide_unseen,
     load_rows,
+    load_seen,
+    log_sum_exp,
+    power,
     prefix_of,
     store_numbers,
     store_rows,
     with_dense_heads,
+    with_positive_scale,
 )
 from glmkern.triton_kernels.tiles import by_shared_memory
 
@@ -38,8 +44,18 @@ TILES = {
     64: {2: AttentionTile(64, 32, 4, 1), 4: AttentionTile(32, 32, 8, 1)},
     99: {2: AttentionTile(128, 32, 8, 3), 4: AttentionTile(32, 32, 8, 1)},
     163: {2: AttentionTile(128, 64, 8, 3), 4: AttentionTile(32, 32, 8, 1)},
-    227: {2: AttentionTile(128, 64, 8, 3), 4: AttentionTile(32, 32, 8, 1)},
+    227: {2: AttentionTile(128, 64, 8, 3, late=True), 4: AttentionTile(32, 32, 8, 1)},
 }
+
+
+@triton.jit
+def add_values(b_out, b_shrink, b_p, prefix_v, v, i_n, end, P: tl.constexpr,
+               PREFIX_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr, C: tl.constexpr,
+               BC: tl.constexpr):
+    """b_out [BM, BC] times b_shrink [BM], and the values of block i_n weighted by b_p [BM, BN]."""
+    b_v = load_seen(prefix_v, v, i_n, end, P, PREFIX_STRIDE, V_STRIDE, C, b_p.shape[1], BC)
+    # [BM, BN] @ [BN, BC] -> [BM, BC]
+    return tl.dot(b_p.to(b_v.dtype), b_v, acc=b_out * b_shrink[:, None], input_precision="ieee")
 
 
 @triton.jit(do_not_specialize=["B"])
@@ -65,8 +81,13 @@ def prefix_attention_fwd_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BC: tl.constexpr,
+    LATE: tl.constexpr,
 ):
-    """out = softmax(scale * q k^T) v over prefix and tokens, lse the natural log of the sum."""
+    """out = softmax(scale * q k^T) v over prefix and tokens, lse the natural log of the sum.
+
+    LATE: a block's product with the values is started after the scores of the next block, so that
+    tensor cores work during the softmax (Shah et al., FlashAttention-3, 2024).
+    """
     N: tl.constexpr = G * HEADS
     # A sequence's last tiles see the most keys; they start first.
     i_slot = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -82,29 +103,54 @@ def prefix_attention_fwd_kernel(
     o_t = (i_r + tl.arange(0, BM)) // HEADS
     b_max = tl.full([BM], float("-inf"), dtype=tl.float32)
     b_sum = tl.zeros([BM], dtype=tl.float32)
+    b_shrink = tl.full([BM], 1.0, dtype=tl.float32)
+    # [BM, BN]
+    b_p = tl.zeros([BM, BN], dtype=tl.float32)
     # [BM, BC]
     b_out = tl.zeros([BM, BC], dtype=tl.float32)
 
     if P > 0:
         o_p = i_b.to(tl.int64) * PREFIX_STRIDE + i_g * C
-        o_last = tl.full([BM], P, dtype=tl.int32)
-        b_out, b_max, b_sum = attend(b_q, b_out, b_max, b_sum, o_last, prefix_k + o_p,
-                                     prefix_v + o_p, 0, P, scale, G * C, G * C, C, BN, BC,
-                                     P % BN != 0)
+        prefix_k += o_p
+        prefix_v += o_p
     k += i_start.to(tl.int64) * K_STRIDE + i_g * C
     v += i_start.to(tl.int64) * V_STRIDE + i_g * C
-    # every row sees the keys up to its tile's first token, no row those behind the last
-    middle = (i_r // HEADS + 1) // BN * BN
+    slope = exponent(scale, b_q.dtype)
+    # no row sees the keys behind the last row's
     end = tl.minimum((i_r + BM - 1) // HEADS + 1, S)
-    b_out, b_max, b_sum = attend(b_q, b_out, b_max, b_sum, o_t, k, v, 0, middle, scale,
-                                 K_STRIDE, V_STRIDE, C, BN, BC, False)
-    b_out, b_max, b_sum = attend(b_q, b_out, b_max, b_sum, o_t, k, v, middle, end, scale,
-                                 K_STRIDE, V_STRIDE, C, BN, BC, True)
+    blocks = tl.cdiv(P, BN) + tl.cdiv(end, BN)
+    for i in range(blocks):
+        i_n = i * BN
+        b_k = load_seen(prefix_k, k, i_n, end, P, G * C, K_STRIDE, C, BN, BC)
+        # [BM, BC] @ [BC, BN] -> [BM, BN]
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
+        if LATE:
+            # of the block before; b_p is 0 in the beginning
+            b_out = add_values(b_out, b_shrink, b_p, prefix_v, v, tl.maximum(i_n - BN, 0), end, P,
+                               G * C, V_STRIDE, C, BC)
+        # With a branch around it, mma.sync's scores are given a layout that the product with the
+        # values cannot use.
+        if not LATE:
+            b_s = hide_unseen(b_s, float("-inf"), o_t, i_n, P)
+        elif not all_seen(i_r // HEADS, i_n, P, BN):
+            b_s = hide_unseen(b_s, float("-inf"), o_t, i_n, P)
+        # [BM]; every row sees a key of the first block
+        b_new = tl.maximum(b_max, tl.max(b_s, 1) * slope)
+        b_shrink = power(b_max - b_new, b_q.dtype)
+        b_p = power(b_s * slope - b_new[:, None], b_q.dtype)
+        b_sum = b_sum * b_shrink + tl.sum(b_p, 1)
+        b_max = b_new
+        if not LATE:
+            b_out = add_values(b_out, b_shrink, b_p, prefix_v, v, i_n, end, P, G * C, V_STRIDE, C,
+                               BC)
+    if LATE:
+        b_out = add_values(b_out, b_shrink, b_p, prefix_v, v, (blocks - 1) * BN, end, P, G * C,
+                           V_STRIDE, C, BC)
 
     store_rows(out + i_g * HEADS * C, b_out / b_sum[:, None], i_start, i_r, rows, N * C, HEADS, C,
                BM, BC)
-    store_numbers(lse + i_g * HEADS, b_max + tl.log(b_sum), i_start, i_r, rows, N, HEADS,
-                  BM)
+    store_numbers(lse + i_g * HEADS, log_sum_exp(b_max, b_sum, b_q.dtype), i_start, i_r, rows, N,
+                  HEADS, BM)
 
 
 def prefix_attention_fwd(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None,
@@ -114,6 +160,7 @@ def prefix_attention_fwd(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | Non
     G = k.shape[1]
     if values_are_checked(q):
         spans("prefix_attention", cu_seqlens, T)
+    q, scale = with_positive_scale(q, scale)
     q, k, v = (with_dense_heads(x) for x in (q, k, v))
     prefix = prefix_of(q, prefix_k, prefix_v, p, seed, sequence_ids)
     out = q.new_empty(q.shape)
@@ -124,5 +171,5 @@ def prefix_attention_fwd(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | Non
            prefix.values, cu_seqlens.contiguous(), out, lse, B, scale,
            G=G, HEADS=HEADS, C=C, P=prefix.length, Q_STRIDE=q.stride(0), K_STRIDE=k.stride(0),
            V_STRIDE=v.stride(0), PREFIX_STRIDE=prefix.STRIDE, BM=tile.rows, BN=tile.keys, BC=BC,
-           num_warps=tile.num_warps, num_stages=tile.num_stages)
+           LATE=tile.late, num_warps=tile.num_warps, num_stages=tile.num_stages)
     return out, lse

@@ -19,11 +19,14 @@ from glmkern.triton_kernels.prefix_attention_shared import (
     AttentionTile,
     Prefix,
     block_of_channels,
+    exponent,
     find_tile,
     fit_channels,
-    load_keys,
+    hide_unseen,
     load_numbers,
     load_rows,
+    load_seen,
+    power,
     prefix_of,
     store_numbers,
     store_rows,
@@ -35,7 +38,7 @@ from glmkern.triton_kernels.tiles import by_shared_memory
 TILES = {
     64: {2: AttentionTile(64, 32, 4, 1), 4: AttentionTile(32, 16, 4, 1)},
     99: {2: AttentionTile(128, 32, 8, 2), 4: AttentionTile(32, 16, 4, 1)},
-    163: {2: AttentionTile(64, 32, 4, 2), 4: AttentionTile(32, 16, 4, 1)},
+    163: {2: AttentionTile(128, 64, 8, 2), 4: AttentionTile(32, 16, 4, 1)},
     227: {2: AttentionTile(128, 64, 8, 2), 4: AttentionTile(32, 16, 4, 1)},
 }
 # Rows of delta a program computes.
@@ -60,29 +63,6 @@ def prefix_attention_bwd_delta_kernel(
     b_do = load_rows(dout, 0, i_r, rows, DO_STRIDE, N, C, BM, BC).to(tl.float32)
     b_out = load_rows(out, 0, i_r, rows, N * C, N, C, BM, BC).to(tl.float32)
     store_numbers(delta, tl.sum(b_do * b_out, 1), 0, i_r, rows, N, N, BM)
-
-
-@triton.jit
-def add_dq(b_dq, b_q, b_do, b_lse, b_delta, o_last, k, v, begin, end, scale,
-           K_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr, C: tl.constexpr, BN: tl.constexpr,
-           BC: tl.constexpr, MASKED: tl.constexpr):
-    """b_dq + dS k over keys begin <= n < end. MASKED: row i sees key n only if
-    n <= o_last[i], and the last block may be short."""
-    for i_n in range(begin, end, BN):
-        # [BN, BC]
-        b_k = load_keys(k, i_n, end, K_STRIDE, C, BN, BC, MASKED)
-        b_v = load_keys(v, i_n, end, V_STRIDE, C, BN, BC, MASKED)
-        # [BM, BC] @ [BC, BN] -> [BM, BN]
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
-        b_p = tl.exp(b_s * scale - b_lse[:, None])
-        if MASKED:
-            o_n = i_n + tl.arange(0, BN)
-            b_p = tl.where((o_n <= o_last[:, None]) & (o_n < end)[None, :], b_p, 0.0)
-        b_dp = tl.dot(b_do, tl.trans(b_v), input_precision="ieee")
-        b_ds = b_p * (b_dp - b_delta[:, None])
-        # [BM, BN] @ [BN, BC] -> [BM, BC]
-        b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, acc=b_dq, input_precision="ieee")
-    return b_dq
 
 
 @triton.jit(do_not_specialize=["B"])
@@ -128,24 +108,32 @@ def prefix_attention_bwd_dq_kernel(
     b_do = load_rows(dout + i_h * C, i_start, i_r, rows, DO_STRIDE, HEADS, C, BM, BC)
     b_dq = tl.zeros([BM, BC], dtype=tl.float32)
     # [BM]
-    b_lse = load_numbers(lse + i_h, i_start, i_r, rows, N, HEADS, BM)
+    b_lse = exponent(load_numbers(lse + i_h, i_start, i_r, rows, N, HEADS, BM), b_q.dtype)
     b_delta = load_numbers(delta + i_h, i_start, i_r, rows, N, HEADS, BM)
     o_t = (i_r + tl.arange(0, BM)) // HEADS
 
     if P > 0:
         o_p = i_b.to(tl.int64) * PREFIX_STRIDE + i_g * C
-        o_last = tl.full([BM], P, dtype=tl.int32)
-        b_dq = add_dq(b_dq, b_q, b_do, b_lse, b_delta, o_last, prefix_k + o_p, prefix_v + o_p, 0, P,
-                      scale, G * C, G * C, C, BN, BC, P % BN != 0)
+        prefix_k += o_p
+        prefix_v += o_p
     k += i_start.to(tl.int64) * K_STRIDE + i_g * C
     v += i_start.to(tl.int64) * V_STRIDE + i_g * C
-    # every row sees the keys up to its tile's first token, no row those behind the last
-    middle = (i_r // HEADS + 1) // BN * BN
+    slope = exponent(scale, b_q.dtype)
+    # no row sees the keys behind the last row's
     end = tl.minimum((i_r + BM - 1) // HEADS + 1, S)
-    b_dq = add_dq(b_dq, b_q, b_do, b_lse, b_delta, o_t, k, v, 0, middle, scale, K_STRIDE,
-                  V_STRIDE, C, BN, BC, False)
-    b_dq = add_dq(b_dq, b_q, b_do, b_lse, b_delta, o_t, k, v, middle, end, scale, K_STRIDE,
-                  V_STRIDE, C, BN, BC, True)
+    for i in range(tl.cdiv(P, BN) + tl.cdiv(end, BN)):
+        i_n = i * BN
+        # [BN, BC]
+        b_k = load_seen(prefix_k, k, i_n, end, P, G * C, K_STRIDE, C, BN, BC)
+        b_v = load_seen(prefix_v, v, i_n, end, P, G * C, V_STRIDE, C, BN, BC)
+        # [BM, BC] @ [BC, BN] -> [BM, BN]
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
+        b_p = power(b_s * slope - b_lse[:, None], b_q.dtype)
+        b_p = hide_unseen(b_p, 0.0, o_t, i_n, P)
+        b_dp = tl.dot(b_do, tl.trans(b_v), input_precision="ieee")
+        b_ds = b_p * (b_dp - b_delta[:, None])
+        # [BM, BN] @ [BN, BC] -> [BM, BC]
+        b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, acc=b_dq, input_precision="ieee")
     store_rows(dq + i_h * C, b_dq * scale, i_start, i_r, rows, N * C, HEADS, C, BM, BC)
 
 

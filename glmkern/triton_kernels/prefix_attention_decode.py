@@ -17,14 +17,18 @@ from glmkern.ops.sequences import values_are_checked
 from glmkern.triton_kernels.launch import launch
 from glmkern.triton_kernels.prefix_attention_shared import (
     AttentionTile,
-    attend,
     block_of_channels,
+    exponent,
     fit_channels,
+    load_keys,
     load_rows,
+    log_sum_exp,
+    power,
     prefix_of,
     store_numbers,
     store_rows,
     with_dense_heads,
+    with_positive_scale,
 )
 from glmkern.triton_kernels.tiles import by_shared_memory
 
@@ -42,6 +46,37 @@ KEYS_OF_A_SPLIT = 128
 # The most programs that share a row. Prompts have tiles enough of their own.
 SPLITS = 64
 COMBINED_ROWS = 4
+
+
+@triton.jit
+def attend(b_q, b_out, b_max, b_sum, o_last, k, v, begin, end, scale, K_STRIDE: tl.constexpr,
+           V_STRIDE: tl.constexpr, C: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr):
+    """Takes keys begin <= n < end into the softmax of rows b_q; `scale` is above 0.
+
+    b_max is the largest of the exponents so far, b_sum the sum of their powers relative to it,
+    b_out that sum times the values. Row i sees key n only if n <= o_last[i], which is less than
+    `end`.
+    """
+    slope = exponent(scale, b_q.dtype)
+    for i_n in range(begin, end, BN):
+        b_k = load_keys(k, i_n, end, K_STRIDE, C, BN, BC)
+        # [BM, BC] @ [BC, BN] -> [BM, BN]
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
+        b_s = tl.where(tl.arange(0, BN)[None, :] <= (o_last - i_n)[:, None], b_s, float("-inf"))
+        # [BM]
+        b_new = tl.maximum(b_max, tl.max(b_s, 1) * slope)
+        # a row that has seen nothing yet: -inf - -inf is not a number
+        b_shift = tl.where(b_new == float("-inf"), 0.0, b_new)
+        b_shrink = power(b_max - b_shift, b_q.dtype)
+        # [BM, BN]
+        b_p = power(b_s * slope - b_shift[:, None], b_q.dtype)
+        b_sum = b_sum * b_shrink + tl.sum(b_p, 1)
+        b_v = load_keys(v, i_n, end, V_STRIDE, C, BN, BC)
+        # [BM, BN] @ [BN, BC] -> [BM, BC]
+        b_out = tl.dot(b_p.to(b_v.dtype), b_v, acc=b_out * b_shrink[:, None],
+                       input_precision="ieee")
+        b_max = b_new
+    return b_out, b_max, b_sum
 
 
 @triton.jit(do_not_specialize=["S", "L", "span"])
@@ -99,24 +134,24 @@ def prefix_attention_decode_kernel(
     b_out = tl.zeros([BM, BC], dtype=tl.float32)
 
     if P > 0:
-        o_last = tl.where(o_t < new, P, -1)
+        o_last = tl.where(o_t < new, tl.minimum(end, P) - 1, -1)
         b_out, b_max, b_sum = attend(b_q, b_out, b_max, b_sum, o_last, prefix_k + i_g * C,
                                      prefix_v + i_g * C, begin, tl.minimum(end, P), scale,
-                                     G * C, G * C, C, BN, BC, True)
+                                     G * C, G * C, C, BN, BC)
     # the last of the new tokens sees the whole cache
-    o_last = tl.where(o_t < new, length - new + o_t, -1)
+    o_last = tl.where(o_t < new, tl.minimum(length - new + o_t, end - P - 1), -1)
     k_cache += i_b.to(tl.int64) * k_batch_stride + i_g * C
     v_cache += i_b.to(tl.int64) * v_batch_stride + i_g * C
     b_out, b_max, b_sum = attend(b_q, b_out, b_max, b_sum, o_last, k_cache, v_cache,
                                  tl.maximum(begin, P) - P, end - P, scale, K_STRIDE,
-                                 V_STRIDE, C, BN, BC, True)
+                                 V_STRIDE, C, BN, BC)
 
     m_seen = b_sum > 0
     b_sum = tl.where(m_seen, b_sum, 1.0)
     rows = S * HEADS
     if lse is not None:
         i_start += i_split * (tl.num_programs(2) // G) * S
-        b_lse = tl.where(m_seen, b_max + tl.log(b_sum), float("-inf"))
+        b_lse = tl.where(m_seen, log_sum_exp(b_max, b_sum, b_q.dtype), float("-inf"))
         store_numbers(lse + i_h, b_lse, i_start, i_r, rows, N, HEADS, BM)
     store_rows(out + i_h * C, b_out / b_sum[:, None], i_start, i_r, rows, N * C, HEADS, C, BM, BC)
 
@@ -166,7 +201,8 @@ def prefix_attention_decode_fwd(q: Tensor, k_cache: Tensor, v_cache: Tensor, cac
     L, G = k_cache.shape[1:3]
     if values_are_checked(q):
         check_lens(cache_lens, q_lens, S, L)
-    q, k_cache, v_cache = q.contiguous(), with_dense_heads(k_cache), with_dense_heads(v_cache)
+    q, scale = with_positive_scale(q.contiguous(), scale)
+    k_cache, v_cache = with_dense_heads(k_cache), with_dense_heads(v_cache)
     prefix = prefix_of(q, prefix_k, prefix_v)
     HEADS, BC, keys = N // G, block_of_channels(C), prefix.length + L
     tile = fit_channels(by_shared_memory(TILES, q.device)[q.element_size()], BC)

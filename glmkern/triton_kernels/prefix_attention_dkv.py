@@ -17,11 +17,13 @@ from glmkern.triton_kernels.prefix_attention_shared import (
     AttentionTile,
     Prefix,
     block_of_channels,
+    exponent,
     find_tile,
     fit_channels,
     load_keys,
     load_numbers,
     load_rows,
+    power,
     store_rows,
 )
 from glmkern.triton_kernels.tiles import by_shared_memory
@@ -30,8 +32,8 @@ from glmkern.triton_kernels.tiles import by_shared_memory
 TILES = {
     64: {2: AttentionTile(32, 64, 8, 1), 4: AttentionTile(16, 16, 4, 1)},
     99: {2: AttentionTile(64, 64, 8, 1), 4: AttentionTile(16, 16, 4, 1)},
-    163: {2: AttentionTile(64, 64, 8, 2), 4: AttentionTile(16, 16, 4, 1)},
-    227: {2: AttentionTile(64, 64, 8, 2), 4: AttentionTile(16, 16, 4, 1)},
+    163: {2: AttentionTile(32, 64, 4, 2), 4: AttentionTile(16, 16, 4, 1)},
+    227: {2: AttentionTile(64, 128, 8, 2), 4: AttentionTile(16, 16, 4, 1)},
 }
 # Programs to aim at: two for each of the 132 multiprocessors of a large chip, but with rows enough
 # to outweigh the sums they write. All three are fixed, so that the sums do not depend on the chip's
@@ -45,23 +47,30 @@ KEYS_OF_A_PROGRAM = 64
 def add_dkv(b_dk, b_dv, b_k, b_v, q, dout, lse, delta, i_start, i_n, begin, end, rows, scale,
             DO_STRIDE: tl.constexpr, Q_STRIDE: tl.constexpr, N: tl.constexpr, HEADS: tl.constexpr,
             C: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
-            MASKED: tl.constexpr):
+            CAUSAL: tl.constexpr):
     """b_dk + dS^T q and b_dv + P^T dO over packed rows begin to end of the `rows` from token
-    i_start on. MASKED: the block's keys are those of tokens i_n to i_n + BN, and rows of earlier
+    i_start on. CAUSAL: the block's keys are those of tokens i_n to i_n + BN, and rows of earlier
     tokens do not see them."""
+    slope = exponent(scale, b_k.dtype)
+    # Where a loop might not run, ptxas (of Triton 3.6, sm_90) no longer sees that products are
+    # issued by whole warps, and waits for each; a tile behind the last row adds zeros.
+    end = tl.maximum(end, begin + 1)
+    tl.assume(begin < end)
     for i_r in range(begin, end, BM):
         # [BM, BC]; zeros behind the last row leave both sums as they are
         b_q = load_rows(q, i_start, i_r, rows, Q_STRIDE, HEADS, C, BM, BC)
         b_do = load_rows(dout, i_start, i_r, rows, DO_STRIDE, HEADS, C, BM, BC)
         # [BM]
-        b_lse = load_numbers(lse, i_start, i_r, rows, N, HEADS, BM)
+        b_lse = exponent(load_numbers(lse, i_start, i_r, rows, N, HEADS, BM), b_k.dtype)
         b_delta = load_numbers(delta, i_start, i_r, rows, N, HEADS, BM)
         # [BN, BC] @ [BC, BM] -> [BN, BM]
         b_s = tl.dot(b_k, tl.trans(b_q), input_precision="ieee")
-        b_p = tl.exp(b_s * scale - b_lse[None, :])
-        if MASKED:
-            o_t = (i_r + tl.arange(0, BM)) // HEADS
-            b_p = tl.where((i_n + tl.arange(0, BN))[:, None] <= o_t[None, :], b_p, 0.0)
+        b_p = power(b_s * slope - b_lse[None, :], b_k.dtype)
+        if CAUSAL:
+            o_r = i_r + tl.arange(0, BM)
+            # the first row that sees each key
+            o_first = (i_n + tl.arange(0, BN)) * HEADS
+            b_p = tl.where(o_first[:, None] <= o_r[None, :], b_p, 0.0)
         # [BN, BM] @ [BM, BC] -> [BN, BC]
         b_dv = tl.dot(b_p.to(b_do.dtype), b_do, acc=b_dv, input_precision="ieee")
         b_dp = tl.dot(b_v, tl.trans(b_do), input_precision="ieee")
@@ -108,33 +117,27 @@ def prefix_attention_bwd_dkv_kernel(
     tiles = tl.cdiv(tl.cdiv(rows - i_n * HEADS, BM), tl.num_programs(2))
     begin = i_n * HEADS + i_split * tiles * BM
     end = tl.minimum(begin + tiles * BM, rows)
-    # rows from token i_n + BN - 1 on see the whole block
-    diagonal = tl.maximum((i_n + BN - 1) * HEADS - begin, 0)
-    middle = begin + tl.cdiv(diagonal, BM) * BM
 
     # [BN, BC]
     k += i_start.to(tl.int64) * K_STRIDE + i_g * C
     v += i_start.to(tl.int64) * V_STRIDE + i_g * C
-    b_k = load_keys(k, i_n, S, K_STRIDE, C, BN, BC, True)
-    b_v = load_keys(v, i_n, S, V_STRIDE, C, BN, BC, True)
+    b_k = load_keys(k, i_n, S, K_STRIDE, C, BN, BC)
+    b_v = load_keys(v, i_n, S, V_STRIDE, C, BN, BC)
     b_dk = tl.zeros([BN, BC], dtype=tl.float32)
     b_dv = tl.zeros([BN, BC], dtype=tl.float32)
     q += i_h * C
     dout += i_h * C
     lse += i_h
     delta += i_h
-    b_dk, b_dv = add_dkv(b_dk, b_dv, b_k, b_v, q, dout, lse, delta, i_start, i_n, begin,
-                         tl.minimum(middle, end), rows, scale, DO_STRIDE, Q_STRIDE, N,
-                         HEADS, C, BM, BN, BC, True)
-    b_dk, b_dv = add_dkv(b_dk, b_dv, b_k, b_v, q, dout, lse, delta, i_start, i_n, middle, end, rows,
-                         scale, DO_STRIDE, Q_STRIDE, N, HEADS, C, BM, BN, BC, False)
+    b_dk, b_dv = add_dkv(b_dk, b_dv, b_k, b_v, q, dout, lse, delta, i_start, i_n, begin, end, rows,
+                         scale, DO_STRIDE, Q_STRIDE, N, HEADS, C, BM, BN, BC, True)
 
     o_split = i_split.to(tl.int64) * T * G * C + i_g * C
     store_rows(dk + o_split, b_dk * scale, i_start, i_n, S, G * C, 1, C, BN, BC)
     store_rows(dv + o_split, b_dv, i_start, i_n, S, G * C, 1, C, BN, BC)
 
 
-@triton.jit(do_not_specialize=["T", "B", "span"])
+@triton.jit(do_not_specialize=["T", "B", "tiles"])
 def prefix_attention_bwd_dprefix_kernel(
     dout,
     q,
@@ -148,7 +151,7 @@ def prefix_attention_bwd_dprefix_kernel(
     dv,
     T,
     B,
-    span,
+    tiles,
     scale,
     factor,
     G: tl.constexpr,
@@ -162,7 +165,8 @@ def prefix_attention_bwd_dprefix_kernel(
     BN: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """dk and dv of the prefix [splits, P, G, C], each split the sum over `span` rows.
+    """dk and dv of the prefix [splits, P, G, C], each split the sum over `tiles` tiles of BM
+    rows.
 
     Where nothing is dropped, the batch is one run of rows. With `kept`, each sequence has its own
     prefix, a split has rows of one sequence, and its sums count `factor` times where that kept the
@@ -176,23 +180,25 @@ def prefix_attention_bwd_dprefix_kernel(
     i_start, S, i_tile = tl.zeros([], dtype=tl.int32), T, i_split
     o_p = i_g * C
     if kept is not None:
-        i_b, i_start, S, i_tile = find_tile(cu_seqlens, i_split, B, HEADS, span)
+        i_b, i_start, S, i_tile = find_tile(cu_seqlens, i_split, B, HEADS, tiles * BM)
         o_p += i_b.to(tl.int64) * PREFIX_STRIDE
-    begin = i_tile * span
-    end = tl.minimum(begin + span, S * HEADS)
+    # multiples of BM, as the compiler sees, so that it reads lse and delta in wide words
+    begin = i_tile * tiles * BM
+    rows = S * HEADS
+    end = tl.minimum(begin + tiles * BM, rows)
 
     # [BN, BC]
-    b_k = load_keys(prefix_k + o_p, i_n, P, G * C, C, BN, BC, True)
-    b_v = load_keys(prefix_v + o_p, i_n, P, G * C, C, BN, BC, True)
+    b_k = load_keys(prefix_k + o_p, i_n, P, G * C, C, BN, BC)
+    b_v = load_keys(prefix_v + o_p, i_n, P, G * C, C, BN, BC)
     b_dk = tl.zeros([BN, BC], dtype=tl.float32)
     b_dv = tl.zeros([BN, BC], dtype=tl.float32)
     b_dk, b_dv = add_dkv(b_dk, b_dv, b_k, b_v, q + i_h * C, dout + i_h * C, lse + i_h, delta + i_h,
-                         i_start, 0, begin, end, end, scale, DO_STRIDE, Q_STRIDE, N, HEADS,
+                         i_start, 0, begin, end, rows, scale, DO_STRIDE, Q_STRIDE, N, HEADS,
                          C, BM, BN, BC, False)
     if kept is not None:
-        b_kept = load_keys(kept + o_p, i_n, P, G * C, C, BN, BC, True)
+        b_kept = load_keys(kept + o_p, i_n, P, G * C, C, BN, BC)
         b_dk *= tl.where(b_kept != 0, factor, 0.0)
-        b_kept = load_keys(kept + o_p + P * G * C, i_n, P, G * C, C, BN, BC, True)
+        b_kept = load_keys(kept + o_p + P * G * C, i_n, P, G * C, C, BN, BC)
         b_dv *= tl.where(b_kept != 0, factor, 0.0)
 
     o_split = i_split.to(tl.int64) * P * G * C + i_g * C
@@ -201,7 +207,7 @@ def prefix_attention_bwd_dprefix_kernel(
     store_rows(dv + o_split, b_dv, i_zero, i_n, P, G * C, 1, C, BN, BC)
 
 
-@triton.jit(do_not_specialize=["splits", "count"])
+@triton.jit(do_not_specialize=["splits"])
 def prefix_attention_bwd_sum_kernel(dk_splits, dv_splits, dk, dv, splits, count, BE: tl.constexpr):
     """dk and dv [count], the sums of [splits, count]."""
     # [BE]
@@ -243,12 +249,12 @@ def prefix_gradients(dout: Tensor, q: Tensor, prefix_k: Tensor, prefix_v: Tensor
     HEADS = N // G
     tile, BC = _tile(q)
     splits = _splits(G * triton.cdiv(P, KEYS_OF_A_PROGRAM), T * HEADS)
-    span = triton.cdiv(triton.cdiv(T * HEADS, splits), tile.rows) * tile.rows
+    tiles = triton.cdiv(triton.cdiv(T * HEADS, splits), tile.rows)
     if prefix.kept is not None:
-        splits = T * HEADS // span + B
+        splits = T * HEADS // (tiles * tile.rows) + B
     sums = _sums(dk, dv, splits)
     launch(prefix_attention_bwd_dprefix_kernel, (triton.cdiv(P, tile.keys), G, splits), dout, q,
-           prefix.keys, prefix.values, prefix.kept, lse, delta, cu_seqlens, *sums, T, B, span,
+           prefix.keys, prefix.values, prefix.kept, lse, delta, cu_seqlens, *sums, T, B, tiles,
            scale, philox.drop_constants(p)[1],
            G=G, HEADS=HEADS, C=C, P=P, DO_STRIDE=dout.stride(0), Q_STRIDE=q.stride(0),
            PREFIX_STRIDE=prefix.STRIDE, BM=tile.rows, BN=tile.keys, BC=BC,

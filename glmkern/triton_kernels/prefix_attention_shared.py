@@ -17,6 +17,7 @@ from glmkern.triton_kernels.launch import launch
 
 # Starts of sequences that a program looks at together.
 STARTS = tl.constexpr(128)
+LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -89,53 +90,86 @@ def store_numbers(x, b_x, i_start, i_r, rows, N: tl.constexpr, HEADS: tl.constex
 
 @triton.jit
 def load_keys(x, i_n, end, STRIDE: tl.constexpr, C: tl.constexpr, BN: tl.constexpr,
-              BC: tl.constexpr, MASKED: tl.constexpr):
-    """Keys or values i_n to i_n + BN of one group, STRIDE apart; MASKED: zeros from `end` on."""
+              BC: tl.constexpr):
+    """Keys or values i_n to i_n + BN of one group, STRIDE apart; zeros from `end` on."""
     o_c = tl.arange(0, BC)
     # [BN, BC]
     p_x = x + tl.cast(i_n, tl.int64) * STRIDE + (tl.arange(0, BN) * STRIDE)[:, None] + o_c[None, :]
-    if MASKED:
-        m_x = (i_n + tl.arange(0, BN) < end)[:, None] & (o_c < C)[None, :]
-        return tl.load(p_x, mask=m_x, other=0.0)
-    if C < BC:
-        return tl.load(p_x, mask=(o_c < C)[None, :], other=0.0)
-    return tl.load(p_x)
+    m_x = (i_n + tl.arange(0, BN) < end)[:, None] & (o_c < C)[None, :]
+    return tl.load(p_x, mask=m_x, other=0.0)
 
 
 @triton.jit
-def attend(b_q, b_out, b_max, b_sum, o_last, k, v, begin, end, scale, K_STRIDE: tl.constexpr,
-           V_STRIDE: tl.constexpr, C: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
-           MASKED: tl.constexpr):
-    """Takes keys begin <= n < end into the softmax of rows b_q.
+def segment_of(i_n, P: tl.constexpr, BN: tl.constexpr):
+    """Whether the block from key i_n on is of the prefix, and its first key's place in its segment.
+    Keys count from the prefix's first; the sequence's follow its last whole block."""
+    ROUNDED: tl.constexpr = (P + BN - 1) // BN * BN
+    return i_n < ROUNDED, tl.where(i_n < ROUNDED, i_n, i_n - ROUNDED)
 
-    b_max is the largest of `scale` times the scores so far, b_sum the sum of their exponentials
-    relative to it, b_out that sum times the values. MASKED: row i sees key n only if
-    n <= o_last[i], and the last block may be short.
-    """
-    for i_n in range(begin, end, BN):
-        b_k = load_keys(k, i_n, end, K_STRIDE, C, BN, BC, MASKED)
-        # [BM, BC] @ [BC, BN] -> [BM, BN]
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale
-        if MASKED:
-            o_n = i_n + tl.arange(0, BN)
-            m_s = (o_n <= o_last[:, None]) & (o_n < end)[None, :]
-            b_s = tl.where(m_s, b_s, float("-inf"))
-        # [BM]
-        b_new = tl.maximum(b_max, tl.max(b_s, 1))
-        b_shift = b_new
-        if MASKED:
-            # a row that has seen nothing yet: -inf - -inf is not a number
-            b_shift = tl.where(b_new == float("-inf"), 0.0, b_new)
-        b_shrink = tl.exp(b_max - b_shift)
-        # [BM, BN]
-        b_p = tl.exp(b_s - b_shift[:, None])
-        b_sum = b_sum * b_shrink + tl.sum(b_p, 1)
-        b_v = load_keys(v, i_n, end, V_STRIDE, C, BN, BC, MASKED)
-        # [BM, BN] @ [BN, BC] -> [BM, BC]
-        b_out = tl.dot(b_p.to(b_v.dtype), b_v, acc=b_out * b_shrink[:, None],
-                       input_precision="ieee")
-        b_max = b_new
-    return b_out, b_max, b_sum
+
+@triton.jit
+def load_seen(prefix, x, i_n, end, P: tl.constexpr, PREFIX_STRIDE: tl.constexpr,
+              STRIDE: tl.constexpr, C: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr):
+    """Block i_n (see segment_of) of keys or values: the prefix's, or those of the sequence up to
+    `end`, each with its stride; zeros behind them."""
+    i_x, limit, stride = i_n, end, STRIDE
+    if P > 0:
+        in_prefix, i_x = segment_of(i_n, P, BN)
+        limit = tl.where(in_prefix, P, end)
+        stride = tl.where(in_prefix, PREFIX_STRIDE, STRIDE)
+        x = tl.where(in_prefix, prefix, x)
+    o_c = tl.arange(0, BC)
+    # [BN, BC]
+    p_x = x + tl.cast(i_x, tl.int64) * stride + (tl.arange(0, BN) * stride)[:, None] + o_c[None, :]
+    m_x = (tl.arange(0, BN) < limit - i_x)[:, None] & (o_c < C)[None, :]
+    return tl.load(p_x, mask=m_x, other=0.0)
+
+
+@triton.jit
+def hide_unseen(b_x, hidden, o_t, i_n, P: tl.constexpr):
+    """b_x [BM, BN] with `hidden` where the row's token, o_t, does not see the key of block i_n."""
+    BN: tl.constexpr = b_x.shape[1]
+    o_last, i_x = o_t, i_n
+    if P > 0:
+        in_prefix, i_x = segment_of(i_n, P, BN)
+        o_last = tl.where(in_prefix, P - 1, o_t)
+    return tl.where(tl.arange(0, BN)[None, :] <= (o_last - i_x)[:, None], b_x, hidden)
+
+
+@triton.jit
+def all_seen(i_t, i_n, P: tl.constexpr, BN: tl.constexpr):
+    """Whether token i_t, and so every later one, sees all keys of block i_n."""
+    i_x, full = i_n, i_t + 1
+    if P > 0:
+        in_prefix, i_x = segment_of(i_n, P, BN)
+        full = tl.where(in_prefix, P, full)
+    return i_x + BN <= full
+
+
+# Exponents: a score or its log-sum-exp as `power` takes it. Half precision counts them in powers of
+# 2, whose factor goes into the scores' own, so that an exponential is one fma and one ex2; tl.exp
+# is five instructions more. float32 stays with nats: rounding lse to another base and back would
+# put the error of dq above 3 times PyTorch's.
+@triton.jit
+def exponent(x, dtype: tl.constexpr):
+    if dtype == tl.float32:
+        return x
+    return x * LOG2_E
+
+
+@triton.jit
+def power(x, dtype: tl.constexpr):
+    if dtype == tl.float32:
+        return tl.exp(x)
+    return tl.exp2(x)
+
+
+@triton.jit
+def log_sum_exp(b_max, b_sum, dtype: tl.constexpr):
+    """The natural logarithm of b_sum times the power of exponent b_max."""
+    if dtype == tl.float32:
+        return b_max + tl.log(b_sum)
+    return (b_max + tl.log2(b_sum)) / LOG2_E
 
 
 @triton.jit(do_not_specialize=["threshold"])
@@ -209,12 +243,14 @@ def prefix_of(q: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None, p: fl
 
 
 class AttentionTile(NamedTuple):
-    """`rows` packed queries by `keys` keys, for at most 128 channels."""
+    """`rows` packed queries by `keys` keys, for at most 128 channels; `late` is the forward's LATE,
+    for chips whose products run beside other instructions (sm_90, sm_100)."""
 
     rows: int
     keys: int
     num_warps: int
     num_stages: int
+    late: bool = False
 
 
 def fit_channels(tile: AttentionTile, BC: int) -> AttentionTile:
@@ -226,6 +262,14 @@ def fit_channels(tile: AttentionTile, BC: int) -> AttentionTile:
 def block_of_channels(C: int) -> int:
     """The power of 2 that holds C channels; a product needs 16 at least."""
     return max(triton.next_power_of_2(C), 16)
+
+
+def with_positive_scale(q: Tensor, scale: float) -> tuple[Tensor, float]:
+    """The same scores with scale > 0: a row's largest is then `scale` times its largest product,
+    and a product that a mask made -inf stays so."""
+    if scale > 0:
+        return q, scale
+    return (torch.zeros_like(q), 1.0) if scale == 0 else (-q, -scale)
 
 
 def with_dense_heads(x: Tensor) -> Tensor:

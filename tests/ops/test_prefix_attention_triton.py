@@ -119,6 +119,26 @@ def test_tiles_of_every_class(kib, dtype, device, monkeypatch):
                  lambda: tensors(lengths, 8, 1, 24, 70, dtype))
 
 
+@pytest.mark.parametrize("case", [CASES[2], CASES[4]], ids=case_id)
+def test_late_values(monkeypatch, case):
+    """Each block's product with the values after the scores of the next block."""
+    set_tiles(monkeypatch, SMALL._replace(late=True))
+    lengths = case[0]
+    matches_fp64(attend(lengths), lambda *x: dense(*x, lengths),
+                 lambda: tensors(*case, torch.float32))
+
+
+@pytest.mark.parametrize("dtype", WIDE_AND_NARROW, ids=str)
+@pytest.mark.parametrize("scale", [0.0, -0.4])
+def test_scale_not_above_zero(small_tiles, scale, dtype):
+    """The largest score is then not that of the largest product."""
+    def scaled(q, *rest):
+        return dense(q * (scale * q.shape[-1] ** 0.5), *rest, [20, 9])
+
+    matches_fp64(attend([20, 9], scale=scale), scaled,
+                 lambda: tensors([20, 9], 4, 2, 16, 18, dtype))
+
+
 @pytest.mark.parametrize("size", [10, 1000])
 def test_weights_of_almost_one_key(size):
     """Scores so far apart that most weights are 0."""
