@@ -5,6 +5,8 @@
 # make gpu     on a machine with a GPU, with the active python3 and what is installed there: builds for
 #              that GPU, tests, checks memory accesses and benches; writes gpu.json, gpu.md and gpu.log
 #              to OUT (bench/results)
+# make oldest  the Triton kernels with the oldest Triton they serve, in a virtual environment of its
+#              own: the tests, then bench/results/triton_resources_3.6 anew
 # make lint    ruff
 # make sanitize   the ops' C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer
 #
@@ -22,7 +24,7 @@ BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
 
-.PHONY: test demo bench gpu lint sanitize
+.PHONY: test demo bench gpu oldest lint sanitize
 
 test: $(VENV)/.installed-test
 	$(VENV)/bin/python -m pytest -q -n $(WORKERS) --dist loadfile $(TESTS)
@@ -44,6 +46,20 @@ bench: $(VENV)/.installed-test
 # Not in the virtual environment: a machine with a GPU has a torch that fits it.
 gpu:
 	python3 -m bench.gpu $(if $(OUT),--out $(OUT))
+
+oldest: build/oldest/.installed
+	build/oldest/bin/python -m bench.triton_resources
+	build/oldest/bin/python -m pytest -q -n $(WORKERS) --dist loadfile tests/triton_compile \
+	  $(wildcard tests/*/test_*_triton.py)
+
+build/oldest/.installed: export PIP_CONSTRAINT := build/oldest/constraints.txt
+build/oldest/.installed: constraints.txt $(BUILD_INPUTS)
+	test -x build/oldest/bin/python || $(PYTHON) -m venv build/oldest
+	sed 's/^triton==.*/triton==3.6.0/' constraints.txt > $(PIP_CONSTRAINT)
+	build/oldest/bin/python -m pip install --disable-pip-version-check --quiet torch
+	GLMKERN_BUILD=native build/oldest/bin/python -m pip install --disable-pip-version-check \
+	  --quiet '.[test]'
+	touch $@
 
 lint: $(VENV)/.installed-test
 	$(PIP) ruff

@@ -1,6 +1,7 @@
 """What the Triton kernels take of each chip: registers, spills, shared memory, occupancy.
 
-    python -m bench.triton_resources            prints the table and writes bench/results/
+    python -m bench.triton_resources            prints the table and writes it to bench/results/,
+                                                where each version of Triton has its own
     python -m bench.triton_resources --json F   writes only F
     python -m bench.triton_resources --op OP    prints one op's table only, for work on its tiles
 
@@ -26,7 +27,7 @@ from triton.compiler import ASTSource, CompiledKernel
 from bench import triton_cases
 from bench.triton_cases import Launch
 
-RESULTS = Path(__file__).with_name("results") / "triton_resources"
+RESULTS = Path(__file__).with_name("results")
 CUOBJDUMP = Path(triton.__file__).with_name("backends") / "nvidia" / "bin" / "cuobjdump"
 TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16",
          torch.int64: "*i64", torch.int32: "*i32", torch.int8: "*i8", torch.uint8: "*u8"}
@@ -73,7 +74,9 @@ def source_of(launch: Launch) -> ASTSource:
         if name in launch.constants or value is None or (special and _is_one(value)):
             signature[name], constants[i,] = "constexpr", value
         elif isinstance(value, torch.Tensor):
-            signature[name], attributes[i,] = TYPES[value.dtype], [["tt.divisibility", 16]]
+            signature[name] = TYPES[value.dtype]
+            if not param.do_not_specialize_on_alignment:
+                attributes[i,] = [["tt.divisibility", 16]]
         elif isinstance(value, float):
             signature[name] = "fp32"
         else:
@@ -145,6 +148,12 @@ def measure(ops: list[str]) -> dict:
     return {"triton": triton.__version__, "rows": list(rows.values())}
 
 
+def results_path(table: dict, suffix: str) -> Path:
+    """triton_resources_3.9.json, say."""
+    version = ".".join(table["triton"].split(".")[:2])
+    return RESULTS / f"triton_resources_{version}.{suffix}"
+
+
 def as_json(table: dict) -> str:
     """One line a launch, so that a change shows as one line."""
     rows = ",\n".join(json.dumps(row) for row in table["rows"])
@@ -153,9 +162,9 @@ def as_json(table: dict) -> str:
 
 HEAD = """# What the Triton kernels take of each chip
 
-Made by `python -m bench.triton_resources` with Triton {triton}; a test compiles everything again
-and compares. Each launch is named by its kernel, its size and its type; a cell says registers of a
-thread / bytes of shared memory of a block / occupancy. {spills}
+Made by `python -m bench.triton_resources` with Triton {triton}; under that Triton, a test compiles
+everything again and compares. Each launch is named by its kernel, its size and its type; a cell
+says registers of a thread / bytes of shared memory of a block / occupancy. {spills}
 """
 
 
@@ -200,9 +209,8 @@ def main() -> None:
         args.json.write_text(as_json(table))
         return
     if args.op is None:
-        RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.with_suffix(".json").write_text(as_json(table))
-        RESULTS.with_suffix(".md").write_text(as_markdown(table))
+        results_path(table, "json").write_text(as_json(table))
+        results_path(table, "md").write_text(as_markdown(table))
     print(as_markdown(table))
 
 

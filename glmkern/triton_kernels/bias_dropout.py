@@ -16,8 +16,9 @@ from glmkern.triton_kernels.launch import launch
 from glmkern.triton_kernels.tiles import RowTile, row_tile
 
 MAX_COLUMNS = 1024
-# Ends of sequences that are compared with the rows at a time.
-MAX_ENDS = 128
+# Ends of sequences that are compared with the rows at a time, by how many there are; only two
+# numbers, each of which is a kernel to compile.
+FEW_ENDS, MAX_ENDS = 16, 128
 # Partial sums of dbias: programs along the rows, each for all tiles of its rows; a fixed number, so
 # that the order of the sum does not depend on the chip. Every block of columns has as many.
 MAX_PARTIALS = 256
@@ -195,4 +196,4 @@ def _drop_arguments(p: float, seed: Tensor, cu_seqlens: Tensor, sequence_ids: Te
         spans("bias_dropout_add", cu_seqlens, M)
     B = len(sequence_ids)
     tensors = tuple(t.contiguous() for t in (seed, cu_seqlens, sequence_ids))
-    return tensors, (B, *philox.drop_constants(p)), min(triton.next_power_of_2(B), MAX_ENDS)
+    return tensors, (B, *philox.drop_constants(p)), FEW_ENDS if B <= FEW_ENDS else MAX_ENDS

@@ -36,7 +36,8 @@ def load_logits(p_row, i_v, V: tl.constexpr, BV: tl.constexpr):
     return tl.load(p_row + o_v, mask=o_v < V, other=float("-inf")).to(tl.float32)
 
 
-@triton.jit
+# Chunks begin anywhere in labels, row_weight and loss, of which a program takes one number each.
+@triton.jit(do_not_specialize_on_alignment=["labels", "row_weight", "loss"])
 def cross_entropy_kernel(
     logits,
     labels,

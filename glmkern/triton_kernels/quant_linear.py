@@ -8,7 +8,8 @@ Three variants, and `choose` decides between them:
     slab     as many dequantised rows or columns of the weight as half the L2 cache holds, then
              torch's product with them; dense weights of another dtype go the same way
 
-No variant keeps a dequantised weight, adds up in half precision, or rounds before the bias.
+No variant keeps a dequantised weight, or rounds before the bias. None adds up in half precision;
+torch's product may, where torch.backends.cuda.matmul allows a reduced-precision reduction.
 """
 
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ from glmkern.triton_kernels.launch import launch
 from glmkern.triton_kernels.tiles import by_shared_memory
 
 # The most tokens of each variant; `choose` says why.
-GEMV_TOKENS = {"fwd": 2, "bwd": 8}
+GEMV_TOKENS = {"fwd": 1, "bwd": 8}
 FUSED_TOKENS = 512
 FUSED_TOKENS_FP32 = 32
 # Programs that keep all multiprocessors of a large chip busy, two each; a fixed number, so that the
@@ -45,12 +46,12 @@ def choose(direction: str, M: int, dtype: torch.dtype, bits: int) -> str:
 
     Reading 4 bits a weight takes 0.5 B / BW, and its two flops a token 2 M / F.
 
-    gemv, int4, forward: five instructions a weight at one token, seven at two. An H200 reads 9.6e12
-    weights a second and issues 33e12 instructions, an A100 4e12 and 19e12, an RTX 4090 2e12 and
-    41e12: at one token the loads' time or up to 1.5 times it, at two up to twice. The tensor cores'
-    loop has five, too, at 16 tokens, but a second launch that adds its splits; it is better from 3
-    tokens on. The backward of so few tokens occurs in no training run; there gemv rounds least.
-    int8 has half the weights a byte, and float32 no better loop: 8 tokens.
+    gemv, int4, forward: four instructions a weight at one token. An H200 reads 9.6e12 weights a
+    second and decodes 7.5e12, an A100 4e12 and 4.3e12, an RTX 4090 2e12 and more. At two tokens x
+    comes from shared memory, which takes three times as long. The tensor cores' loop has three to
+    five instructions for up to 16 tokens, but a second launch that adds its splits. The backward of
+    so few tokens occurs in no training run; there gemv rounds least. int8 has half the weights a
+    byte, and float32 no better loop: 8 tokens.
 
     fused or slab, half precision: a slab writes and reads 2 B a weight in the L2 cache and is two
     launches; at 5.5 TB/s and 4 us for 10 M weights that is 1.1 ps a weight on an H200. Torch's loop
@@ -137,8 +138,8 @@ def _fused_fwd(x: Tensor, packed: Tensor, scale: Tensor, bits: int, bias: Tensor
     blocks, splits = _splits(triton.cdiv(K, 2 * tile.bytes), programs)
     sums = _split_sums(y, splits)
     launch(fused.fused_fwd_kernel, (programs, splits), x, packed, scale, bias, sums, M, blocks,
-           N=N, K=K, SPLIT=splits > 1, GROUP=GROUP, BM=tile.BM, BN=tile.rows, BJ=tile.bytes,
-           num_warps=tile.num_warps, num_stages=tile.num_stages)
+           N=N, K=K, SPLIT=splits > 1, JOINED=tile.joined, GROUP=GROUP, BM=tile.BM, BN=tile.rows,
+           BJ=tile.bytes, num_warps=tile.num_warps, num_stages=tile.num_stages)
     _add_splits(sums, scale, bias, y)
 
 
@@ -150,7 +151,7 @@ def _fused_bwd(dy: Tensor, packed: Tensor, scale: Tensor, bits: int, dx: Tensor)
     blocks, splits = _splits(triton.cdiv(N, tile.rows), programs)
     sums = _split_sums(dx, splits)
     launch(fused.fused_bwd_kernel, (programs, splits), dy, packed, scale, sums, M, blocks,
-           N=N, K=K, GROUP=GROUP, BM=tile.BM, BN=tile.rows, BJ=tile.bytes,
+           N=N, K=K, JOINED=tile.joined, GROUP=GROUP, BM=tile.BM, BN=tile.rows, BJ=tile.bytes,
            num_warps=tile.num_warps, num_stages=tile.num_stages)
     _add_splits(sums, None, None, dx)
 

@@ -1,10 +1,10 @@
 """Products with 4-bit weights on tensor cores, which decode the weights on their way.
 
-Byte j of a row holds columns 2j and 2j + 1. Instead of putting the codes of a tile back into that
-order, which would move them between threads, both directions treat even and odd columns apart: the
-forward splits x and adds two products, the backward has two accumulators and interleaves them once,
-where it stores them. A warp decodes the weights that it alone multiplies with: Triton lays the
-warps along the weights' rows (forward, BN >= BM) or columns (backward, BJ > BM).
+Byte j of a row holds columns 2j and 2j + 1. JOINED tiles put the two side by side again, where the
+tensor cores take them so. Others treat even and odd columns apart: the forward splits x and adds
+two products, the backward has two accumulators and interleaves them once, where it stores them. A
+warp decodes the weights that it alone multiplies with: Triton lays the warps along the weights'
+rows (forward, BN >= BM) or columns (backward, BJ > BM).
 
 A split walks `blocks` blocks of the reduction. One split alone writes the result; several write
 partial sums in fp32 that `sum_splits_kernel` adds in order.
@@ -27,17 +27,19 @@ class FusedTile(NamedTuple):
     bytes: int
     num_warps: int
     num_stages: int
+    joined: bool = False
 
 
-# Chosen by the loops that come out of the compiler, in float16. A quarter of a multiprocessor of
-# sm_80 issues, at 64 tokens, 459 instructions (forward) or 490 (backward) a block that takes the
-# tensor cores 512 cycles; one of sm_90, at 128 tokens, 430 in 512 cycles or 738 in 1024.
+# Chosen by the loops that come out of the compiler (bench.triton_loops; bench/NOTES.md). An sm_90
+# multiplies with x from shared memory as it was loaded; x that is split goes through registers and
+# back, and took longer than the product.
 _FEW = (FusedTile(16, 64, 64, 4, 4), FusedTile(32, 64, 64, 4, 4))
 FWD_TILES = {
     64: (FusedTile(16, 64, 32, 4, 3), FusedTile(32, 64, 32, 4, 3), FusedTile(64, 128, 32, 4, 3)),
     99: (*_FEW, FusedTile(64, 128, 32, 4, 3)),
     163: (*_FEW, FusedTile(64, 128, 32, 4, 4), FusedTile(128, 128, 32, 8, 4)),
-    227: (*_FEW, FusedTile(64, 128, 32, 4, 4), FusedTile(128, 128, 32, 8, 3)),
+    227: (FusedTile(16, 64, 64, 4, 4, joined=True), FusedTile(32, 64, 64, 4, 4, joined=True),
+          FusedTile(64, 128, 32, 4, 4, joined=True), FusedTile(128, 128, 32, 8, 3, joined=True)),
 }
 _FEW = (FusedTile(16, 64, 64, 4, 4), FusedTile(32, 32, 64, 4, 4))
 BWD_TILES = {
@@ -45,7 +47,8 @@ BWD_TILES = {
     # With 32 rows Triton 3.6 spills two registers on sm_120.
     99: (*_FEW, FusedTile(64, 16, 128, 4, 4)),
     163: (*_FEW, FusedTile(64, 32, 128, 4, 3)),
-    227: (*_FEW, FusedTile(64, 64, 128, 4, 3), FusedTile(128, 64, 128, 8, 3)),
+    227: (*_FEW, FusedTile(64, 64, 128, 4, 3, joined=True),
+          FusedTile(128, 64, 128, 8, 3, joined=True)),
 }
 # float32 has no tensor cores that keep its precision; these tiles serve few tokens.
 FWD_TILES_FP32 = {64: (FusedTile(16, 64, 16, 4, 3), FusedTile(32, 64, 16, 4, 3))}
@@ -85,6 +88,7 @@ def fused_fwd_kernel(
     N: tl.constexpr,
     K: tl.constexpr,
     SPLIT: tl.constexpr,
+    JOINED: tl.constexpr,
     GROUP: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -116,12 +120,18 @@ def fused_fwd_kernel(
         i_j = i * BJ
         b_packed = load_tile(p_packed + i_j, m_n, i_j + o_j, K // 2, MASKED)
         b_x = load_tile(p_x + 2 * i_j, m_m, 2 * i_j + o_k, K, MASKED)
-        # [BN, BJ], [BM, BJ]
-        b_even, b_odd = decode_pair(b_packed, dtype)
-        b_x_even, b_x_odd = tl.split(b_x.reshape(BM, BJ, 2))
-        # [BN, BJ] @ [BJ, BM] -> [BN, BM]
-        b_y = tl.dot(b_even, tl.trans(b_x_even), b_y, input_precision="ieee")
-        b_y = tl.dot(b_odd, tl.trans(b_x_odd), b_y, input_precision="ieee")
+        # [BN, BJ]
+        b_even, b_odd = decode_pair(b_packed, dtype, JOINED)
+        if JOINED:
+            # [BN, 2 BJ] @ [2 BJ, BM] -> [BN, BM]
+            b_codes = tl.join(b_even, b_odd).reshape(BN, 2 * BJ)
+            b_y = tl.dot(b_codes, tl.trans(b_x), b_y, input_precision="ieee")
+        else:
+            # [BM, BJ]
+            b_x_even, b_x_odd = tl.split(b_x.reshape(BM, BJ, 2))
+            # [BN, BJ] @ [BJ, BM] -> [BN, BM]
+            b_y = tl.dot(b_even, tl.trans(b_x_even), b_y, input_precision="ieee")
+            b_y = tl.dot(b_odd, tl.trans(b_x_odd), b_y, input_precision="ieee")
 
     if not SPLIT:
         b_y *= tl.load(scale + o_n, mask=m_n, other=0.0).to(tl.float32)[:, None]
@@ -151,6 +161,7 @@ def fused_bwd_kernel(
     blocks,
     N: tl.constexpr,
     K: tl.constexpr,
+    JOINED: tl.constexpr,
     GROUP: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -177,9 +188,13 @@ def fused_bwd_kernel(
     p_packed = packed + o_n[:, None].to(tl.int64) * (K // 2) + o_j[None, :]
     p_dy = dy + o_m[:, None] * N + o_n[None, :]
 
-    # [BM, BJ]
-    b_even = tl.zeros([BM, BJ], dtype=tl.float32)
-    b_odd = tl.zeros([BM, BJ], dtype=tl.float32)
+    if JOINED:
+        # [BM, 2 BJ]
+        b_dx = tl.zeros([BM, 2 * BJ], dtype=tl.float32)
+    else:
+        # [BM, BJ]
+        b_even = tl.zeros([BM, BJ], dtype=tl.float32)
+        b_odd = tl.zeros([BM, BJ], dtype=tl.float32)
     for i in range(i_s * blocks, tl.minimum((i_s + 1) * blocks, tl.cdiv(N, BN))):
         i_n = i * BN
         m_n = i_n + o_n < N
@@ -188,18 +203,24 @@ def fused_bwd_kernel(
         b_dy = load_tile(p_dy + i_n, m_m, i_n + o_n, N, MASKED)
         b_scale = tl.load(scale + i_n + o_n, mask=m_n, other=0.0)
         # [BN, BJ]
-        b_w_even, b_w_odd = decode_pair(b_packed, dtype)
+        b_w_even, b_w_odd = decode_pair(b_packed, dtype, JOINED)
         if dtype == tl.float16:
             b_w_even = scaled(b_w_even, b_scale[:, None])
             b_w_odd = scaled(b_w_odd, b_scale[:, None])
         else:
             b_dy = (b_dy.to(tl.float32) * b_scale.to(tl.float32)[None, :]).to(dtype)
-        # [BM, BN] @ [BN, BJ] -> [BM, BJ]
-        b_even = tl.dot(b_dy, b_w_even, b_even, input_precision="ieee")
-        b_odd = tl.dot(b_dy, b_w_odd, b_odd, input_precision="ieee")
+        if JOINED:
+            # [BM, BN] @ [BN, 2 BJ] -> [BM, 2 BJ]
+            b_w = tl.join(b_w_even, b_w_odd).reshape(BN, 2 * BJ)
+            b_dx = tl.dot(b_dy, b_w, b_dx, input_precision="ieee")
+        else:
+            # [BM, BN] @ [BN, BJ] -> [BM, BJ]
+            b_even = tl.dot(b_dy, b_w_even, b_even, input_precision="ieee")
+            b_odd = tl.dot(b_dy, b_w_odd, b_odd, input_precision="ieee")
 
-    # [BM, 2 BJ]
-    b_dx = tl.join(b_even, b_odd).reshape(BM, 2 * BJ)
+    if not JOINED:
+        # [BM, 2 BJ]
+        b_dx = tl.join(b_even, b_odd).reshape(BM, 2 * BJ)
     o_k = i_j * (2 * BJ) + tl.arange(0, 2 * BJ)
     p_dx = dx + i_s.to(tl.int64) * M * K + o_m[:, None] * K + o_k[None, :]
     tl.store(p_dx, b_dx, mask=m_m[:, None] & (o_k < K)[None, :])

@@ -83,11 +83,12 @@ def rms_norm_fwd_kernel(
     b_square += b_h * b_h
     # [BM]
     b_rstd = tl.rsqrt(tl.sum(b_square, 1) / H + eps)
-    tl.store(rstd + o_m, b_rstd, mask=o_m < M)
 
     # [BM, BH] * [BM, 1] * [1, BH]
     b_y = b_h * b_rstd[:, None] * load_row(weight, LAST, H, BH)
     store_block(y, b_y, o_m, LAST, M, H, BH)
+    # not before y: Triton 3.6 then spilled a register on sm_80
+    tl.store(rstd + o_m, b_rstd, mask=o_m < M)
     if LAST > 0:
         # the thread that stored an element of h need not be the one that loads it
         tl.debug_barrier()

@@ -1,7 +1,8 @@
 """Tile sizes: small tables instead of an autotuner, which would need a driver to import and time
 to warm up, and could choose differently, so sum in another order, on every run.
 
-bench/results/triton_resources.md has the registers and shared memory each size takes on each chip.
+bench/results/triton_resources_*.md have the registers and shared memory each size takes on each
+chip, by version of Triton.
 """
 
 from collections.abc import Mapping

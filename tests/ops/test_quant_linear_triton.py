@@ -62,6 +62,15 @@ def test_fused(m, n, k, dtype, device, small_tiles, forced):
     check(m, n, k, dtype, 4, device)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("m", "n", "k"), [(3, 51, 66), (17, 70, 136)])
+def test_fused_with_columns_joined(m, n, k, dtype, device, small_tiles, forced, monkeypatch):
+    for table in ("FWD_TILES", "BWD_TILES"):
+        monkeypatch.setattr(kernels.fused, table, {64: (FusedTile(16, 16, 16, 4, 2, joined=True),)})
+    forced("fused")
+    check(m, n, k, dtype, 4, device)
+
+
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_smallest(variant, dtype, device):
@@ -253,7 +262,7 @@ def test_forced_backend_runs_the_kernels(m, bits, names, device):
 
 
 @pytest.mark.parametrize(("direction", "m", "dtype", "bits", "variant"), [
-    ("fwd", 1, torch.float16, 4, "gemv"), ("fwd", 3, torch.bfloat16, 4, "fused"),
+    ("fwd", 1, torch.float16, 4, "gemv"), ("fwd", 2, torch.bfloat16, 4, "fused"),
     ("bwd", 8, torch.float16, 4, "gemv"), ("bwd", 9, torch.float16, 4, "fused"),
     ("fwd", 512, torch.float16, 4, "fused"), ("fwd", 513, torch.float16, 4, "slab"),
     ("fwd", 8, torch.float32, 4, "gemv"), ("fwd", 32, torch.float32, 4, "fused"),

@@ -13,7 +13,9 @@ import pytest
 from bench import triton_cases, triton_resources
 from tests.conftest import REPOSITORY
 
-COMMITTED = json.loads(triton_resources.RESULTS.with_suffix(".json").read_text())
+# What Triton 3.6, the oldest served, and newer ones made of the kernels.
+COMMITTED = {path: json.loads(path.read_text())
+             for path in sorted(triton_resources.RESULTS.glob("triton_resources_*.json"))}
 
 
 @pytest.fixture(scope="module")
@@ -35,17 +37,19 @@ def test_every_chip(measured):
 
 
 def test_nothing_spills(measured):
-    spilling = [(row["launch"], usage) for row, usage in rows(measured) if usage["stack"]]
-    assert not spilling
+    for table in (measured, *COMMITTED.values()):
+        spilling = [(row["launch"], usage) for row, usage in rows(table) if usage["stack"]]
+        assert not spilling, table["triton"]
 
 
 def test_shared_memory_fits(measured):
     limits = {chip.sm: chip.block_kib * 1024 for chip in triton_resources.CHIPS}
     assert limits[80] == 163 * 1024
     assert limits[120] == 99 * 1024
-    too_much = [(row["launch"], usage) for row, usage in rows(measured)
-                if usage["shared"] > limits[usage["sm"]]]
-    assert not too_much
+    for table in (measured, *COMMITTED.values()):
+        too_much = [(row["launch"], usage) for row, usage in rows(table)
+                    if usage["shared"] > limits[usage["sm"]]]
+        assert not too_much, table["triton"]
 
 
 def test_a_chip_with_64_kib_makes_the_same_launches():
@@ -67,16 +71,19 @@ def test_two_blocks_a_multiprocessor(measured):
     assert not alone
 
 
-def test_committed_table_is_current(measured):
-    """The same launches always; the same numbers from the Triton that made the table."""
-    for key in ("op", "launch", "kernel"):
-        assert [row[key] for row in measured["rows"]] == [row[key] for row in COMMITTED["rows"]]
-    for (row, now), (_, then) in zip(rows(measured), rows(COMMITTED), strict=True):
-        assert now["tile"] == then["tile"], row["launch"]
-    if measured["triton"] == COMMITTED["triton"]:
-        assert measured == COMMITTED, "run `python -m bench.triton_resources` and commit its files"
+def test_committed_tables_are_current(measured):
+    """The same launches with the same tiles in all; the same numbers from the same Triton."""
+    assert {path.stem for path in COMMITTED} >= {"triton_resources_3.6"}
+    again = "run `python -m bench.triton_resources` and `make oldest`, and commit their files"
+    for path, table in COMMITTED.items():
+        for key in ("op", "launch", "kernel"):
+            assert [row[key] for row in measured["rows"]] == [row[key] for row in table["rows"]]
+        for (row, now), (_, then) in zip(rows(measured), rows(table), strict=True):
+            assert now["tile"] == then["tile"], f"{path.name}, {row['launch']}: {again}"
+        if measured["triton"] == table["triton"]:
+            assert measured == table, again
 
 
-def test_committed_markdown_shows_the_table():
-    shown = triton_resources.RESULTS.with_suffix(".md").read_text()
-    assert shown == triton_resources.as_markdown(COMMITTED)
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
+def test_committed_markdown_shows_the_table(path):
+    assert path.with_suffix(".md").read_text() == triton_resources.as_markdown(COMMITTED[path])
