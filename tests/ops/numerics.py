@@ -43,7 +43,8 @@ def assert_close_to_fp64(result: Tensor, exact: Tensor, same_precision: Tensor, 
 
 
 def matches_fp64(kernel: Callable, formula: Callable,
-                 inputs: Sequence[Tensor | None] | Callable[[], Sequence[Tensor | None]]) -> None:
+                 inputs: Sequence[Tensor | None] | Callable[[], Sequence[Tensor | None]],
+                 sample: int = SAMPLE) -> None:
     """Asserts the rule for every output of `kernel(*inputs)` and the gradient of every input.
 
     `formula` is an independent definition in differentiable PyTorch, written so that it computes
@@ -52,8 +53,8 @@ def matches_fp64(kernel: Callable, formula: Callable,
     `inputs` are the ones whose gradients are compared. The kernel runs in poisoned memory.
 
     `inputs` may be a function that draws inputs. It is called until the smallest compared tensor
-    has met SAMPLE elements, and PyTorch's error is the largest of all draws: the rounding error of
-    a single element may be zero by luck.
+    has met `sample` elements, and PyTorch's error is the largest of all draws: that of a single
+    element may be zero by luck.
     """
     if not callable(inputs):
         _check_all([_compare(kernel, formula, inputs)])
@@ -61,7 +62,7 @@ def matches_fp64(kernel: Callable, formula: Callable,
     draws = [_compare(kernel, formula, inputs())]
     smallest = min((exact.numel() for _, exact, _, _ in draws[0].values()), default=0)
     if smallest > 0:
-        draws += [_compare(kernel, formula, inputs()) for _ in range(SAMPLE // smallest)]
+        draws += [_compare(kernel, formula, inputs()) for _ in range(sample // smallest)]
     _check_all(draws)
 
 

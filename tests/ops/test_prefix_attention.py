@@ -46,10 +46,14 @@ def dense(q, k, v, prefix_k, prefix_v, lengths, factor=None):
 
 
 def tensors(lengths, n, g, c, p, dtype, prefix_dtype=None):
+    """q, k, v, prefix_k, prefix_v: the same numbers on every device."""
+    def draw(*shape, dtype=dtype):
+        x = torch.randn(shape, device="cpu").to(torch.get_default_device(), dtype)
+        return x.requires_grad_()
+
     t = sum(lengths)
-    q, k, v = (torch.randn(t, h, c).to(dtype).requires_grad_() for h in (n, g, g))
-    prefix = [torch.randn(p, g, c).to(prefix_dtype or dtype).requires_grad_() for _ in range(2)]
-    return q, k, v, *(prefix if p is not None else (None, None))
+    q, k, v = (draw(t, heads, c) for heads in (n, g, g))
+    return q, k, v, *(draw(p, g, c, dtype=prefix_dtype or dtype) for _ in range(2))
 
 
 LONG = [300, 1, 70]  # its gradients are summed in several pieces, some of two sequences

@@ -14,7 +14,7 @@ from tests.ops.numerics import (
 from tests.ops.test_prefix_attention import dense, tensors
 from tests.ops.test_prefix_attention_triton import (  # noqa: F401 (the fixtures)
     WIDE_AND_NARROW,
-    _triton,
+    _device,
     launched,
 )
 

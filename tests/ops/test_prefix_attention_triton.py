@@ -7,7 +7,6 @@ from unittest import mock
 import pytest
 import torch
 
-import glmkern
 from glmkern import ops
 from glmkern.ops.philox import keep_mask
 from glmkern.triton_kernels import prefix_attention as forward
@@ -18,6 +17,7 @@ from glmkern.triton_kernels import prefix_attention_shared as shared
 from glmkern.triton_kernels import tiles
 from tests.ops.numerics import (
     HALF_AND_SINGLE,
+    SAMPLE,
     matches_fp64,
     poisoned_memory,
     same_bits,
@@ -49,11 +49,10 @@ SMALL, MEDIUM = shared.AttentionTile(16, 16, 4, 1), shared.AttentionTile(32, 32,
 
 
 @pytest.fixture(autouse=True)
-def _triton(device, monkeypatch):
-    torch.manual_seed(0)
+def _device(device, monkeypatch):
     if device == "cpu":  # the interpreter's time goes by the number of blocks
         set_tiles(monkeypatch, MEDIUM)
-    with torch.device(device), glmkern.backend("triton"):
+    with torch.device(device):
         yield
 
 
@@ -93,7 +92,9 @@ def attend(lengths, **options):
 @pytest.mark.parametrize("case", CASES, ids=case_id)
 def test_against_fp64(case, dtype):
     lengths = case[0]
-    matches_fp64(attend(lengths), lambda *x: dense(*x, lengths), lambda: tensors(*case, dtype))
+    sample = 1000 if sum(lengths) == 1 else SAMPLE  # PyTorch's error in one row is luck
+    matches_fp64(attend(lengths), lambda *x: dense(*x, lengths), lambda: tensors(*case, dtype),
+                 sample)
 
 
 @pytest.mark.parametrize("case", [  # heads that divide 16, that 16 divides, and neither; C over 128
