@@ -92,7 +92,7 @@ def attend(lengths, **options):
 @pytest.mark.parametrize("case", CASES, ids=case_id)
 def test_against_fp64(case, dtype):
     lengths = case[0]
-    sample = 1000 if sum(lengths) == 1 else SAMPLE  # PyTorch's error in one row is luck
+    sample = 500 if max(lengths) == 1 else SAMPLE  # PyTorch's error in few keys is luck
     matches_fp64(attend(lengths), lambda *x: dense(*x, lengths), lambda: tensors(*case, dtype),
                  sample)
 
