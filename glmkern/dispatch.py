@@ -8,6 +8,7 @@ forced one that cannot serve is an error, never a silent fallback.
 
 import contextlib
 import importlib
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -22,6 +23,7 @@ import torch
 NAMES = ("cpu", "triton", "cuda", "reference")
 # Triton before CUDA C++ on a GPU: the CUDA kernels exist for chips that Triton does not serve.
 ORDER = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}
+MINIMUM_TRITON = (3, 6)
 NATIVE_LIBRARIES = {"cpu": "_native.so", "cuda": "_native_cuda.so"}
 
 # A plain module global: a ContextVar would break torch.compile(fullgraph=True).
@@ -118,6 +120,10 @@ def why_unavailable(name: str, device: str) -> str | None:
 def _why_no_triton(device: str) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed (pip install triton)"
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # it has other names, too
+        version = importlib.metadata.version("triton")
+        if tuple(int(part) for part in version.split(".")[:2]) < MINIMUM_TRITON:
+            return f"the kernels need Triton 3.6 or newer, found {version}: torch 2.10 brings one"
     if device == "cpu":
         if os.environ.get("TRITON_INTERPRET") == "1":
             return None

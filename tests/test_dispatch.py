@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
 import torch
@@ -40,6 +41,17 @@ def test_a_forced_backend_serves_or_says_why_not():
         with glmkern.backend("cuda"):
             ops.swiglu(x)
     torch.testing.assert_close(ops.swiglu(x), expected)
+
+
+@pytest.mark.parametrize(("version", "capability", "sentence"), [
+    ("3.5.1", (9, 0), "the kernels need Triton 3.6 or newer, found 3.5.1: torch 2.10 brings one"),
+    ("3.6.0", (7, 5), "Triton needs sm_80 or newer, this GPU is sm_75"),
+    ("3.6.0+git12", (8, 0), None), ("3.10.0", (12, 0), None)])
+def test_why_triton_does_not_serve_a_gpu(version, capability, sentence):
+    with (mock.patch("importlib.metadata.version", lambda name: version),
+          mock.patch.object(torch.cuda, "is_available", lambda: True),
+          mock.patch.object(torch.cuda, "get_device_capability", lambda: capability)):
+        assert dispatch._why_no_triton("cuda") == sentence
 
 
 def test_an_unknown_backend_is_refused():
