@@ -159,6 +159,8 @@ def main() -> int:
         print(f"make gpu needs a GPU: {reason}", file=sys.stderr)
         return 2
     from bench.roofline import machine
+    # What a shell runs in the background ignores it, and so would the steps.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     args.out.mkdir(parents=True, exist_ok=True)
     report = {"machine": machine("cuda"), "steps": [], "benches": {}}
     start = time.perf_counter()

@@ -1,6 +1,7 @@
 """Fixtures every test may use."""
 
 import os
+import signal
 import zlib
 from pathlib import Path
 
@@ -8,6 +9,9 @@ import pytest
 
 # Small shapes: threads would only wait for each other. Tests of threading set their own number.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# What a shell runs in the background ignores Ctrl-C, which some tests press.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from tests.interpreter import (  # noqa: E402, F401 (torch reads the variable; pytest the names)
     device,

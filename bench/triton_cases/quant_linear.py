@@ -1,5 +1,5 @@
-"""quant_linear: the first linear of a ChatGLM2-6B layer, each kernel a few times: at its usual tiles
-in bfloat16, at one in float16, whose backward scales the weights, and where it takes most."""
+"""quant_linear: the first linear of a ChatGLM2-6B layer, each kernel a few times: at its usual
+tiles in bfloat16, once in float16, whose backward scales the weights, and where it takes most."""
 
 from collections.abc import Iterator
 

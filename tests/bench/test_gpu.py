@@ -2,6 +2,7 @@
 
 import io
 import json
+import signal
 import sys
 from pathlib import Path
 from unittest import mock
@@ -68,17 +69,20 @@ def test_half_a_file(tmp_path):
     assert report == {"benches": {"swiglu": {"rows": []}}}
 
 
-def test_the_three_files(tmp_path):
-    """With a step that leaves a benchmark's rows."""
+def test_the_three_files(tmp_path, request):
+    """With a step that leaves a benchmark's rows, and hears interrupts although we do not."""
     row = dict(name="copy", implementation="triton", shape="1 x 2", dtype="float32", median_ms=0.5,
                fastest_ms=0.4, gb_per_s=10.0, fraction=0.9, vs_peer=None)
     run = {"cuda": {"machine": {"gpu": "a chip"}, "rounds": 3, "rows": [row]}, "cpu": None}
 
     def steps(folder: Path):
-        write = f"open({str(folder / 'rms_norm.json')!r}, 'w').write({json.dumps(run)!r})"
+        write = "import signal; assert signal.getsignal(signal.SIGINT) is not signal.SIG_IGN;" \
+            f"open({str(folder / 'rms_norm.json')!r}, 'w').write({json.dumps(run)!r})"
         yield gpu.Step("bench rms_norm", [sys.executable, "-c", write], 60)
         yield gpu.Step("not asked for", [sys.executable, "-c", "raise SystemExit(1)"], 60)
 
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     with (mock.patch.object(gpu, "why_no_gpu", lambda: None),
           mock.patch.object(gpu, "steps", steps),
           mock.patch("bench.roofline.machine", lambda device: {"gpu": "a chip"}),
