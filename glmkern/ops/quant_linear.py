@@ -122,7 +122,7 @@ def quant_linear(x: Tensor, qweight: QuantizedWeight | Tensor,
         check(bias.shape == (rows,), lambda: f"{op}: bias must have shape [{rows}], not "
               f"{list(bias.shape)}")
     return torch.ops.glmkern.quant_linear_fwd(
-        x.contiguous(), qweight.packed, qweight.scale, qweight.bits, bias)
+        x.contiguous(), *qweight, None if bias is None else bias.contiguous())
 
 
 def stored(op: str, weight: QuantizedWeight | Tensor, x_name: str, x: Tensor) -> QuantizedWeight:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from glmkern.ops.sequences import spans, values_are_checked
 from glmkern.triton_kernels import philox
-from glmkern.triton_kernels.launch import launch
+from glmkern.triton_kernels.launch import contiguous, launch
 from glmkern.triton_kernels.tiles import RowTile, row_tile
 
 MAX_COLUMNS = 1024
@@ -152,8 +152,8 @@ def bias_dropout_add_fwd(x: Tensor, bias: Tensor | None, residual: Tensor, p: fl
                          seed: Tensor | None, cu_seqlens: Tensor | None,
                          sequence_ids: Tensor | None) -> Tensor:
     M, H = x.shape[:-1].numel(), x.shape[-1]
+    x, bias, residual = contiguous(x, bias, residual)
     y = torch.empty_like(x)
-    bias = bias.contiguous() if bias is not None else None
     drop, numbers, BB = _NOTHING
     if p > 0:
         drop, numbers, BB = _drop_arguments(p, seed, cu_seqlens, sequence_ids, M)
@@ -167,6 +167,7 @@ def bias_dropout_add_fwd(x: Tensor, bias: Tensor | None, residual: Tensor, p: fl
 def bias_dropout_add_bwd(dy: Tensor, p: float, seed: Tensor, cu_seqlens: Tensor,
                          sequence_ids: Tensor, bias_grad: bool) -> tuple[Tensor, Tensor]:
     M, H = dy.shape[:-1].numel(), dy.shape[-1]
+    dy = dy.contiguous()
     dx = torch.empty_like(dy)
     drop, numbers, BB = _drop_arguments(p, seed, cu_seqlens, sequence_ids, M)
     tile = _tile(H)
@@ -195,5 +196,5 @@ def _drop_arguments(p: float, seed: Tensor, cu_seqlens: Tensor, sequence_ids: Te
     if values_are_checked(cu_seqlens):
         spans("bias_dropout_add", cu_seqlens, M)
     B = len(sequence_ids)
-    tensors = tuple(t.contiguous() for t in (seed, cu_seqlens, sequence_ids))
-    return tensors, (B, *philox.drop_constants(p)), FEW_ENDS if B <= FEW_ENDS else MAX_ENDS
+    return contiguous(seed, cu_seqlens, sequence_ids), (B, *philox.drop_constants(p)), \
+        FEW_ENDS if B <= FEW_ENDS else MAX_ENDS

@@ -1,4 +1,4 @@
-"""How every kernel is started."""
+"""How every kernel is started, and the layout that most of them take."""
 
 import contextlib
 
@@ -21,6 +21,11 @@ def launch(kernel, programs: int | tuple[int, ...], *args, num_warps: int, num_s
     with _on_device(args[0]):
         kernel[grid](*args, **constants, num_warps=num_warps, num_stages=num_stages,
                      enable_fp_fusion=True)
+
+
+def contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """What a kernel takes that is given no strides: a tensor itself or, otherwise, a copy."""
+    return tuple(None if x is None else x.contiguous() for x in tensors)
 
 
 def _on_device(tensor: Tensor) -> contextlib.AbstractContextManager:

@@ -22,7 +22,7 @@ from torch import Tensor
 from glmkern.triton_kernels import quant_linear_fused as fused
 from glmkern.triton_kernels import quant_linear_gemv as gemv
 from glmkern.triton_kernels.dequantize import dequantize_kernel
-from glmkern.triton_kernels.launch import launch
+from glmkern.triton_kernels.launch import contiguous, launch
 from glmkern.triton_kernels.tiles import by_shared_memory
 
 # The most tokens of each variant; `choose` says why.
@@ -77,10 +77,10 @@ def quant_linear_fwd(x: Tensor, packed: Tensor, scale: Tensor | None, bits: int,
     """`variant` overrides the choice, for tests and measurements."""
     N, K = _shape(packed, bits)
     y = x.new_empty(*x.shape[:-1], N)
-    rows = x.reshape(-1, K).contiguous()
+    rows, packed, scale, bias = contiguous(x.reshape(-1, K), packed, scale, bias)
     variant = variant or choose("fwd", len(rows), x.dtype, bits)
     if len(rows) > 0:
-        _FORWARD[variant](rows, packed.contiguous(), scale, bits, bias, y.view(-1, N))
+        _FORWARD[variant](rows, packed, scale, bits, bias, y.view(-1, N))
     return y
 
 
@@ -88,10 +88,10 @@ def quant_linear_bwd(dy: Tensor, packed: Tensor, scale: Tensor | None, bits: int
                      variant: str | None = None) -> Tensor:
     N, K = _shape(packed, bits)
     dx = dy.new_empty(*dy.shape[:-1], K)
-    rows = dy.reshape(-1, N).contiguous()
+    rows, packed, scale = contiguous(dy.reshape(-1, N), packed, scale)
     variant = variant or choose("bwd", len(rows), dy.dtype, bits)
     if len(rows) > 0:
-        _BACKWARD[variant](rows, packed.contiguous(), scale, bits, dx.view(-1, K))
+        _BACKWARD[variant](rows, packed, scale, bits, dx.view(-1, K))
     return dx
 
 

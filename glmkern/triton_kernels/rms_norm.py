@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from glmkern.triton_kernels.launch import launch
+from glmkern.triton_kernels.launch import contiguous, launch
 from glmkern.triton_kernels.tiles import row_tile
 
 # Partial sums of dweight: two programs for each of the 128 or 132 multiprocessors of the large
@@ -178,12 +178,14 @@ def rms_norm_bwd_kernel(
 
 
 def rms_norm_fwd(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    x, weight = contiguous(x, weight)
     y, rstd = _launch_fwd(x, None, weight, x, eps)
     return y, rstd
 
 
 def add_rms_norm_fwd(x: Tensor, residual: Tensor, weight: Tensor,
                      eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    x, residual, weight = contiguous(x, residual, weight)
     h = torch.empty_like(x)
     y, rstd = _launch_fwd(x, residual, weight, h, eps)
     return y, h, rstd
@@ -203,6 +205,7 @@ def _launch_fwd(x: Tensor, residual: Tensor | None, weight: Tensor, h: Tensor,
 
 def rms_norm_bwd(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, dresidual: Tensor | None,
                  weight_grad: bool) -> tuple[Tensor, Tensor]:
+    dy, x, weight, rstd, dresidual = contiguous(dy, x, weight, rstd, dresidual)
     H = x.shape[-1]
     M = x.numel() // H
     dx = torch.empty_like(x)

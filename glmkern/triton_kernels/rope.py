@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from glmkern.ops.rope import check_positions
-from glmkern.triton_kernels.launch import launch
+from glmkern.triton_kernels.launch import contiguous, launch
 
 # At most 16 elements a thread of 4 warps: two 16-byte loads in half precision, four in fp32.
 MAX_ELEMENTS = 2048
@@ -195,7 +195,7 @@ def _rotated(x: Tensor, cos_sin: Tensor, positions: Tensor, inverse: bool) -> Te
 def qkv_rope_fwd(qkv: Tensor, bias: Tensor | None, cos_sin: Tensor, positions: Tensor, heads: int,
                  groups: int, interleaved: bool) -> tuple[Tensor, Tensor, Tensor]:
     qkv, cos_sin, positions = _contiguous_channels(qkv), *_angles(cos_sin, positions)
-    bias = bias.contiguous() if bias is not None else None
+    bias, = contiguous(bias)
     T, in_row = qkv.shape[0], heads + 2 * groups
     C = qkv.shape[1] // in_row
     q, k, v = (qkv.new_empty(T, n, C) for n in (heads, groups, groups))
@@ -223,7 +223,7 @@ def _contiguous_channels(x: Tensor) -> Tensor:
 
 def _angles(cos_sin: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
     check_positions(positions, cos_sin)
-    return cos_sin.contiguous(), positions.contiguous()
+    return contiguous(cos_sin, positions)
 
 
 def _launch(kernel: triton.JITFunction, shape: tuple[int, int, int], *args, **constants) -> None:

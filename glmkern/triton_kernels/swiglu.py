@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from glmkern.triton_kernels.launch import launch
+from glmkern.triton_kernels.launch import contiguous, launch
 from glmkern.triton_kernels.tiles import row_tile
 
 MAX_COLUMNS = 1024
@@ -54,12 +54,14 @@ def swiglu_bwd_kernel(dy, x, dx, M, F: tl.constexpr, BM: tl.constexpr, BF: tl.co
 
 
 def swiglu_fwd(x: Tensor) -> Tensor:
+    x = x.contiguous()
     y = x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
     _launch(swiglu_fwd_kernel, y.shape, x, y)
     return y
 
 
 def swiglu_bwd(dy: Tensor, x: Tensor) -> Tensor:
+    dy, x = contiguous(dy, x)
     dx = torch.empty_like(x)
     _launch(swiglu_bwd_kernel, dy.shape, dy, x, dx)
     return dx

@@ -183,6 +183,23 @@ def check_registration(op: torch._ops.OpOverload, inputs: Sequence) -> None:
     torch.library.opcheck(op, tuple(inputs))
 
 
+def check_layouts(function: Callable, inputs: Sequence, refused: tuple = ()) -> None:
+    """A tensor whose numbers do not lie side by side gives the same result, or an error of a type
+    in `refused` that says so."""
+    inputs = [x.detach() if isinstance(x, Tensor) else x for x in inputs]
+    expected = function(*inputs)
+    for i, x in enumerate(inputs):
+        if not isinstance(x, Tensor) or x.numel() < 2:
+            continue
+        apart = torch.stack([x, torch.full_like(x, 77)], -1)[..., 0]
+        try:
+            result = function(*inputs[:i], apart, *inputs[i + 1:])
+        except refused as error:
+            assert "is not contiguous" in str(error)
+        else:
+            torch.testing.assert_close(result, expected, rtol=0, atol=0)
+
+
 def check_compiles(function: Callable, batches: Sequence[Sequence[Tensor]]) -> None:
     """`function` compiles without a graph break, and gives the eager results and gradients at
     every batch of inputs."""

@@ -21,6 +21,19 @@ def test_opcheck(op):
         registration.check_registration(getattr(registration.kernels, op).default, inputs)
 
 
+@pytest.mark.parametrize("op", registration.ARGUMENTS)
+def test_layouts(op):
+    for inputs in registration.ARGUMENTS[op]("cpu"):
+        registration.check_layouts(getattr(registration.kernels, op).default, inputs,
+                                   refused=(RuntimeError,))
+
+
+@pytest.mark.parametrize("name", registration.compiled_calls("cpu"))
+def test_public_ops_take_any_layout(name):
+    function, inputs_of = registration.compiled_calls("cpu")[name]
+    registration.check_layouts(function, inputs_of(5))
+
+
 @pytest.mark.parametrize("name", registration.compiled_calls("cpu"))
 def test_compiles_at_two_numbers_of_tokens(name):
     function, inputs_of = registration.compiled_calls("cpu")[name]
