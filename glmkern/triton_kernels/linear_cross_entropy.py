@@ -141,9 +141,9 @@ def cross_entropy(logits: Tensor, labels: Tensor, row_weight: Tensor, loss: Tens
 
 def linear_cross_entropy_bwd(dloss: Tensor, dhidden: Tensor, dtype: torch.dtype) -> Tensor:
     M, H = dhidden.shape
-    result = dhidden.new_empty(M, H, dtype=dtype)
+    dhidden = dhidden.contiguous()
+    result = torch.empty_like(dhidden, dtype=dtype)
     tile = row_tile(min(H, SCALE_COLUMNS))
-    launch(scale_kernel, (triton.cdiv(M, tile.rows), triton.cdiv(H, tile.columns)),
-           dhidden.contiguous(), dloss, result, M, H=H, BM=tile.rows, BH=tile.columns,
-           num_warps=tile.num_warps)
+    launch(scale_kernel, (triton.cdiv(M, tile.rows), triton.cdiv(H, tile.columns)), dhidden, dloss,
+           result, M, H=H, BM=tile.rows, BH=tile.columns, num_warps=tile.num_warps)
     return result
