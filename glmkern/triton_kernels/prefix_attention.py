@@ -27,10 +27,10 @@ from glmkern.triton_kernels.prefix_attention_shared import (
     load_rows,
     load_seen,
     log_sum_exp,
-    power,
     prefix_of,
     store_numbers,
     store_rows,
+    update_softmax,
     with_dense_heads,
     with_positive_scale,
 )
@@ -134,12 +134,8 @@ def prefix_attention_fwd_kernel(
             b_s = hide_unseen(b_s, float("-inf"), o_t, i_n, P)
         elif not all_seen(i_r // HEADS, i_n, P, BN):
             b_s = hide_unseen(b_s, float("-inf"), o_t, i_n, P)
-        # [BM]; every row sees a key of the first block
-        b_new = tl.maximum(b_max, tl.max(b_s, 1) * slope)
-        b_shrink = power(b_max - b_new, b_q.dtype)
-        b_p = power(b_s * slope - b_new[:, None], b_q.dtype)
-        b_sum = b_sum * b_shrink + tl.sum(b_p, 1)
-        b_max = b_new
+        # every row sees a key of the first block
+        b_max, b_sum, b_p, b_shrink = update_softmax(b_s, b_max, b_sum, slope, b_q.dtype)
         if not LATE:
             b_out = add_values(b_out, b_shrink, b_p, prefix_v, v, i_n, end, P, G * C, V_STRIDE, C,
                                BC)

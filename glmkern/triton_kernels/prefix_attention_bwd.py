@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from glmkern.ops.sequences import spans, values_are_checked
-from glmkern.triton_kernels.launch import launch
+from glmkern.triton_kernels.launch import contiguous, launch
 from glmkern.triton_kernels.prefix_attention_dkv import prefix_gradients, token_gradients
 from glmkern.triton_kernels.prefix_attention_shared import (
     AttentionTile,
@@ -145,7 +145,7 @@ def prefix_attention_bwd(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, prefix_k
     if values_are_checked(q):
         spans("prefix_attention", cu_seqlens, T)
     dout, q, k, v = (with_dense_heads(x) for x in (dout, q, k, v))
-    out, lse, cu_seqlens = out.contiguous(), lse.contiguous(), cu_seqlens.contiguous()
+    out, lse, cu_seqlens = contiguous(out, lse, cu_seqlens)
     prefix_grad = prefix_grad and prefix_k is not None
     gradients = [q.new_empty(0) for _ in range(5)]
     if not token_grad and not prefix_grad:

@@ -20,13 +20,14 @@ from glmkern.triton_kernels.prefix_attention_shared import (
     block_of_channels,
     exponent,
     fit_channels,
+    hide_unseen,
     load_keys,
     load_rows,
     log_sum_exp,
-    power,
     prefix_of,
     store_numbers,
     store_rows,
+    update_softmax,
     with_dense_heads,
     with_positive_scale,
 )
@@ -46,6 +47,8 @@ KEYS_OF_A_SPLIT = 128
 # The most programs that share a row. Prompts have tiles enough of their own.
 SPLITS = 64
 COMBINED_ROWS = 4
+# A row that has seen no key; with -inf, the difference of two would not be a number.
+LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 
 
 @triton.jit
@@ -53,29 +56,20 @@ def attend(b_q, b_out, b_max, b_sum, o_last, k, v, begin, end, scale, K_STRIDE: 
            V_STRIDE: tl.constexpr, C: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr):
     """Takes keys begin <= n < end into the softmax of rows b_q; `scale` is above 0.
 
-    b_max is the largest of the exponents so far, b_sum the sum of their powers relative to it,
-    b_out that sum times the values. Row i sees key n only if n <= o_last[i], which is less than
-    `end`.
+    b_max and b_sum are those of update_softmax, b_out is that sum times the values. Row i sees key
+    n only if n <= o_last[i], which is less than `end`.
     """
     slope = exponent(scale, b_q.dtype)
     for i_n in range(begin, end, BN):
         b_k = load_keys(k, i_n, end, K_STRIDE, C, BN, BC)
         # [BM, BC] @ [BC, BN] -> [BM, BN]
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
-        b_s = tl.where(tl.arange(0, BN)[None, :] <= (o_last - i_n)[:, None], b_s, float("-inf"))
-        # [BM]
-        b_new = tl.maximum(b_max, tl.max(b_s, 1) * slope)
-        # a row that has seen nothing yet: -inf - -inf is not a number
-        b_shift = tl.where(b_new == float("-inf"), 0.0, b_new)
-        b_shrink = power(b_max - b_shift, b_q.dtype)
-        # [BM, BN]
-        b_p = power(b_s * slope - b_shift[:, None], b_q.dtype)
-        b_sum = b_sum * b_shrink + tl.sum(b_p, 1)
+        b_s = hide_unseen(b_s, float("-inf"), o_last, i_n, 0)
+        b_max, b_sum, b_p, b_shrink = update_softmax(b_s, b_max, b_sum, slope, b_q.dtype)
         b_v = load_keys(v, i_n, end, V_STRIDE, C, BN, BC)
         # [BM, BN] @ [BN, BC] -> [BM, BC]
         b_out = tl.dot(b_p.to(b_v.dtype), b_v, acc=b_out * b_shrink[:, None],
                        input_precision="ieee")
-        b_max = b_new
     return b_out, b_max, b_sum
 
 
@@ -128,7 +122,7 @@ def prefix_attention_decode_kernel(
     b_q = load_rows(q + i_h * C, i_start, i_r, new * HEADS, N * C, HEADS, C, BM, BC)
     # [BM]
     o_t = (i_r + tl.arange(0, BM)) // HEADS
-    b_max = tl.full([BM], float("-inf"), dtype=tl.float32)
+    b_max = tl.full([BM], LOWEST, dtype=tl.float32)
     b_sum = tl.zeros([BM], dtype=tl.float32)
     # [BM, BC]
     b_out = tl.zeros([BM, BC], dtype=tl.float32)

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from glmkern.triton_kernels import philox
-from glmkern.triton_kernels.launch import launch
+from glmkern.triton_kernels.launch import contiguous, launch
 
 # Starts of sequences that a program looks at together.
 STARTS = tl.constexpr(128)
@@ -89,13 +89,12 @@ def store_numbers(x, b_x, i_start, i_r, rows, N: tl.constexpr, HEADS: tl.constex
 
 
 @triton.jit
-def load_keys(x, i_n, end, STRIDE: tl.constexpr, C: tl.constexpr, BN: tl.constexpr,
-              BC: tl.constexpr):
-    """Keys or values i_n to i_n + BN of one group, STRIDE apart; zeros from `end` on."""
+def load_keys(x, i_n, end, stride, C: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr):
+    """Keys or values i_n to i_n + BN of one group, `stride` apart; zeros from `end` on."""
     o_c = tl.arange(0, BC)
     # [BN, BC]
-    p_x = x + tl.cast(i_n, tl.int64) * STRIDE + (tl.arange(0, BN) * STRIDE)[:, None] + o_c[None, :]
-    m_x = (i_n + tl.arange(0, BN) < end)[:, None] & (o_c < C)[None, :]
+    p_x = x + tl.cast(i_n, tl.int64) * stride + (tl.arange(0, BN) * stride)[:, None] + o_c[None, :]
+    m_x = (tl.arange(0, BN) < end - i_n)[:, None] & (o_c < C)[None, :]
     return tl.load(p_x, mask=m_x, other=0.0)
 
 
@@ -112,17 +111,13 @@ def load_seen(prefix, x, i_n, end, P: tl.constexpr, PREFIX_STRIDE: tl.constexpr,
               STRIDE: tl.constexpr, C: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr):
     """Block i_n (see segment_of) of keys or values: the prefix's, or those of the sequence up to
     `end`, each with its stride; zeros behind them."""
-    i_x, limit, stride = i_n, end, STRIDE
+    i_x, stride = i_n, STRIDE
     if P > 0:
         in_prefix, i_x = segment_of(i_n, P, BN)
-        limit = tl.where(in_prefix, P, end)
+        end = tl.where(in_prefix, P, end)
         stride = tl.where(in_prefix, PREFIX_STRIDE, STRIDE)
         x = tl.where(in_prefix, prefix, x)
-    o_c = tl.arange(0, BC)
-    # [BN, BC]
-    p_x = x + tl.cast(i_x, tl.int64) * stride + (tl.arange(0, BN) * stride)[:, None] + o_c[None, :]
-    m_x = (tl.arange(0, BN) < limit - i_x)[:, None] & (o_c < C)[None, :]
-    return tl.load(p_x, mask=m_x, other=0.0)
+    return load_keys(x, i_x, end, stride, C, BN, BC)
 
 
 @triton.jit
@@ -162,6 +157,20 @@ def power(x, dtype: tl.constexpr):
     if dtype == tl.float32:
         return tl.exp(x)
     return tl.exp2(x)
+
+
+@triton.jit
+def update_softmax(b_s, b_max, b_sum, slope, dtype: tl.constexpr):
+    """Takes scores b_s [BM, BN] into the softmax of their rows.
+
+    b_max [BM] is the largest of the exponents `slope` * b_s so far, b_sum [BM] the sum of their
+    powers relative to it. Returns both anew, the powers of b_s, and the factor for what is relative
+    to the old b_max. One of the two b_max must be above -inf, or their difference is no number.
+    """
+    b_new = tl.maximum(b_max, tl.max(b_s, 1) * slope)
+    b_shrink = power(b_max - b_new, dtype)
+    b_p = power(b_s * slope - b_new[:, None], dtype)
+    return b_new, b_sum * b_shrink + tl.sum(b_p, 1), b_p, b_shrink
 
 
 @triton.jit
@@ -228,7 +237,7 @@ def prefix_of(q: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None, p: fl
     """
     if prefix_k is None or prefix_k.numel() == 0:
         return Prefix(None, None, None, 0, 0)
-    prefix_k, prefix_v = prefix_k.contiguous(), prefix_v.contiguous()
+    prefix_k, prefix_v = contiguous(prefix_k, prefix_v)
     P, count = len(prefix_k), prefix_k.numel()
     if p == 0:
         return Prefix(prefix_k.to(q.dtype), prefix_v.to(q.dtype), None, P, 0)

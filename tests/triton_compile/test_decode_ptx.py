@@ -8,9 +8,10 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from torch import Tensor
 
+from bench.triton_cases import Launch
+from bench.triton_resources import CHIPS, compile_for
 from glmkern.triton_kernels.dequantize import decode_field, decode_pair
 from tests.triton_compile.ptx import LANES, Warp
 
@@ -33,20 +34,16 @@ def field_kernel(words, fields, SHIFT: tl.constexpr, BITS: tl.constexpr, WORDS: 
     tl.store(fields + o_w, decode_field(tl.load(words + o_w), SHIFT, BITS))
 
 
-def compiled_ptx(kernel, pointers: tuple[str, ...], *constants: int) -> str:
-    """`kernel`'s parameters are pointers of these types and then constants."""
+def compiled_ptx(kernel: triton.JITFunction, *args: Tensor, **constants: int) -> str:
+    """For one warp; of `args` only the types count."""
     assert "TRITON_INTERPRET" not in os.environ, "triton.compile fails where it is set"
-    names, count = kernel.arg_names, len(pointers)
-    signature = dict(zip(names, (*pointers, *["constexpr"] * len(constants)), strict=True))
-    values = {(count + i,): value for i, value in enumerate(constants)}
-    aligned = {(i,): [["tt.divisibility", 16]] for i in range(count)}
-    return triton.compile(ASTSource(kernel, signature, values, aligned),
-                          target=GPUTarget("cuda", 80, 32),
-                          options={"num_warps": 1, "enable_fp_fusion": True}).asm["ptx"]
+    launch = Launch("", kernel, args, num_warps=1, num_stages=3, constants=constants)
+    return compile_for(CHIPS[0], launch).asm["ptx"]
 
 
-def pair_ptx(kind: str, joined: bool) -> str:
-    return compiled_ptx(decode_kernel, ("*i8", f"*{kind}", f"*{kind}"), joined, BYTES)
+def pair_ptx(dtype: torch.dtype, joined: bool) -> str:
+    packed, codes = torch.empty(0, dtype=torch.int8), torch.empty(0, dtype=dtype)
+    return compiled_ptx(decode_kernel, packed, codes, codes, JOINED=joined, BYTES=BYTES)
 
 
 def decode(ptx: str, packed: np.ndarray, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -57,9 +54,9 @@ def decode(ptx: str, packed: np.ndarray, dtype: torch.dtype) -> tuple[torch.Tens
 
 
 @pytest.mark.parametrize("joined", [False, True], ids=["split", "joined"])
-@pytest.mark.parametrize(("kind", "dtype"), [("fp16", torch.float16), ("bf16", torch.bfloat16)])
-def test_every_byte_in_every_place(kind, dtype, joined):
-    ptx = pair_ptx(kind, joined)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_every_byte_in_every_place(dtype, joined):
+    ptx = pair_ptx(dtype, joined)
     assert "prmt" in ptx and "fma.rn" in ptx
     every = np.arange(256, dtype=np.uint8)
     for place in range(4):
@@ -75,7 +72,7 @@ def test_every_byte_in_every_place(kind, dtype, joined):
                                               ("0x6A", "0x6C"), ("0xE408E408", "0xE408E400")])
 def test_a_wrong_constant_is_seen(right, wrong):
     """The machine is no rubber stamp."""
-    ptx = pair_ptx("fp16", False)
+    ptx = pair_ptx(torch.float16, False)
     packed = np.random.default_rng(0).permutation(256).astype(np.uint8)[:BYTES]
     expected = decode(ptx, packed, torch.float16)
     changed = decode(ptx.replace(right, wrong, 1), packed, torch.float16)
@@ -85,7 +82,8 @@ def test_a_wrong_constant_is_seen(right, wrong):
 @pytest.mark.parametrize(("bits", "shift"), [*((4, shift) for shift in range(0, 32, 4)),
                                              *((8, shift) for shift in range(0, 32, 8))])
 def test_every_field_of_a_word(bits, shift):
-    ptx = compiled_ptx(field_kernel, ("*i32", "*fp32"), shift, bits, LANES)
+    words, codes = torch.empty(0, dtype=torch.int32), torch.empty(0)
+    ptx = compiled_ptx(field_kernel, words, codes, SHIFT=shift, BITS=bits, WORDS=LANES)
     assert "lop3" in ptx
     for first in range(0, 2 ** bits, LANES):
         fields = np.arange(first, first + LANES) % 2 ** bits

@@ -1,19 +1,11 @@
 """The loops of compiled Triton kernels: tensor cores where products are, wide loads where memory is
-the limit.
+the limit."""
 
-In a process of its own: `triton.compile` fails where TRITON_INTERPRET is set.
-"""
-
-import json
-import os
 import re
-import subprocess
-import sys
 
 import pytest
 
 from bench.triton_loops import Loop, kernel_of
-from tests.conftest import REPOSITORY
 
 # Launches whose half-precision products are in loops.
 ATTENTION = {"prefix_attention_fwd, bfloat16", "prefix_attention_bwd_dq, bfloat16",
@@ -29,15 +21,9 @@ STREAMS = {"prefix_attention_bwd_delta, bfloat16", "prefix_attention_bwd_sum, bf
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory) -> list[dict]:
-    path = tmp_path_factory.mktemp("loops") / "loops.json"
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(path.with_name("cache"))
+def compiled(measured_by) -> list[dict]:
     labels = [f"^{re.escape(label)}$" for label in sorted(PRODUCTS | STREAMS)]
-    command = [sys.executable, "-m", "bench.triton_loops", "--json", path, "--sm", "80", "90",
-               "--launch", "|".join(labels)]
-    subprocess.run(command, cwd=REPOSITORY, env=environment, check=True)
-    return json.loads(path.read_text())
+    return measured_by("bench.triton_loops", "--sm", "80", "90", "--launch", "|".join(labels))
 
 
 def with_products(compiled: list[dict]) -> list[tuple[str, int, dict]]:

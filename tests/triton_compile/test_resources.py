@@ -1,17 +1,10 @@
-"""The Triton kernels compiled for every chip they serve, without a GPU.
-
-In a process of its own: `triton.compile` fails where TRITON_INTERPRET is set.
-"""
+"""The Triton kernels compiled for every chip they serve, without a GPU."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 
 from bench import triton_cases, triton_resources
-from tests.conftest import REPOSITORY
 
 # What Triton 3.6, the oldest served, and newer ones made of the kernels.
 COMMITTED = {path: json.loads(path.read_text())
@@ -19,13 +12,8 @@ COMMITTED = {path: json.loads(path.read_text())
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory) -> dict:
-    path = tmp_path_factory.mktemp("resources") / "table.json"
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(path.with_name("cache"))
-    subprocess.run([sys.executable, "-m", "bench.triton_resources", "--json", path],
-                   cwd=REPOSITORY, env=environment, check=True)
-    return json.loads(path.read_text())
+def measured(measured_by) -> dict:
+    return measured_by("bench.triton_resources")
 
 
 def rows(table: dict):
