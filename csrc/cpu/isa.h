@@ -15,6 +15,7 @@ const char* isa_name(Isa isa);
 
 }  // namespace glmkern
 
+// clang-format off
 #if defined(__x86_64__)
 #define GLMKERN_CPU_KERNEL(...)            \
   namespace DEFAULT { __VA_ARGS__; }       \
@@ -37,3 +38,4 @@ const char* isa_name(Isa isa);
 #define GLMKERN_CPU_BF16_KERNEL GLMKERN_CPU_KERNEL
 #define GLMKERN_PICK_BF16_KERNEL GLMKERN_PICK_KERNEL
 #endif
+// clang-format on
