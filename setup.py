@@ -65,8 +65,10 @@ def why_not(library: str, insist: bool) -> str | None:
         return "GLMKERN_BUILD=none was set"
     torch = find_torch()
     if torch is None:
-        return ("torch was not installed yet: install torch, then glmkern again "
-                "(with uv: --no-build-isolation)")
+        return (
+            "torch was not installed yet: install torch, then glmkern again "
+            "(with uv: --no-build-isolation)"
+        )
     version = read_version(torch)
     if tuple(int(part) for part in version["__version__"].split(".")[:2]) < MINIMUM_TORCH:
         return f"it needs torch 2.10 or newer, found {version['__version__']}"
@@ -79,8 +81,10 @@ def why_not(library: str, insist: bool) -> str | None:
         if version.get("cuda") is None and not insist:
             return "torch is a CPU build"
         if find_nvcc() is None:
-            return ("no nvcc was found: pip install 'glmkern[nvcc]', then glmkern again "
-                    "(Triton serves newer GPUs without it)")
+            return (
+                "no nvcc was found: pip install 'glmkern[nvcc]', then glmkern again "
+                "(Triton serves newer GPUs without it)"
+            )
     return None
 
 
@@ -122,8 +126,10 @@ class BuildNative(build_ext):
                 reason = "it did not compile: pip install -v shows the compiler's messages"
         if reason is not None and insist:
             sys.exit(f"{library} could not be built: {reason}")
-        print(f"glmkern: {library} {'was built' if reason is None else 'skipped: ' + reason}",
-              file=sys.stderr)
+        print(
+            f"glmkern: {library} {'was built' if reason is None else 'skipped: ' + reason}",
+            file=sys.stderr,
+        )
         self.reasons[library] = reason
 
     def get_ext_filename(self, fullname):

@@ -17,14 +17,7 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.nn.functional as F
 
-from bench.harness import (  # noqa: F401 (pytest finds its two here)
-    Work,
-    available_backends,
-    forced,
-    main,
-    pytest_generate_tests,
-    test_speed,
-)
+from bench.harness import Work, available_backends, forced, main, pytest_generate_tests, test_speed  # noqa: F401 (pytest finds its two here)
 from bench.roofline import COPIES, COPY_SHAPE, in_turn
 
 P = 0.1
@@ -43,9 +36,16 @@ def _works(device: str, dtype: torch.dtype) -> Iterator[Work]:
     for name, tensors in TENSORS.items():
         moved = (tensors * M * H + (H if name.startswith("fwd") else 0)) * dtype.itemsize
         for implementation in turns[0]:
-            yield Work(f"bias_dropout_add {name}", implementation, (M, H), dtype, moved, 0,
-                       in_turn([calls[implementation][name] for calls in turns]),
-                       peer=implementation == "torch")
+            yield Work(
+                f"bias_dropout_add {name}",
+                implementation,
+                (M, H),
+                dtype,
+                moved,
+                0,
+                in_turn([calls[implementation][name] for calls in turns]),
+                peer=implementation == "torch",
+            )
 
 
 def _all_calls(device: str, dtype: torch.dtype) -> dict[str, dict[str, Callable]]:
@@ -53,21 +53,26 @@ def _all_calls(device: str, dtype: torch.dtype) -> dict[str, dict[str, Callable]
     M, H = COPY_SHAPE[device]
     inputs = [torch.randn(M, H, device=device).to(dtype) for _ in range(3)]
     bias = torch.randn(H, device=device).to(dtype)
-    calls = {name: _calls(name, *inputs, bias)
-             for name in available_backends("bias_dropout_add_fwd", device)}
+    calls = {
+        name: _calls(name, *inputs, bias)
+        for name in available_backends("bias_dropout_add_fwd", device)
+    }
     return calls | {"torch": _peer_calls(*inputs, bias)}
 
 
 def _calls(backend: str, x, residual, dy, bias) -> dict[str, Callable]:
     """The pieces of work by one backend of glmkern."""
     op = torch.ops.glmkern
-    sequences = (torch.tensor([5, 7], device=x.device),
-                 torch.tensor([0, len(x)], dtype=torch.int32, device=x.device),
-                 torch.zeros(1, dtype=torch.int64, device=x.device))
+    sequences = (
+        torch.tensor([5, 7], device=x.device),
+        torch.tensor([0, len(x)], dtype=torch.int32, device=x.device),
+        torch.zeros(1, dtype=torch.int64, device=x.device),
+    )
 
     return {
-        "fwd p=0": forced(backend, op.bias_dropout_add_fwd, x, bias, residual, 0.0, None, None,
-                          None),
+        "fwd p=0": forced(
+            backend, op.bias_dropout_add_fwd, x, bias, residual, 0.0, None, None, None
+        ),
         f"fwd p={P}": forced(backend, op.bias_dropout_add_fwd, x, bias, residual, P, *sequences),
         f"bwd p={P}": forced(backend, op.bias_dropout_add_bwd, dy, P, *sequences, False),
     }

@@ -41,9 +41,13 @@ from glmkern.training.dataset import build_training_rows, read_examples
 FOLDER = Path(__file__).resolve().parents[1] / "build/full_size"
 # Asked of each stage: GiB resident, seconds.
 ASKED = {"quantise": (6.0, None), "load": (4.5, 60), "step": (5.5, None), "generate": (5.5, None)}
-FORMATS = {"as trained, float16": {}, "4 bits": {"quantization_bit": 4},
-           "8 bits": {"quantization_bit": 8}, "output layer in 8 bits": {"output_layer_bit": 8},
-           "4 bits, output layer in 8 bits": {"quantization_bit": 4, "output_layer_bit": 8}}
+FORMATS = {
+    "as trained, float16": {},
+    "4 bits": {"quantization_bit": 4},
+    "8 bits": {"quantization_bit": 8},
+    "output layer in 8 bits": {"output_layer_bit": 8},
+    "4 bits, output layer in 8 bits": {"quantization_bit": 4, "output_layer_bit": 8},
+}
 SHARD_BYTES = 2_000_000_000
 PROMPT, RESPONSE, PREFIX, NEW_TOKENS = 64, 128, 128, 10
 
@@ -56,10 +60,20 @@ class Row(NamedTuple):
 def chatglm2_6b() -> ChatGLMConfig:
     """As published, but for the words around the architecture."""
     return ChatGLMConfig(
-        num_layers=28, padded_vocab_size=65024, hidden_size=4096, ffn_hidden_size=13696,
-        kv_channels=128, num_attention_heads=32, seq_length=32768, multi_query_attention=True,
-        multi_query_group_num=2, add_qkv_bias=True, torch_dtype="float16", eos_token_id=2,
-        pad_token_id=0)
+        num_layers=28,
+        padded_vocab_size=65024,
+        hidden_size=4096,
+        ffn_hidden_size=13696,
+        kv_channels=128,
+        num_attention_heads=32,
+        seq_length=32768,
+        multi_query_attention=True,
+        multi_query_group_num=2,
+        add_qkv_bias=True,
+        torch_dtype="float16",
+        eos_token_id=2,
+        pad_token_id=0,
+    )
 
 
 def make_base(folder: Path) -> None:
@@ -71,14 +85,18 @@ def make_base(folder: Path) -> None:
             return torch.ones(shape, dtype=torch.float16)
         scale = shape[-1] ** -0.5 if len(shape) == 2 else 0.1
         # From a pool of numbers: drawing six billion would take longer than everything else.
-        pool = torch.randn(2 ** 22, generator=generator) * scale
+        pool = torch.randn(2**22, generator=generator) * scale
         rows = -(-torch.Size(shape).numel() // len(pool))
         shifts = torch.randint(len(pool), (rows,), generator=generator).tolist()
         numbers = torch.cat([pool.half().roll(shift) for shift in shifts])
-        return numbers[:torch.Size(shape).numel()].view(shape)
+        return numbers[: torch.Size(shape).numel()].view(shape)
 
-    write_base(folder, config, ((name, weight(name, shape))
-                                for name, shape in expected_shapes(config).items()), SHARD_BYTES)
+    write_base(
+        folder,
+        config,
+        ((name, weight(name, shape)) for name, shape in expected_shapes(config).items()),
+        SHARD_BYTES,
+    )
 
 
 def stage_quantise(folder: Path) -> dict:
@@ -91,8 +109,9 @@ def stage_load(folder: Path) -> dict:
 
 def stage_step(folder: Path, output_layer_bit: int | None = None) -> dict:
     """Forward, backward and the optimiser's step of the prefix."""
-    model = ChatGLM.from_pretrained(folder / "int4", "cpu", pre_seq_len=PREFIX,
-                                    output_layer_bit=output_layer_bit).train()
+    model = ChatGLM.from_pretrained(
+        folder / "int4", "cpu", pre_seq_len=PREFIX, output_layer_bit=output_layer_bit
+    ).train()
     optimiser = torch.optim.AdamW(model.prefix_encoder.parameters(), lr=2e-2)
     ids = torch.randint(1000, 60000, (PROMPT + RESPONSE,)).tolist()
     batch = pack_rows([Row(ids, [-100] * PROMPT + ids[PROMPT:])])
@@ -110,11 +129,15 @@ def stage_step(folder: Path, output_layer_bit: int | None = None) -> dict:
 
 
 def stage_generate(folder: Path, output_layer_bit: int | None = None) -> dict:
-    model = ChatGLM.from_pretrained(folder / "int4", "cpu", pre_seq_len=PREFIX,
-                                    output_layer_bit=output_layer_bit).eval()
+    model = ChatGLM.from_pretrained(
+        folder / "int4", "cpu", pre_seq_len=PREFIX, output_layer_bit=output_layer_bit
+    ).eval()
     ids = torch.randint(1000, 60000, (1, PROMPT))
-    result = _timed(lambda: model.generate(ids, max_new_tokens=NEW_TOKENS, eos_token_id=[],
-                                           do_sample=False).shape[1])
+    result = _timed(
+        lambda: model.generate(
+            ids, max_new_tokens=NEW_TOKENS, eos_token_id=[], do_sample=False
+        ).shape[1]
+    )
     return result | _gemm_rate()
 
 
@@ -122,14 +145,18 @@ def _timed(call: Callable) -> dict:
     start = time.perf_counter()
     value = call()
     seconds = time.perf_counter() - start
-    gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
-    return {"seconds": round(seconds, 2), "gib": round(gib, 2),
-            "value": value if isinstance(value, (int, float)) else None}
+    gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return {
+        "seconds": round(seconds, 2),
+        "gib": round(gib, 2),
+        "value": value if isinstance(value, (int, float)) else None,
+    }
 
 
 def stage_flops(stage: str) -> int | None:
     # Not at the top: the benchmark's peers would count in the memory of the stages.
     from bench.bench_train import flops, linear_weights
+
     config = chatglm2_6b()
     if stage.startswith("step"):
         return flops(config, [(PROMPT, RESPONSE)])
@@ -141,32 +168,42 @@ def stage_flops(stage: str) -> int | None:
 
 def _gemm_rate() -> dict:
     probe = gemm_probe("cpu")
-    seconds, = seconds_per_round([probe.call], "cpu", 3)
+    (seconds,) = seconds_per_round([probe.call], "cpu", 3)
     return {"gemm_flops_per_s": probe.flops / sorted(seconds)[1]}
 
 
-STAGES = {"quantise": stage_quantise, "load": stage_load, "step": stage_step,
-          "generate": stage_generate, "step-8": partial(stage_step, output_layer_bit=8),
-          "generate-8": partial(stage_generate, output_layer_bit=8)}
+STAGES = {
+    "quantise": stage_quantise,
+    "load": stage_load,
+    "step": stage_step,
+    "generate": stage_generate,
+    "step-8": partial(stage_step, output_layer_bit=8),
+    "generate-8": partial(stage_generate, output_layer_bit=8),
+}
 
 
 def losses() -> dict[str, float]:
     """The held-out loss of the demo's base in every format."""
     tokenizer = ChatGLMTokenizer.from_pretrained(demo.BASE)
     examples = read_examples(demo.HELD_OUT_FILE, demo.PROMPT_COLUMN, demo.RESPONSE_COLUMN)
-    batch = pack_rows(build_training_rows(examples, tokenizer, max_source_length=96,
-                                          max_target_length=128).rows)
+    batch = pack_rows(
+        build_training_rows(examples, tokenizer, max_source_length=96, max_target_length=128).rows
+    )
     with torch.inference_mode():
-        return {name: ChatGLM.from_pretrained(demo.BASE, "cpu", **options).eval().loss(batch).item()
-                for name, options in FORMATS.items()}
+        return {
+            name: ChatGLM.from_pretrained(demo.BASE, "cpu", **options).eval().loss(batch).item()
+            for name, options in FORMATS.items()
+        }
 
 
 def as_markdown(run: dict) -> str:
     described = ", ".join(f"{key} {value}" for key, value in run["machine"].items())
-    text = "# full_size\n\nChatGLM2-6B in 4 bits. Made by `python -m bench.bench_full_size`, " \
-        f"which says what the stages are.\n\n{described}\n\n" \
-        "| stage | seconds | GiB resident at most | asked | TFLOP | of the product rate |\n" \
+    text = (
+        "# full_size\n\nChatGLM2-6B in 4 bits. Made by `python -m bench.bench_full_size`, "
+        f"which says what the stages are.\n\n{described}\n\n"
+        "| stage | seconds | GiB resident at most | asked | TFLOP | of the product rate |\n"
         "|---|---|---|---|---|---|\n"
+    )
     for name, row in run["stages"].items():
         gib, seconds = ASKED.get(name, (None, None))
         asked = f"{gib} GiB" if gib else "-"
@@ -174,8 +211,10 @@ def as_markdown(run: dict) -> str:
         tera = share = "-"
         if row["flops"]:
             tera = f"{row['flops'] / 1e12:.2f}"
-            share = f"{row['flops'] / row['seconds'] / row['gemm_flops_per_s']:.2f} of " \
+            share = (
+                f"{row['flops'] / row['seconds'] / row['gemm_flops_per_s']:.2f} of "
                 f"{row['gemm_flops_per_s'] / 1e9:.0f} GFLOP/s"
+            )
         text += f"| {name} | {row['seconds']} | {row['gib']} | {asked} | {tera} | {share} |\n"
     text += "\n| the demo's trained base | loss of its held-out rows |\n|---|---|\n"
     for name, loss in run["losses"].items():
@@ -198,9 +237,20 @@ def main() -> None:
         if name == "quantise" and (args.folder / "int4").is_dir():
             for old in (args.folder / "int4").iterdir():
                 old.unlink()
-        child = subprocess.run([sys.executable, "-m", "bench.bench_full_size", "--stage", name,
-                                "--folder", args.folder], check=True, stdout=subprocess.PIPE,
-                               text=True)
+        child = subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "bench.bench_full_size",
+                "--stage",
+                name,
+                "--folder",
+                args.folder,
+            ],
+            check=True,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         run["stages"][name] = json.loads(child.stdout) | {"flops": stage_flops(name)}
         print(name, run["stages"][name], flush=True)
     run["losses"] = losses()

@@ -60,23 +60,29 @@ def make_prompts(lengths: Sequence[int], new_tokens: int, vocabulary: int) -> Pr
 
 def ours(model: ChatGLM, prompts: Prompts) -> Tensor:
     """int64 [B, new tokens], of all prompts in one batch."""
-    ids = model.generate(prompts.input_ids, prompts.attention_mask,
-                         max_new_tokens=prompts.new_tokens, eos_token_id=[])
-    return ids[:, prompts.input_ids.shape[1]:]
+    ids = model.generate(
+        prompts.input_ids,
+        prompts.attention_mask,
+        max_new_tokens=prompts.new_tokens,
+        eos_token_id=[],
+    )
+    return ids[:, prompts.input_ids.shape[1] :]
 
 
 def one_at_a_time(peer: torch.nn.Module, prompts: Prompts) -> Tensor:
     """The same from glm_with_peft, a prompt after the other and without padding."""
     from transformers import GenerationConfig
 
-    asked = GenerationConfig(max_new_tokens=prompts.new_tokens, do_sample=False, use_cache=True,
-                             pad_token_id=0)
+    asked = GenerationConfig(
+        max_new_tokens=prompts.new_tokens, do_sample=False, use_cache=True, pad_token_id=0
+    )
     rows = []
     for row, mask in zip(prompts.input_ids, prompts.attention_mask, strict=True):
         row = row[mask.bool()].unsqueeze(0)
-        ids = peer.generate(input_ids=row, attention_mask=torch.ones_like(row),
-                            generation_config=asked)
-        rows.append(ids[0, row.shape[1]:])
+        ids = peer.generate(
+            input_ids=row, attention_mask=torch.ones_like(row), generation_config=asked
+        )
+        rows.append(ids[0, row.shape[1] :])
     return torch.stack(rows)
 
 
@@ -112,20 +118,27 @@ def check_equal_texts(model: ChatGLM, peer: torch.nn.Module, prompts: Prompts) -
     texts = ours(model, prompts), one_at_a_time(peer, prompts)
     if not torch.equal(*texts):
         row = int((texts[0] != texts[1]).any(1).nonzero()[0])
-        raise RuntimeError(f"{PEER} says another text than {OURS}: prompt {row} got "
-                           f"{texts[1][row].tolist()} and {texts[0][row].tolist()}")
+        raise RuntimeError(
+            f"{PEER} says another text than {OURS}: prompt {row} got "
+            f"{texts[1][row].tolist()} and {texts[0][row].tolist()}"
+        )
 
 
 def weight_bytes(model: ChatGLM) -> int:
     """Of what every decoded token reads: all weights but the embedding and the prefix."""
-    return sum(x.nbytes for name, x in model.state_dict().items()
-               if "prefix_encoder" not in name and "word_embeddings" not in name)
+    return sum(
+        x.nbytes
+        for name, x in model.state_dict().items()
+        if "prefix_encoder" not in name and "word_embeddings" not in name
+    )
 
 
 def works(model: ChatGLM) -> list[Work]:
     vocabulary = model.config.padded_vocab_size
-    tasks = {name: make_prompts(lengths, NEW_TOKENS[name], vocabulary)
-             for name, lengths in (("predict", PREDICT), ("decode", DECODE))}
+    tasks = {
+        name: make_prompts(lengths, NEW_TOKENS[name], vocabulary)
+        for name, lengths in (("predict", PREDICT), ("decode", DECODE))
+    }
     dense = sum(x.numel() for x in model.state_dict().values() if x.dim() == 2)
     dense -= model.prefix_encoder.embedding.weight.numel() + vocabulary * model.config.hidden_size
 
@@ -135,19 +148,36 @@ def works(model: ChatGLM) -> list[Work]:
         tokens = int(prompts.attention_mask.sum()) + rows * (prompts.new_tokens - 1)
         passes = prompts.new_tokens * (rows if peer else 1)
         shape = (*prompts.input_ids.shape, prompts.new_tokens)
-        return Work(name, implementation, shape, torch.float32, passes * weight_bytes(model),
-                    2 * dense * tokens, lambda: call(prompts), peer)
+        return Work(
+            name,
+            implementation,
+            shape,
+            torch.float32,
+            passes * weight_bytes(model),
+            2 * dense * tokens,
+            lambda: call(prompts),
+            peer,
+        )
 
     found, peer = [], make_peer(model)
     for name, prompts in tasks.items():
         check_equal_texts(model, peer, prompts)
         found.append(work(name, OURS, model, lambda prompts: ours(model, prompts), False))
         found.append(work(name, PEER, model, lambda prompts: one_at_a_time(peer, prompts), True))
-    for implementation, lean in ((f"{OURS}, float16 weights", with_float16_weights(model)),
-                                 (f"{OURS}, 4 bits", copy.deepcopy(model).quantize(4))):
+    for implementation, lean in (
+        (f"{OURS}, float16 weights", with_float16_weights(model)),
+        (f"{OURS}, 4 bits", copy.deepcopy(model).quantize(4)),
+    ):
         check_equal_texts(lean, make_peer(as_float32(lean)), tasks["decode"])
-        found.append(work("decode", implementation, lean,
-                          lambda prompts, lean=lean: ours(lean, prompts), False))
+        found.append(
+            work(
+                "decode",
+                implementation,
+                lean,
+                lambda prompts, lean=lean: ours(lean, prompts),
+                False,
+            )
+        )
     return found
 
 

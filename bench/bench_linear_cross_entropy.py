@@ -17,14 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.harness import (  # noqa: F401 (pytest finds its two here)
-    Work,
-    available_backends,
-    forced,
-    main,
-    pytest_generate_tests,
-    test_speed,
-)
+from bench.harness import Work, available_backends, forced, main, pytest_generate_tests, test_speed  # noqa: F401 (pytest finds its two here)
 
 SEQUENCES = {"cpu": 1, "cuda": 16}
 DTYPE = {"cpu": torch.float32, "cuda": torch.bfloat16}
@@ -40,27 +33,50 @@ def works(device: str) -> list[Work]:
 def _works(device: str) -> Iterator[Work]:
     sequences, dtype = SEQUENCES[device], DTYPE[device]
     hidden = torch.randn(sequences * TOKENS, HIDDEN, device=device).to(dtype)
-    weight = (torch.randn(VOCABULARY, HIDDEN, device=device) / HIDDEN ** 0.5).to(dtype)
+    weight = (torch.randn(VOCABULARY, HIDDEN, device=device) / HIDDEN**0.5).to(dtype)
     labels = torch.full((sequences, TOKENS), IGNORE_INDEX, device=device)
-    labels[:, -LABELLED - 1:-1] = torch.randint(VOCABULARY, (sequences, LABELLED), device=device)
+    labels[:, -LABELLED - 1 : -1] = torch.randint(VOCABULARY, (sequences, LABELLED), device=device)
     labels = labels.flatten()
-    calls = {name: _calls(name, hidden, weight, labels)
-             for name in available_backends("linear_cross_entropy_fwd", device)}
+    calls = {
+        name: _calls(name, hidden, weight, labels)
+        for name in available_backends("linear_cross_entropy_fwd", device)
+    }
     calls[PEER] = _peer_calls(hidden, weight, labels)
     product = 2 * sequences * LABELLED * HIDDEN * VOCABULARY
     for implementation, (loss, gradient) in calls.items():
         for name, call, products in (("loss", loss, 1), ("loss and gradient", gradient, 2)):
-            yield Work(f"linear_cross_entropy {name}", implementation,
-                       (len(hidden), HIDDEN, VOCABULARY), dtype, 0, products * product, call,
-                       peer=implementation == PEER)
+            yield Work(
+                f"linear_cross_entropy {name}",
+                implementation,
+                (len(hidden), HIDDEN, VOCABULARY),
+                dtype,
+                0,
+                products * product,
+                call,
+                peer=implementation == PEER,
+            )
 
 
-def _calls(backend: str, hidden: Tensor, weight: Tensor,
-           labels: Tensor) -> tuple[Callable, Callable]:
+def _calls(
+    backend: str, hidden: Tensor, weight: Tensor, labels: Tensor
+) -> tuple[Callable, Callable]:
     """The loss alone, and with its gradient, by one backend of glmkern."""
-    return tuple(forced(backend, torch.ops.glmkern.linear_cross_entropy_fwd, hidden, weight, None,
-                        8 * weight.element_size(), labels, None, IGNORE_INDEX, 0.0, hidden_grad)
-                 for hidden_grad in (False, True))
+    return tuple(
+        forced(
+            backend,
+            torch.ops.glmkern.linear_cross_entropy_fwd,
+            hidden,
+            weight,
+            None,
+            8 * weight.element_size(),
+            labels,
+            None,
+            IGNORE_INDEX,
+            0.0,
+            hidden_grad,
+        )
+        for hidden_grad in (False, True)
+    )
 
 
 def _peer_calls(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Callable, Callable]:

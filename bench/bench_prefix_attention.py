@@ -22,20 +22,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.harness import (  # noqa: F401 (pytest finds its two here)
-    Work,
-    available_backends,
-    forced,
-    main,
-    pytest_generate_tests,
-    test_speed,
-)
+from bench.harness import Work, available_backends, forced, main, pytest_generate_tests, test_speed  # noqa: F401 (pytest finds its two here)
 
 HEADS, GROUPS, CHANNELS, PREFIX = 32, 2, 128, 128
 LENGTHS = {"cpu": (192, 512, 1024), "cuda": (192, 512, 1024, 2048)}
 CACHES = {"cpu": ((1, 1024), (16, 512)), "cuda": ((1, 4096), (64, 2048))}  # rows, tokens
 DTYPE = {"cpu": torch.float32, "cuda": torch.bfloat16}
-SCALE = CHANNELS ** -0.5
+SCALE = CHANNELS**-0.5
 
 
 def flops(length: int) -> int:
@@ -44,8 +37,10 @@ def flops(length: int) -> int:
 
 
 def works(device: str) -> list[Work]:
-    return [*(work for length in LENGTHS[device] for work in _works(device, length)),
-            *(work for rows, length in CACHES[device] for work in _decodes(device, rows, length))]
+    return [
+        *(work for length in LENGTHS[device] for work in _works(device, length)),
+        *(work for rows, length in CACHES[device] for work in _decodes(device, rows, length)),
+    ]
 
 
 def _decodes(device: str, rows: int, length: int) -> Iterator[Work]:
@@ -55,23 +50,43 @@ def _decodes(device: str, rows: int, length: int) -> Iterator[Work]:
     q, cache = random(rows, 1, HEADS), [random(rows, length, GROUPS) for _ in range(2)]
     prefix = [random(PREFIX, GROUPS) for _ in range(2)]
     lens = torch.full((rows,), length, device=device)
-    calls = {name: forced(name, torch.ops.glmkern.prefix_attention_decode_fwd, q, *cache, lens,
-                          *prefix, torch.ones_like(lens), SCALE)
-             for name in available_backends("prefix_attention_decode_fwd", device)}
+    calls = {
+        name: forced(
+            name,
+            torch.ops.glmkern.prefix_attention_decode_fwd,
+            q,
+            *cache,
+            lens,
+            *prefix,
+            torch.ones_like(lens),
+            SCALE,
+        )
+        for name in available_backends("prefix_attention_decode_fwd", device)
+    }
     calls["sdpa, enable_gqa"] = lambda: _decode_grouped(q, *cache, *prefix)
     nbytes = sum(x.nbytes for x in (q, *cache, *prefix, q))
     count = 4 * CHANNELS * HEADS * rows * (length + PREFIX)
     for implementation, call in calls.items():
-        yield Work(f"prefix_attention_decode B={rows} S={length}", implementation,
-                   (rows, length, HEADS, CHANNELS), DTYPE[device], nbytes, count, call,
-                   peer=implementation.startswith("sdpa"))
+        yield Work(
+            f"prefix_attention_decode B={rows} S={length}",
+            implementation,
+            (rows, length, HEADS, CHANNELS),
+            DTYPE[device],
+            nbytes,
+            count,
+            call,
+            peer=implementation.startswith("sdpa"),
+        )
 
 
 def _decode_grouped(q, k_cache, v_cache, prefix_k, prefix_v) -> Tensor:
-    keys, values = (torch.cat((prefix.expand(len(q), -1, -1, -1), cache), 1).transpose(1, 2)
-                    for prefix, cache in ((prefix_k, k_cache), (prefix_v, v_cache)))
-    out = F.scaled_dot_product_attention(q.transpose(1, 2), keys, values, scale=SCALE,
-                                         enable_gqa=True)  # [B, N, 1, C]
+    keys, values = (
+        torch.cat((prefix.expand(len(q), -1, -1, -1), cache), 1).transpose(1, 2)
+        for prefix, cache in ((prefix_k, k_cache), (prefix_v, v_cache))
+    )
+    out = F.scaled_dot_product_attention(
+        q.transpose(1, 2), keys, values, scale=SCALE, enable_gqa=True
+    )  # [B, N, 1, C]
     return out.transpose(1, 2)
 
 
@@ -83,17 +98,28 @@ def _works(device: str, length: int) -> Iterator[Work]:
     k, v = (random(length, GROUPS) for _ in range(2))
     prefix = [random(PREFIX, GROUPS) for _ in range(2)]
     inputs = [q, k, v, *prefix]
-    implementations = {name: _calls(name, *inputs, dout)
-                       for name in available_backends("prefix_attention_fwd", device)}
+    implementations = {
+        name: _calls(name, *inputs, dout)
+        for name in available_backends("prefix_attention_fwd", device)
+    }
     peers = {"sdpa, expanded": _attend_expanded, "sdpa, enable_gqa": _attend_grouped}
     for name, attend in peers.items():
         implementations[name] = _peer_calls(attend, inputs, dout)
     for implementation, (forward, backward) in implementations.items():
-        for name, call, count in (("fwd", forward, flops(length)),
-                                  ("bwd", backward, flops(length) * 5 // 2)):
-            yield Work(f"prefix_attention {name} S={length}", implementation,
-                       (length, HEADS, CHANNELS), DTYPE[device], 0, count, call,
-                       peer=implementation in peers)
+        for name, call, count in (
+            ("fwd", forward, flops(length)),
+            ("bwd", backward, flops(length) * 5 // 2),
+        ):
+            yield Work(
+                f"prefix_attention {name} S={length}",
+                implementation,
+                (length, HEADS, CHANNELS),
+                DTYPE[device],
+                0,
+                count,
+                call,
+                peer=implementation in peers,
+            )
 
 
 def _calls(backend: str, q, k, v, prefix_k, prefix_v, dout) -> tuple[Callable, Callable]:
@@ -105,35 +131,56 @@ def _calls(backend: str, q, k, v, prefix_k, prefix_v, dout) -> tuple[Callable, C
 
     forward = forced(backend, op.prefix_attention_fwd, q, k, v, prefix_k, prefix_v, *sequences)
     out, lse = forward()
-    backward = forced(backend, op.prefix_attention_bwd, dout, q, k, v, prefix_k, prefix_v, out, lse,
-                      *sequences, True, True)
+    backward = forced(
+        backend,
+        op.prefix_attention_bwd,
+        dout,
+        q,
+        k,
+        v,
+        prefix_k,
+        prefix_v,
+        out,
+        lse,
+        *sequences,
+        True,
+        True,
+    )
     return forward, backward
 
 
 def _peer_calls(attend: Callable, inputs: list[Tensor], dout: Tensor) -> tuple[Callable, Callable]:
     """Forward and, through autograd, backward by SDPA."""
     length = len(dout)
-    mask = torch.full((length, PREFIX + length), -torch.inf, dtype=dout.dtype,
-                      device=dout.device).triu(PREFIX + 1)
+    mask = torch.full(
+        (length, PREFIX + length), -torch.inf, dtype=dout.dtype, device=dout.device
+    ).triu(PREFIX + 1)
     leaves = [x.clone().requires_grad_() for x in inputs]
     out = attend(*leaves, mask)
-    return (lambda: attend(*inputs, mask),
-            lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True))
+    return (
+        lambda: attend(*inputs, mask),
+        lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True),
+    )
 
 
 def _attend_grouped(q, k, v, prefix_k, prefix_v, mask) -> Tensor:
-    keys, values = (torch.cat(pair).transpose(0, 1).unsqueeze(0)
-                    for pair in ((prefix_k, k), (prefix_v, v)))  # [1, G, P + S, C]
-    out = F.scaled_dot_product_attention(q.transpose(0, 1).unsqueeze(0), keys, values, mask,
-                                         scale=SCALE, enable_gqa=True)
+    keys, values = (
+        torch.cat(pair).transpose(0, 1).unsqueeze(0) for pair in ((prefix_k, k), (prefix_v, v))
+    )  # [1, G, P + S, C]
+    out = F.scaled_dot_product_attention(
+        q.transpose(0, 1).unsqueeze(0), keys, values, mask, scale=SCALE, enable_gqa=True
+    )
     return out.squeeze(0).transpose(0, 1)
 
 
 def _attend_expanded(q, k, v, prefix_k, prefix_v, mask) -> Tensor:
-    keys, values = (torch.cat(pair).repeat_interleave(HEADS // GROUPS, 1).transpose(0, 1)
-                    for pair in ((prefix_k, k), (prefix_v, v)))  # [N, P + S, C]
-    out = F.scaled_dot_product_attention(q.transpose(0, 1).unsqueeze(0), keys.unsqueeze(0),
-                                         values.unsqueeze(0), mask, scale=SCALE)
+    keys, values = (
+        torch.cat(pair).repeat_interleave(HEADS // GROUPS, 1).transpose(0, 1)
+        for pair in ((prefix_k, k), (prefix_v, v))
+    )  # [N, P + S, C]
+    out = F.scaled_dot_product_attention(
+        q.transpose(0, 1).unsqueeze(0), keys.unsqueeze(0), values.unsqueeze(0), mask, scale=SCALE
+    )
     return out.squeeze(0).transpose(0, 1)
 
 

@@ -55,13 +55,14 @@ GPU_SHAPES = {torch.bfloat16: SHAPES, torch.float16: SHAPES[:1]}
 QUICK_SHAPES, QUICK_TOKENS = SHAPES[:2], (1, 16, 192, 512)
 ROUNDS = 9
 
+
 # Calls of one token take a millisecond and vary most; those of many take seconds and vary least.
 def rounds_of(tokens: int, rounds: int) -> int:
     return 5 * rounds if tokens == 1 else rounds if tokens <= 64 else -(-rounds // 2)
 
 
 # More than any last-level cache of a machine with few cores.
-COPIES_BYTES = 2 ** 28
+COPIES_BYTES = 2**28
 BLOCK = 64  # columns of one NF4 scale
 
 kernels = torch.ops.glmkern
@@ -94,8 +95,9 @@ def measure_shape(N: int, K: int, tokens: Sequence[int], rounds: int) -> list[Ro
     """Both directions of one weight at every number of tokens."""
     import bitsandbytes  # here: a machine with a GPU need not have it
     from bitsandbytes import functional as bnb
+
     torch.manual_seed(0)
-    weight = torch.randn(N, K) / K ** 0.5
+    weight = torch.randn(N, K) / K**0.5
     copies = -(-COPIES_BYTES // (N * K // 2))
     int4 = _copies(ops.quantize(weight, 4), copies)
     nf4 = bnb.quantize_4bit(weight, blocksize=BLOCK, quant_type="nf4")
@@ -130,13 +132,15 @@ def measure_shape(N: int, K: int, tokens: Sequence[int], rounds: int) -> list[Ro
 
 def _copies(weight: tuple, number: int) -> itertools.cycle:
     """An endless turn through `number` copies of a quantised weight's tensors."""
-    return itertools.cycle([tuple(x.clone() if isinstance(x, Tensor) else x for x in weight)
-                            for _ in range(number)])
+    return itertools.cycle(
+        [tuple(x.clone() if isinstance(x, Tensor) else x for x in weight) for _ in range(number)]
+    )
 
 
 def _bf16_copies(weight: Tensor, number: int) -> itertools.cycle | None:
     """The weight in the fused path's own layout, or None where there is no such path."""
     from bitsandbytes import functional as bnb
+
     if not bnb.has_avx512bf16():
         return None
     packed = bnb.quantize_4bit(weight, blocksize=BLOCK, quant_type="nf4")
@@ -146,6 +150,7 @@ def _bf16_copies(weight: Tensor, number: int) -> itertools.cycle | None:
 def _bnb_backward(x: Tensor, dy: Tensor, nf4: tuple) -> Callable:
     """The gradient of x alone; the forward pass is outside."""
     import bitsandbytes
+
     leaf = x.clone().requires_grad_()
     y = bitsandbytes.matmul_4bit(leaf, *nf4)
     return lambda: torch.autograd.grad(y, leaf, dy, retain_graph=True)
@@ -157,15 +162,27 @@ def _row(direction: str, N: int, K: int, M: int, seconds: dict[str, list[float]]
     def ratio(name: str, mine: str = f"ours {direction}") -> float | None:
         return round(paired_ratio(seconds[name], seconds[mine]), 2) if name in seconds else None
 
-    return Row(direction, N, K, M, chosen_backend(f"quant_linear_{direction}"),
-               round(median(ours) * 1e3, 3), round(median(sgemm) * 1e3, 3),
-               ratio(f"sgemm {direction}"), ratio("read"), ratio(f"bnb {direction}"),
-               ratio(f"bf16 {direction}", "ours bf16"))
+    return Row(
+        direction,
+        N,
+        K,
+        M,
+        chosen_backend(f"quant_linear_{direction}"),
+        round(median(ours) * 1e3, 3),
+        round(median(sgemm) * 1e3, 3),
+        ratio(f"sgemm {direction}"),
+        ratio("read"),
+        ratio(f"bnb {direction}"),
+        ratio(f"bf16 {direction}", "ours bf16"),
+    )
 
 
 def chosen_backend(op: str) -> str:
-    return next(name for (row_op, name), state in glmkern.backends("cpu").rows.items()
-                if row_op == op and state == "chosen")
+    return next(
+        name
+        for (row_op, name), state in glmkern.backends("cpu").rows.items()
+        if row_op == op and state == "chosen"
+    )
 
 
 def gpu_works(dtype: torch.dtype, device: str = "cuda") -> list[Work]:
@@ -178,7 +195,7 @@ def _gpu_works(N: int, K: int, dtype: torch.dtype, device: str) -> Iterator[Work
     from glmkern.triton_kernels import quant_linear as triton_kernels
 
     torch.manual_seed(0)
-    int4 = ops.quantize((torch.randn(N, K, device=device) / K ** 0.5).to(dtype), 4)
+    int4 = ops.quantize((torch.randn(N, K, device=device) / K**0.5).to(dtype), 4)
     ready = ops.dequantize(int4, dtype)
     whole = torch.empty_like(ready)
 
@@ -195,15 +212,26 @@ def _gpu_works(N: int, K: int, dtype: torch.dtype, device: str) -> Iterator[Work
         def product(weight: Tensor, x=x, forward=direction == "fwd") -> Tensor:
             return x @ (weight.T if forward else weight)
 
-        calls = {f"triton {variant}{', chosen' * (variant == chosen)}":
-                 partial(function, *args, variant=variant) for variant in _variants(M)}
+        calls = {
+            f"triton {variant}{', chosen' * (variant == chosen)}": partial(
+                function, *args, variant=variant
+            )
+            for variant in _variants(M)
+        }
         calls["dequantise + torch"] = lambda product=product: product(dequantized())
         calls["torch, ready weight"] = partial(product, ready)
         for name, call in calls.items():
             weight_bytes = ready.nbytes if "ready" in name else N * K // 2 + int4.scale.nbytes
-            yield Work(f"{direction}, {M} tokens, {N} x {K}", name, (M, N, K), dtype,
-                       weight_bytes + M * (N + K) * dtype.itemsize, 2 * M * N * K, call,
-                       peer=name == "dequantise + torch")
+            yield Work(
+                f"{direction}, {M} tokens, {N} x {K}",
+                name,
+                (M, N, K),
+                dtype,
+                weight_bytes + M * (N + K) * dtype.itemsize,
+                2 * M * N * K,
+                call,
+                peer=name == "dequantise + torch",
+            )
 
 
 def _variants(M: int) -> tuple[str, ...]:
@@ -222,16 +250,20 @@ def gpu_as_markdown(run: dict | None) -> str:
 
 def as_markdown(run: dict) -> str:
     import bitsandbytes
+
     described = ", ".join(f"{key} {value}" for key, value in run["machine"].items())
     columns = list(Row.__dataclass_fields__)
     lines = [columns, ["---"] * len(columns)]
-    lines += [["-" if row[name] is None else str(row[name]) for name in columns]
-              for row in run["rows"]]
-    return ("# quant_linear\n\nMade by `python -m bench.bench_quant_linear`, which says what the "
-            f"columns mean.\n\n## On a CPU\n\n{described}, bitsandbytes "
-            f"{bitsandbytes.__version__}; medians of {run['rounds']} interleaved rounds, more "
-            "for one token and fewer for many\n\n"
-            + "".join(f"| {' | '.join(line)} |\n" for line in lines))
+    lines += [
+        ["-" if row[name] is None else str(row[name]) for name in columns] for row in run["rows"]
+    ]
+    return (
+        "# quant_linear\n\nMade by `python -m bench.bench_quant_linear`, which says what the "
+        f"columns mean.\n\n## On a CPU\n\n{described}, bitsandbytes "
+        f"{bitsandbytes.__version__}; medians of {run['rounds']} interleaved rounds, more "
+        "for one token and fewer for many\n\n"
+        + "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    )
 
 
 def cpu_run(quick: bool, rounds: int) -> dict:
@@ -242,8 +274,9 @@ def cpu_run(quick: bool, rounds: int) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=("cpu", "cuda"),
-                        default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
+    )
     add_arguments(parser)
     parser.set_defaults(rounds=ROUNDS)
     parser.add_argument("--quick", action="store_true", help="fewer shapes, printed only; on a CPU")

@@ -19,14 +19,7 @@ import torch
 import torch.nn.functional as F
 
 import glmkern
-from bench.harness import (  # noqa: F401 (pytest finds its two here)
-    Work,
-    available_backends,
-    forced,
-    main,
-    pytest_generate_tests,
-    test_speed,
-)
+from bench.harness import Work, available_backends, forced, main, pytest_generate_tests, test_speed  # noqa: F401 (pytest finds its two here)
 from bench.roofline import COPIES, COPY_SHAPE, in_turn
 
 EPS = 1e-5
@@ -45,9 +38,16 @@ def _works(device: str, dtype: torch.dtype) -> Iterator[Work]:
     for name, tensors in TENSORS.items():
         moved = (tensors * M * H + H) * dtype.itemsize + 4 * M
         for implementation in turns[0]:
-            yield Work(name, implementation, (M, H), dtype, moved, 0,
-                       in_turn([calls[implementation][name] for calls in turns]),
-                       peer=implementation == "torch")
+            yield Work(
+                name,
+                implementation,
+                (M, H),
+                dtype,
+                moved,
+                0,
+                in_turn([calls[implementation][name] for calls in turns]),
+                peer=implementation == "torch",
+            )
 
 
 def _all_calls(device: str, dtype: torch.dtype) -> dict[str, dict[str, Callable]]:
@@ -55,8 +55,9 @@ def _all_calls(device: str, dtype: torch.dtype) -> dict[str, dict[str, Callable]
     M, H = COPY_SHAPE[device]
     inputs = [torch.randn(M, H, device=device).to(dtype) for _ in range(4)]
     weight = torch.rand(H, device=device).to(dtype)
-    calls = {name: _calls(name, *inputs, weight)
-             for name in available_backends("rms_norm_fwd", device)}
+    calls = {
+        name: _calls(name, *inputs, weight) for name in available_backends("rms_norm_fwd", device)
+    }
     return calls | {"torch": _peer_calls(*inputs, weight)}
 
 
@@ -77,6 +78,7 @@ def _calls(backend: str, x, residual, dy, dh, weight) -> dict[str, Callable]:
 
 def _peer_calls(x, residual, dy, dh, weight) -> dict[str, Callable]:
     """The four pieces of work by F.rms_norm and, for the backward, autograd."""
+
     def norm(x):
         return F.rms_norm(x, x.shape[-1:], weight, EPS)
 
@@ -87,8 +89,9 @@ def _peer_calls(x, residual, dy, dh, weight) -> dict[str, Callable]:
         "rms_norm fwd": lambda: norm(x),
         "rms_norm bwd": lambda: torch.autograd.grad(y, leaf, dy, retain_graph=True),
         "add_rms_norm fwd": lambda: norm(x + residual),
-        "add_rms_norm bwd": lambda: torch.autograd.grad((y_of_sum, h), leaf, (dy, dh),
-                                                        retain_graph=True),
+        "add_rms_norm bwd": lambda: torch.autograd.grad(
+            (y_of_sum, h), leaf, (dy, dh), retain_graph=True
+        ),
     }
 
 

@@ -19,14 +19,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from bench.harness import (  # noqa: F401 (pytest finds its two here)
-    Work,
-    available_backends,
-    forced,
-    main,
-    pytest_generate_tests,
-    test_speed,
-)
+from bench.harness import Work, available_backends, forced, main, pytest_generate_tests, test_speed  # noqa: F401 (pytest finds its two here)
 from glmkern.model.config import ChatGLMConfig
 from glmkern.model.rotary import rotary_table
 
@@ -46,20 +39,30 @@ def _works(device: str, dtype: torch.dtype) -> Iterator[Work]:
     bias = torch.randn(qkv.shape[1], device=device).to(dtype)
     cos_sin = rotary_table(ChatGLMConfig(), torch.float32, device=device)
     positions = torch.arange(T, device=device)
-    calls = {name: _calls(name, qkv, bias, cos_sin, positions)
-             for name in available_backends("rope_fwd", device)}
+    calls = {
+        name: _calls(name, qkv, bias, cos_sin, positions)
+        for name in available_backends("rope_fwd", device)
+    }
     calls["torch"] = _peer_calls(qkv, bias, cos_sin, positions)
     for name, heads in HEADS.items():
         moved = 2 * T * heads * C * dtype.itemsize + T * cos_sin[0].nbytes
         for implementation in calls:
-            yield Work(name, implementation, (T, heads, C), dtype, moved, 0,
-                       calls[implementation][name], peer=implementation == "torch")
+            yield Work(
+                name,
+                implementation,
+                (T, heads, C),
+                dtype,
+                moved,
+                0,
+                calls[implementation][name],
+                peer=implementation == "torch",
+            )
 
 
 def _calls(backend: str, qkv, bias, *angles) -> dict[str, Callable]:
     """The four pieces of work by one backend of glmkern."""
     op = torch.ops.glmkern
-    qk = qkv.unflatten(1, (-1, C))[:, :N + G].contiguous()
+    qk = qkv.unflatten(1, (-1, C))[:, : N + G].contiguous()
     q, k, v = (t.contiguous() for t in qkv.unflatten(1, (-1, C)).split([N, G, G], 1))
 
     return {
@@ -81,14 +84,14 @@ def _peer_calls(qkv, bias, cos_sin, positions) -> dict[str, Callable]:
 
     def forward(qkv):
         heads = (qkv + bias).unflatten(1, (-1, C))
-        qk = rotated(heads[:, :N + G], rotation)
-        return qk[:, :N].contiguous(), qk[:, N:].contiguous(), heads[:, N + G:].contiguous()
+        qk = rotated(heads[:, : N + G], rotation)
+        return qk[:, :N].contiguous(), qk[:, N:].contiguous(), heads[:, N + G :].contiguous()
 
     def backward(q, k, v):
         dqk = rotated(torch.cat([q, k], 1), rotation.conj())
         return torch.cat([dqk, v], 1).flatten(1)
 
-    qk = qkv.unflatten(1, (-1, C))[:, :N + G].contiguous()
+    qk = qkv.unflatten(1, (-1, C))[:, : N + G].contiguous()
     parts = [t.contiguous() for t in qkv.unflatten(1, (-1, C)).split([N, G, G], 1)]
     leaf = qk.detach().requires_grad_()
     y = rotated(leaf, rotation)

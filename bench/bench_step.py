@@ -52,7 +52,7 @@ ROW_BY_ROW = f"{OURS}, a row at a time"
 DEQUANTISED = "dequantise + torch"
 # Sets of four rows in a step.
 SETS = (4, 8, 16)
-LOSS_SCALE = 2.0 ** 10
+LOSS_SCALE = 2.0**10
 # Of loss and gradient. Half precision's roundings grow through 28 layers of random weights; a row
 # that were left out would change a gradient by a quarter.
 TOLERANCE = {torch.float16: 0.1, torch.float32: 1e-5}
@@ -75,6 +75,7 @@ class DequantizedLinear(nn.Module):
         if not self.qweight.packed.is_cuda:
             return ops.dequantize(self.qweight, dtype)
         from glmkern.triton_kernels.quant_linear import write_weight
+
         packed, scale, bits = self.qweight
         weight = packed.new_empty(len(packed), packed.shape[1] * 8 // bits, dtype=dtype)
         write_weight(packed, scale, bits, weight)
@@ -109,9 +110,15 @@ def make_model(config: ChatGLMConfig, dtype: torch.dtype, device: str) -> ChatGL
     """With random weights of 4 bits in the layers, in training mode."""
     model = ChatGLM(config, pre_seq_len=PREFIX)
     torch.manual_seed(0)
-    dense = ((name, torch.ones(shape, dtype=dtype, device=device) if "layernorm" in name else
-              torch.randn(shape, dtype=dtype, device=device) / config.hidden_size ** 0.5)
-             for name, shape in expected_shapes(config).items())
+    dense = (
+        (
+            name,
+            torch.ones(shape, dtype=dtype, device=device)
+            if "layernorm" in name
+            else torch.randn(shape, dtype=dtype, device=device) / config.hidden_size**0.5,
+        )
+        for name, shape in expected_shapes(config).items()
+    )
     model.load_base(quantize_stream(dense, 4), dtype, device)
     model.prefix_dropout = 0.0
     return model.train()
@@ -141,30 +148,36 @@ def make_step(model: ChatGLM, batches: Sequence[PackedBatch]) -> Step:
     return Step(run, lambda: prefix.grad / scale)
 
 
-def make_steps(model: ChatGLM, lengths: Sequence[tuple[int, int]],
-               names: Sequence[str]) -> dict[str, Step]:
+def make_steps(
+    model: ChatGLM, lengths: Sequence[tuple[int, int]], names: Sequence[str]
+) -> dict[str, Step]:
     """By implementation, of the same rows; each row counts as much as any other."""
     rows = make_rows(lengths, model.config.padded_vocab_size)
     # a row's first token has nothing before it that could predict it
-    weights = [1 / (len(rows) * sum(label != IGNORE_INDEX for label in row.labels[1:]))
-               for row in rows]
+    weights = [
+        1 / (len(rows) * sum(label != IGNORE_INDEX for label in row.labels[1:])) for row in rows
+    ]
 
     def packed() -> list[PackedBatch]:
         return [pack_rows(rows, token_weight_per_row=weights)]
 
     def one_by_one(change: Callable[[Row], Row] = lambda row: row) -> list[PackedBatch]:
-        return [pack_rows([change(row)], token_weight_per_row=[weight])
-                for row, weight in zip(rows, weights, strict=True)]
+        return [
+            pack_rows([change(row)], token_weight_per_row=[weight])
+            for row, weight in zip(rows, weights, strict=True)
+        ]
 
     def official() -> Step:
         twin = with_linears(model, OfficialLinear)
         twin.recompute = "layer"
         return make_step(twin, one_by_one(padded_row))
 
-    makers = {OURS: lambda: make_step(model, packed()),
-              ROW_BY_ROW: lambda: make_step(model, one_by_one()),
-              DEQUANTISED: lambda: make_step(with_linears(model, DequantizedLinear), packed()),
-              OFFICIAL: official}
+    makers = {
+        OURS: lambda: make_step(model, packed()),
+        ROW_BY_ROW: lambda: make_step(model, one_by_one()),
+        DEQUANTISED: lambda: make_step(with_linears(model, DequantizedLinear), packed()),
+        OFFICIAL: official,
+    }
     return {name: makers[name]() for name in names}
 
 
@@ -172,14 +185,25 @@ def works(model: ChatGLM) -> list[Work]:
     found = []
     for sets in SETS:
         lengths = ADVERTISEGEN_ROWS * sets
-        names = (OURS, ROW_BY_ROW, DEQUANTISED, OFFICIAL) if sets == SETS[0] else (
-            OURS, DEQUANTISED)
+        names = (
+            (OURS, ROW_BY_ROW, DEQUANTISED, OFFICIAL) if sets == SETS[0] else (OURS, DEQUANTISED)
+        )
         steps = make_steps(model, lengths, names)
         check_equal_work(steps, TOLERANCE[model.dtype])
         shape = (len(lengths), sum(map(sum, lengths)))
-        found += [Work(f"step of {len(lengths)} rows", name, shape, model.dtype, 0,
-                       flops(model.config, lengths), step.run, peer=name in (DEQUANTISED, OFFICIAL))
-                  for name, step in steps.items()]
+        found += [
+            Work(
+                f"step of {len(lengths)} rows",
+                name,
+                shape,
+                model.dtype,
+                0,
+                flops(model.config, lengths),
+                step.run,
+                peer=name in (DEQUANTISED, OFFICIAL),
+            )
+            for name, step in steps.items()
+        ]
     return found
 
 
@@ -187,14 +211,18 @@ def memory(model: ChatGLM) -> list[dict]:
     """MiB that torch has allocated for the model, and at the peak of our steps."""
     rows = []
     for sets, name in ((SETS[0], ROW_BY_ROW), *((sets, OURS) for sets in SETS)):
-        step, = make_steps(model, ADVERTISEGEN_ROWS * sets, [name]).values()
+        (step,) = make_steps(model, ADVERTISEGEN_ROWS * sets, [name]).values()
         model.prefix_encoder.embedding.weight.grad = None
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         step.run()
-        rows.append({"implementation": f"step of {4 * sets} rows: {name}",
-                     "resident_mib": before / 2 ** 20,
-                     "peak_mib": torch.cuda.max_memory_allocated() / 2 ** 20})
+        rows.append(
+            {
+                "implementation": f"step of {4 * sets} rows: {name}",
+                "resident_mib": before / 2**20,
+                "peak_mib": torch.cuda.max_memory_allocated() / 2**20,
+            }
+        )
     return rows
 
 

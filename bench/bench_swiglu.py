@@ -18,14 +18,7 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.nn.functional as F
 
-from bench.harness import (  # noqa: F401 (pytest finds its two here)
-    Work,
-    available_backends,
-    forced,
-    main,
-    pytest_generate_tests,
-    test_speed,
-)
+from bench.harness import Work, available_backends, forced, main, pytest_generate_tests, test_speed  # noqa: F401 (pytest finds its two here)
 
 SHAPE = {"cpu": (512, 3424), "cuda": (4096, 13696)}  # tokens, F
 DTYPES = {"cpu": (torch.float32,), "cuda": (torch.float32, torch.bfloat16)}
@@ -44,9 +37,16 @@ def _works(device: str, dtype: torch.dtype) -> Iterator[Work]:
     calls["torch"] = _peer_calls(x, dy)
     for name, tensors in TENSORS.items():
         for implementation in calls:
-            yield Work(f"swiglu {name}", implementation, (M, 2 * width), dtype,
-                       tensors * dy.nbytes, 0, calls[implementation][name],
-                       peer=implementation == "torch")
+            yield Work(
+                f"swiglu {name}",
+                implementation,
+                (M, 2 * width),
+                dtype,
+                tensors * dy.nbytes,
+                0,
+                calls[implementation][name],
+                peer=implementation == "torch",
+            )
 
 
 def _calls(backend: str, x, dy) -> dict[str, Callable]:
@@ -63,8 +63,10 @@ def _peer_calls(x, dy) -> dict[str, Callable]:
 
     leaf = x.detach().requires_grad_()
     y = swiglu(leaf)
-    return {"fwd": lambda: swiglu(x),
-            "bwd": lambda: torch.autograd.grad(y, leaf, dy, retain_graph=True)}
+    return {
+        "fwd": lambda: swiglu(x),
+        "bwd": lambda: torch.autograd.grad(y, leaf, dy, retain_graph=True),
+    }
 
 
 if __name__ == "__main__":

@@ -46,8 +46,15 @@ from glmkern.plan.work import RowLength, linear_weights, step_flops
 # The official scheme without checkpointing, measured apart from this code on this model and rows.
 OFFICIAL_SECONDS, OFFICIAL_GEMM_RATE = 3.34, 140e9
 # Ops that are matrix products, or little beside.
-PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "quant_linear_fwd", "quant_linear_bwd",
-            "linear_cross_entropy_fwd"}
+PRODUCTS = {
+    "mm",
+    "addmm",
+    "bmm",
+    "baddbmm",
+    "quant_linear_fwd",
+    "quant_linear_bwd",
+    "linear_cross_entropy_fwd",
+}
 
 
 def works(names: Sequence[str]) -> list[Work]:
@@ -58,8 +65,19 @@ def works(names: Sequence[str]) -> list[Work]:
         steps = {each: workload.make_step(each, model) for each in workload.steps}
         check_equal_work(steps)
         shape = (len(workload.lengths), max(map(sum, workload.lengths)))
-        found += [Work(name, each, shape, torch.float32, 0, flops(model.config, workload.lengths),
-                       step.run, peer=each != OURS) for each, step in steps.items()]
+        found += [
+            Work(
+                name,
+                each,
+                shape,
+                torch.float32,
+                0,
+                flops(model.config, workload.lengths),
+                step.run,
+                peer=each != OURS,
+            )
+            for each, step in steps.items()
+        ]
     return found
 
 
@@ -74,7 +92,7 @@ def peak_memory(workload: str, implementation: str) -> dict[str, float]:
     """MiB resident in this process once the model is there, and at the peak of two steps."""
     # Every large tensor gets pages of its own and gives them back; by itself glibc would stop doing
     # so at the size of the first weight that is freed, and count holes between tensors as memory.
-    ctypes.CDLL(None).mallopt(-3, 2 ** 20)  # M_MMAP_THRESHOLD
+    ctypes.CDLL(None).mallopt(-3, 2**20)  # M_MMAP_THRESHOLD
     model = make_model()
     step = WORKLOADS[workload].make_step(implementation, model)
     del model
@@ -97,8 +115,10 @@ def measure_memory(workload: str, implementation: str) -> dict:
     """peak_memory in a process of its own."""
     command = [sys.executable, "-m", "bench.bench_train", "--memory", workload, implementation]
     printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-    return {"implementation": f"{workload}: {implementation}",
-            **json.loads(printed.splitlines()[-1])}
+    return {
+        "implementation": f"{workload}: {implementation}",
+        **json.loads(printed.splitlines()[-1]),
+    }
 
 
 def checks(run: dict, config: ChatGLMConfig) -> str:
@@ -109,12 +129,14 @@ def checks(run: dict, config: ChatGLMConfig) -> str:
     seconds = official["median_ms"] / 1e3
     rate = flops(config, WORKLOADS["int4"].lengths) / (seconds * official["fraction"])
     expected = OFFICIAL_SECONDS * OFFICIAL_GEMM_RATE / rate
-    saved = (peaks[f"float32: {OURS}"] - peaks[f"int4: {OURS}"]) * 2 ** 20
+    saved = (peaks[f"float32: {OURS}"] - peaks[f"int4: {OURS}"]) * 2**20
     ours = {name: rows[name, OURS]["median_ms"] for name in WORKLOADS}
-    text = (f"{OFFICIAL_WITHOUT_CHECKPOINTING}: {seconds:.2f} s a step at {rate / 1e9:.0f} GFLOP/s,"
-            f" {seconds / expected:.2f} of the {expected:.2f} s that {OFFICIAL_SECONDS} s at "
-            f"{OFFICIAL_GEMM_RATE / 1e9:.0f} GFLOP/s amount to\n"
-            f"int4 saves {saved / linear_weights(config):.2f} bytes a linear weight at the peak\n")
+    text = (
+        f"{OFFICIAL_WITHOUT_CHECKPOINTING}: {seconds:.2f} s a step at {rate / 1e9:.0f} GFLOP/s,"
+        f" {seconds / expected:.2f} of the {expected:.2f} s that {OFFICIAL_SECONDS} s at "
+        f"{OFFICIAL_GEMM_RATE / 1e9:.0f} GFLOP/s amount to\n"
+        f"int4 saves {saved / linear_weights(config):.2f} bytes a linear weight at the peak\n"
+    )
     for (name, implementation), row in rows.items():
         if implementation != OURS:
             text += f"{name}: {row['median_ms'] / ours[name]:.2f}x as fast as {implementation}\n"
@@ -131,8 +153,10 @@ def profile(model: ChatGLM, workload: str, steps: int = 5) -> str:
             step.run()
     events = sorted(profiler.key_averages(), key=lambda event: -event.self_cpu_time_total)
     total = sum(event.self_cpu_time_total for event in events)
-    text = f"\n{workload}: {total / steps / 1e3:.0f} ms a step\n" \
+    text = (
+        f"\n{workload}: {total / steps / 1e3:.0f} ms a step\n"
         f"{'op':44}{'calls':>7}{'own ms':>9}{'own %':>7}{'all %':>7}\n"
+    )
     for event in events:
         own, inside = event.self_cpu_time_total / total, event.cpu_time_total / total
         if own < 1e-3 and not event.key.startswith("glmkern"):
@@ -140,8 +164,10 @@ def profile(model: ChatGLM, workload: str, steps: int = 5) -> str:
         product = event.key.rpartition("::")[2] in PRODUCTS
         mark = " product" if product else " > 3 %" if own > 0.03 else ""
         milliseconds = event.self_cpu_time_total / steps / 1e3
-        text += (f"{event.key[:43]:44}{event.count // steps:7}{milliseconds:9.1f}{100 * own:7.1f}"
-                 f"{100 * inside:7.1f}{mark}\n")
+        text += (
+            f"{event.key[:43]:44}{event.count // steps:7}{milliseconds:9.1f}{100 * own:7.1f}"
+            f"{100 * inside:7.1f}{mark}\n"
+        )
     return text
 
 
@@ -162,8 +188,11 @@ def main() -> None:
         args.json = args.json or Path("/dev/null")
         run_and_report("train", lambda device: works([args.workload]), args)
     else:
-        memory = [measure_memory(name, implementation)
-                  for name, workload in WORKLOADS.items() for implementation in workload.steps]
+        memory = [
+            measure_memory(name, implementation)
+            for name, workload in WORKLOADS.items()
+            for implementation in workload.steps
+        ]
         run_and_report("train", lambda device: works(list(WORKLOADS)), args, memory=memory)
         results = json.loads((args.json or results_path("train")).read_text())
         print(checks(results["cpu"], make_model().config))

@@ -26,8 +26,16 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).with_name("results")
-BENCHES = ("rms_norm", "bias_dropout", "rope", "swiglu", "prefix_attention", "quant_linear",
-           "linear_cross_entropy", "step")
+BENCHES = (
+    "rms_norm",
+    "bias_dropout",
+    "rope",
+    "swiglu",
+    "prefix_attention",
+    "quant_linear",
+    "linear_cross_entropy",
+    "step",
+)
 ROUNDS = 11  # of the benchmarks
 TOTAL_SECONDS = 580
 # A step is asked to end so long before its limit: pytest then prints the failures it has.
@@ -51,28 +59,55 @@ def steps(json_folder: Path) -> Iterator[Step]:
     ops = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("tests/ops/test_*_triton.py"))
     others = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("tests/*/test_*_triton.py"))
     pytest = [python, "-m", "pytest", "-q", "--tb=short"]
-    yield Step("build", [python, "setup.py", "-q", "build_ext", "--inplace"], 200,
-               {"GLMKERN_BUILD": "cuda"})
+    yield Step(
+        "build",
+        [python, "setup.py", "-q", "build_ext", "--inplace"],
+        200,
+        {"GLMKERN_BUILD": "cuda"},
+    )
     # Most of the time goes into compiling kernels, which several processes do at once.
     options = ["-n", "8"] if importlib.util.find_spec("xdist") else []
     options += ["--timeout", "120"] if importlib.util.find_spec("pytest_timeout") else []
     yield Step("tests", [*pytest, *options, "tests/gpu", *sorted({*ops, *others})], 240)
     for name in BENCHES:
-        yield Step(f"bench {name}", [python, "-m", f"bench.bench_{name}", "--device", "cuda",
-                                     "--rounds", str(ROUNDS), "--json",
-                                     str(json_folder / f"{name}.json")], 120)
+        yield Step(
+            f"bench {name}",
+            [
+                python,
+                "-m",
+                f"bench.bench_{name}",
+                "--device",
+                "cuda",
+                "--rounds",
+                str(ROUNDS),
+                "--json",
+                str(json_folder / f"{name}.json"),
+            ],
+            120,
+        )
     if checker := find_sanitizer():
         # Libraries probe the driver with calls that fail, which are no memory errors.
-        memcheck = [checker, "--tool", "memcheck", "--report-api-errors", "no",
-                    "--error-exitcode", "1"]
-        yield Step("memory check", [*memcheck, *pytest, "tests/gpu/test_cuda_kernels.py", *ops,
-                                    "-x", "-k", SANITIZED], 100,
-                   {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+        memcheck = [
+            checker,
+            "--tool",
+            "memcheck",
+            "--report-api-errors",
+            "no",
+            "--error-exitcode",
+            "1",
+        ]
+        yield Step(
+            "memory check",
+            [*memcheck, *pytest, "tests/gpu/test_cuda_kernels.py", *ops, "-x", "-k", SANITIZED],
+            100,
+            {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+        )
 
 
 def find_sanitizer() -> str | None:
     return shutil.which("compute-sanitizer") or shutil.which(
-        "compute-sanitizer", path="/usr/local/cuda/bin")
+        "compute-sanitizer", path="/usr/local/cuda/bin"
+    )
 
 
 def why_no_gpu() -> str | None:
@@ -91,9 +126,15 @@ def run_step(step: Step, log, seconds_left: float) -> dict:
     if limit < 1:
         return {"step": step.name, "outcome": "no time was left", "seconds": 0, "last_line": ""}
     start = time.perf_counter()
-    child = subprocess.Popen(step.command, cwd=ROOT, stdout=subprocess.PIPE,
-                             stderr=subprocess.STDOUT, text=True, start_new_session=True,
-                             env=os.environ | {"PYTHONUNBUFFERED": "1"} | step.environment)
+    child = subprocess.Popen(
+        step.command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"} | step.environment,
+    )
     last = ""
     with time_limit(child, limit) as late:
         for line in child.stdout:
@@ -102,8 +143,9 @@ def run_step(step: Step, log, seconds_left: float) -> dict:
             last = line.strip() or last
         code = child.wait()
     seconds = round(time.perf_counter() - start, 1)
-    outcome = f"stopped after {limit} s" if late else "passed" if code == 0 else \
-        f"failed with {code}"
+    outcome = (
+        f"stopped after {limit} s" if late else "passed" if code == 0 else f"failed with {code}"
+    )
     log.flush()
     return {"step": step.name, "outcome": outcome, "seconds": seconds, "last_line": last}
 
@@ -120,8 +162,10 @@ def time_limit(child: subprocess.Popen, seconds: float) -> Iterator[list]:
             os.killpg(child.pid, number)
 
     grace = min(GRACE_SECONDS, seconds / 2)
-    timers = [threading.Timer(seconds - grace, send, [signal.SIGINT]),
-              threading.Timer(seconds, send, [signal.SIGKILL])]
+    timers = [
+        threading.Timer(seconds - grace, send, [signal.SIGINT]),
+        threading.Timer(seconds, send, [signal.SIGKILL]),
+    ]
     for timer in timers:
         timer.start()
     try:
@@ -140,11 +184,16 @@ def add_benches(report: dict, folder: Path) -> None:
 
 def as_markdown(report: dict) -> str:
     from bench.harness import run_as_markdown
+
     described = ", ".join(f"{key} {value}" for key, value in report["machine"].items())
-    text = f"# On a GPU\n\nMade by `make gpu`. {described}\n\n| step | outcome | seconds | |\n" \
+    text = (
+        f"# On a GPU\n\nMade by `make gpu`. {described}\n\n| step | outcome | seconds | |\n"
         "|---|---|---|---|\n"
-    text += "".join(f"| {s['step']} | {s['outcome']} | {s['seconds']} | {s['last_line'][:90]} |\n"
-                    for s in report["steps"])
+    )
+    text += "".join(
+        f"| {s['step']} | {s['outcome']} | {s['seconds']} | {s['last_line'][:90]} |\n"
+        for s in report["steps"]
+    )
     for name, run in report["benches"].items():
         text += f"\n## {name}\n\n{run_as_markdown(run)}"
     return text
@@ -159,6 +208,7 @@ def main() -> int:
         print(f"make gpu needs a GPU: {reason}", file=sys.stderr)
         return 2
     from bench.roofline import machine
+
     # What a shell runs in the background ignores it, and so would the steps.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     args.out.mkdir(parents=True, exist_ok=True)

@@ -30,7 +30,7 @@ ROUNDS = 21
 # On a CPU a sample lasts at least this long, so that the clock and a stray interrupt weigh little.
 SAMPLE_SECONDS = 0.01
 # Cleared before every sample on a GPU: more than any L2 cache holds.
-FLUSH_BYTES = 2 ** 29
+FLUSH_BYTES = 2**29
 # It is cleared so often that the GPU is busy for this long, in which Python queues the launches of
 # a sample, five for a backward pass: what is timed is then the work of the GPU alone.
 QUEUE_SECONDS = 1e-3
@@ -40,11 +40,11 @@ QUEUE_SECONDS = 1e-3
 class Work:
     """One implementation of a piece of work."""
 
-    name: str                 # works of one name and dtype do the same
-    implementation: str       # a backend of glmkern, or the peer's function
+    name: str  # works of one name and dtype do the same
+    implementation: str  # a backend of glmkern, or the peer's function
     shape: tuple[int, ...]
     dtype: torch.dtype
-    bytes: int                # that have to pass through memory: inputs once, results once
+    bytes: int  # that have to pass through memory: inputs once, results once
     flops: int
     call: Callable[[], object]
     peer: bool = False
@@ -71,15 +71,20 @@ class Row:
 def available_backends(op: str, device: str) -> list[str]:
     """The backends that can serve `op` ("rms_norm_fwd", say) here."""
     states = glmkern.backends(device).rows
-    return [name for (row_op, name), state in states.items()
-            if row_op == op and state in ("available", "chosen")]
+    return [
+        name
+        for (row_op, name), state in states.items()
+        if row_op == op and state in ("available", "chosen")
+    ]
 
 
 def forced(backend: str, function: Callable, *args) -> Callable:
     """A call of `function(*args)` by one backend of glmkern."""
+
     def call():
         with glmkern.backend(backend):
             return function(*args)
+
     return call
 
 
@@ -89,8 +94,8 @@ def keep_freed_memory() -> None:
     whosever it is, pays some thousand page faults."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
-        libc.mallopt(-3, 32 * 2 ** 20)  # M_MMAP_THRESHOLD
-        libc.mallopt(-1, 2 ** 30)       # M_TRIM_THRESHOLD
+        libc.mallopt(-3, 32 * 2**20)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
 
 
 def measure(works: Sequence[Work], device: str, rounds: int = ROUNDS) -> list[Row]:
@@ -98,34 +103,51 @@ def measure(works: Sequence[Work], device: str, rounds: int = ROUNDS) -> list[Ro
     if any(work.flops for work in works):
         probes.append(gemm_probe(device, works[0].dtype))
     times = seconds_per_round([x.call for x in (*probes, *works)], device, rounds)
-    roof, times = times[:len(probes)], times[len(probes):]
-    return [_row(work, t, _roof_seconds(work, probes, roof), _fastest_peer(work, works, times))
-            for work, t in zip(works, times, strict=True)]
+    roof, times = times[: len(probes)], times[len(probes) :]
+    return [
+        _row(work, t, _roof_seconds(work, probes, roof), _fastest_peer(work, works, times))
+        for work, t in zip(works, times, strict=True)
+    ]
 
 
-def _fastest_peer(work: Work, works: Sequence[Work],
-                  times: Sequence[list[float]]) -> list[float] | None:
+def _fastest_peer(
+    work: Work, works: Sequence[Work], times: Sequence[list[float]]
+) -> list[float] | None:
     """The times of the peer that does the same in the least time."""
-    return min((t for other, t in zip(works, times, strict=True)
-                if other.peer and (other.name, other.dtype) == (work.name, work.dtype)),
-               key=median, default=None)
+    return min(
+        (
+            t
+            for other, t in zip(works, times, strict=True)
+            if other.peer and (other.name, other.dtype) == (work.name, work.dtype)
+        ),
+        key=median,
+        default=None,
+    )
 
 
-def _roof_seconds(work: Work, probes: Sequence[Probe],
-                  roof: Sequence[Sequence[float]]) -> list[float]:
+def _roof_seconds(
+    work: Work, probes: Sequence[Probe], roof: Sequence[Sequence[float]]
+) -> list[float]:
     """T_roof of the work in every round."""
-    limits = [[work.bytes / p.bytes * t if p.bytes else work.flops / p.flops * t for t in seconds]
-              for p, seconds in zip(probes, roof, strict=True)]
+    limits = [
+        [work.bytes / p.bytes * t if p.bytes else work.flops / p.flops * t for t in seconds]
+        for p, seconds in zip(probes, roof, strict=True)
+    ]
     return [max(together) for together in zip(*limits, strict=True)]
 
 
 def _row(work: Work, seconds: list[float], roof: list[float], peer: list[float] | None) -> Row:
     return Row(
-        work.name, work.implementation, " x ".join(map(str, work.shape)),
-        str(work.dtype).removeprefix("torch."), round(median(seconds) * 1e3, 4),
-        round(min(seconds) * 1e3, 4), round(work.bytes / median(seconds) / 1e9, 1),
+        work.name,
+        work.implementation,
+        " x ".join(map(str, work.shape)),
+        str(work.dtype).removeprefix("torch."),
+        round(median(seconds) * 1e3, 4),
+        round(min(seconds) * 1e3, 4),
+        round(work.bytes / median(seconds) / 1e9, 1),
         round(paired_ratio(roof, seconds), 3),
-        None if peer is None or work.peer else round(paired_ratio(peer, seconds), 2))
+        None if peer is None or work.peer else round(paired_ratio(peer, seconds), 2),
+    )
 
 
 def paired_ratio(numerator: Sequence[float], denominator: Sequence[float]) -> float:
@@ -187,16 +209,18 @@ def pytest_generate_tests(metafunc) -> None:
 
 def test_speed(benchmark, work: Work) -> None:
     benchmark.group = work.name
-    benchmark.extra_info.update(shape=work.shape, dtype=str(work.dtype), bytes=work.bytes,
-                                flops=work.flops)
+    benchmark.extra_info.update(
+        shape=work.shape, dtype=str(work.dtype), bytes=work.bytes, flops=work.flops
+    )
     benchmark(work.call)
 
 
 def main(op: str, works: Callable[[str], list[Work]], doc: str) -> None:
     """The command line of an op's benchmark."""
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
-    parser.add_argument("--device", choices=("cpu", "cuda"),
-                        default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
+    )
     add_arguments(parser)
     run_and_report(op, works, parser.parse_args())
 
@@ -207,16 +231,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, help="write only this file, not bench/results")
 
 
-def run_and_report(name: str, works: Callable[[str], list[Work]], args: argparse.Namespace,
-                   **more: object) -> None:
+def run_and_report(
+    name: str, works: Callable[[str], list[Work]], args: argparse.Namespace, **more: object
+) -> None:
     """Measures, prints the table and writes it with `more` to bench/results/<name>.json and .md,
     beside what the file holds of the other kind of device."""
     if args.threads:
         torch.set_num_threads(args.threads)
     keep_freed_memory()
     rows = measure(works(args.device), args.device, args.rounds)
-    run = {"machine": machine(args.device), "rounds": args.rounds,
-           "rows": [vars(row) for row in rows], **more}
+    run = {
+        "machine": machine(args.device),
+        "rounds": args.rounds,
+        "rows": [vars(row) for row in rows],
+        **more,
+    }
     path = args.json or results_path(name)
     results = json.loads(path.read_text()) if path.is_file() else {"cpu": None, "cuda": None}
     results[args.device] = run
@@ -239,12 +268,19 @@ def results_path(name: str) -> Path:
 
 def as_markdown(op: str, results: dict) -> str:
     """The results of both kinds of machine; a kind without any says so."""
-    text = f"# {op}\n\nMade by `python -m bench.bench_{op}`; what the columns mean: " \
+    text = (
+        f"# {op}\n\nMade by `python -m bench.bench_{op}`; what the columns mean: "
         "bench/harness.py.\n"
+    )
     for device, title in (("cpu", "On a CPU"), ("cuda", "On a GPU")):
         text += f"\n## {title}\n\n"
-        text += run_as_markdown(results[device]) if results[device] else \
-            "not measured on a GPU\n" if device == "cuda" else "not measured on a CPU\n"
+        text += (
+            run_as_markdown(results[device])
+            if results[device]
+            else "not measured on a GPU\n"
+            if device == "cuda"
+            else "not measured on a CPU\n"
+        )
     return text
 
 
@@ -252,15 +288,33 @@ def run_as_markdown(run: dict) -> str:
     described = ", ".join(f"{key} {value}" for key, value in run["machine"].items())
     text = f"{described}; medians of {run['rounds']} interleaved rounds\n\n" + _table(
         ("work", "implementation", "shape", "type", "median ms", "GB/s", "fraction", "vs peer"),
-        [(row["name"], row["implementation"], row["shape"], row["dtype"],
-          f"{row['median_ms']:.3f}", f"{row['gb_per_s']:.1f}" if row["gb_per_s"] else "-",
-          f"{row['fraction']:.2f}", "-" if row["vs_peer"] is None else f"{row['vs_peer']:.2f}")
-         for row in run["rows"]])
+        [
+            (
+                row["name"],
+                row["implementation"],
+                row["shape"],
+                row["dtype"],
+                f"{row['median_ms']:.3f}",
+                f"{row['gb_per_s']:.1f}" if row["gb_per_s"] else "-",
+                f"{row['fraction']:.2f}",
+                "-" if row["vs_peer"] is None else f"{row['vs_peer']:.2f}",
+            )
+            for row in run["rows"]
+        ],
+    )
     if "memory" in run:
         text += "\n" + _table(
             ("implementation", "MiB resident before", "MiB at the peak", "MiB of the step"),
-            [(row["implementation"], f"{row['resident_mib']:.0f}", f"{row['peak_mib']:.0f}",
-              f"{row['peak_mib'] - row['resident_mib']:.0f}") for row in run["memory"]])
+            [
+                (
+                    row["implementation"],
+                    f"{row['resident_mib']:.0f}",
+                    f"{row['peak_mib']:.0f}",
+                    f"{row['peak_mib'] - row['resident_mib']:.0f}",
+                )
+                for row in run["memory"]
+            ],
+        )
     return text
 
 

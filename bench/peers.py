@@ -42,14 +42,22 @@ def glm_with_peft(model: ChatGLM, attention: str) -> PeftModel:
     state = {k: v for k, v in model.state_dict().items() if "prefix_encoder" not in k}
     values, glm_state = to_glm_state(state, model.config)
     with torch.device("meta"):
-        glm = GlmForCausalLM(GlmConfig(**values | {"use_cache": False},
-                                       attn_implementation=attention))
+        glm = GlmForCausalLM(
+            GlmConfig(**values | {"use_cache": False}, attn_implementation=attention)
+        )
     glm.load_state_dict(glm_state, assign=True)
     glm.model.rotary_emb = type(glm.model.rotary_emb)(glm.config)  # its table is not in the state
     config, prefix = model.config, model.prefix_encoder.embedding.weight.detach()
-    peer = get_peft_model(glm, PrefixTuningConfig(
-        task_type="CAUSAL_LM", num_virtual_tokens=len(prefix), num_layers=config.num_layers,
-        token_dim=config.num_groups * config.kv_channels, num_attention_heads=config.num_groups))
+    peer = get_peft_model(
+        glm,
+        PrefixTuningConfig(
+            task_type="CAUSAL_LM",
+            num_virtual_tokens=len(prefix),
+            num_layers=config.num_layers,
+            token_dim=config.num_groups * config.kv_channels,
+            num_attention_heads=config.num_groups,
+        ),
+    )
     prefix_of(peer).data = rotate_keys(prefix, len(prefix), model.cos_sin, config)
     return peer
 
@@ -70,8 +78,9 @@ def rotate_keys(rows: Tensor, positions: int, cos_sin: Tensor, config: ChatGLMCo
     turn[:, 1] *= math.copysign(1, positions)
     segments = rows.view(len(rows), config.num_layers, 2, config.num_groups, config.kv_channels)
     keys, values = segments.unbind(2)  # [P, L, G, C]
-    turned = ops.rope(keys.flatten(1, 2), turn.unsqueeze(0),
-                      torch.zeros(len(rows), dtype=torch.int64)).view_as(keys)
+    turned = ops.rope(
+        keys.flatten(1, 2), turn.unsqueeze(0), torch.zeros(len(rows), dtype=torch.int64)
+    ).view_as(keys)
     return torch.stack([turned, values], 2).view_as(rows)
 
 
@@ -89,7 +98,8 @@ def official(model: ChatGLM, checkpointing: bool) -> nn.Module:
     twin.encoder._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=True)
     # enable_input_require_grads: the backward pass goes through the first layer's tokens too.
     twin.get_input_embeddings().register_forward_hook(
-        lambda module, inputs, output: output.requires_grad_())
+        lambda module, inputs, output: output.requires_grad_()
+    )
     return twin
 
 
@@ -129,8 +139,9 @@ class _OfficialProduct(torch.autograd.Function):
 def lean(model: ChatGLM) -> ChatGLM:
     """Turns a quantised model into its lean scheme, in place."""
     layers = model.transformer.encoder
-    largest = max(linear.packed.numel() * 2 for linear in layers.modules()
-                  if isinstance(linear, FrozenLinear))
+    largest = max(
+        linear.packed.numel() * 2 for linear in layers.modules() if isinstance(linear, FrozenLinear)
+    )
     buffer = torch.empty(largest)
     replace_linears(layers, FrozenLinear, lambda linear: LeanLinear(linear, buffer))
     return model
@@ -141,8 +152,12 @@ class LeanLinear(nn.Module):
 
     def __init__(self, linear: FrozenLinear, buffer: Tensor):
         super().__init__()
-        self.packed, self.scale, self.bias, self.buffer = (linear.packed, linear.scale, linear.bias,
-                                                           buffer)
+        self.packed, self.scale, self.bias, self.buffer = (
+            linear.packed,
+            linear.scale,
+            linear.bias,
+            buffer,
+        )
 
     def project(self, x: Tensor, with_bias: bool = True) -> Tensor:
         return F.linear(x, self._weight(), self.bias if with_bias else None)
@@ -154,14 +169,15 @@ class LeanLinear(nn.Module):
         """[out, in] in the buffer, until the next linear; the fastest of ten ways in plain torch
         (7 GB/s written, ops.dequantize's reference 1 GB/s)."""
         rows, packed_columns = self.packed.shape
-        pairs = self.buffer[:2 * self.packed.numel()].view(rows, packed_columns, 2)
+        pairs = self.buffer[: 2 * self.packed.numel()].view(rows, packed_columns, 2)
         pairs[:, :, 0] = self.packed >> 4
         pairs[:, :, 1] = (self.packed << 4) >> 4
         return pairs.flatten(1).mul_(self.scale.unsqueeze(1))
 
 
-def replace_linears(root: nn.Module, kind: type[nn.Module],
-                    make: Callable[[nn.Module], nn.Module]) -> None:
+def replace_linears(
+    root: nn.Module, kind: type[nn.Module], make: Callable[[nn.Module], nn.Module]
+) -> None:
     """Puts `make(linear)` in the place of every module of `kind` below `root`, one at a time."""
     for parent in list(root.modules()):
         for name, child in parent.named_children():

@@ -47,6 +47,7 @@ def in_turn(calls: Sequence[Callable]) -> Callable:
 
 def copy_probe(device: str) -> Probe:
     """`copy_` of one float32 tensor into an existing one: one read and one write."""
+
     def copy() -> Callable:
         source = torch.randn(COPY_SHAPE[device], device=device)
         target = torch.empty_like(source)
@@ -62,7 +63,7 @@ def gemm_probe(device: str, dtype: torch.dtype = torch.float32) -> Probe:
     size = GEMM_SIZE[device]
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
-    return Probe("gemm", 0, 2 * size ** 3, lambda: torch.mm(a, b, out=out))
+    return Probe("gemm", 0, 2 * size**3, lambda: torch.mm(a, b, out=out))
 
 
 def machine(device: str) -> dict[str, str]:
@@ -71,13 +72,18 @@ def machine(device: str) -> dict[str, str]:
     if device == "cuda":
         properties = torch.cuda.get_device_properties(0)
         return words | {
-            "gpu": properties.name, "sm": f"{properties.major}{properties.minor}",
-            "memory": f"{properties.total_memory / 2 ** 30:.0f} GiB", "cuda": torch.version.cuda}
+            "gpu": properties.name,
+            "sm": f"{properties.major}{properties.minor}",
+            "memory": f"{properties.total_memory / 2**30:.0f} GiB",
+            "cuda": torch.version.cuda,
+        }
     return words | {
-        "cpu": _cpu_model(), "threads": str(torch.get_num_threads()),
+        "cpu": _cpu_model(),
+        "threads": str(torch.get_num_threads()),
         "torch's instructions": torch.backends.cpu.get_cpu_capability(),
         "kernels'": torch.ops.glmkern_cpu.isa() if _has_cpu_kernels() else "none",
-        **{name: os.environ[name] for name in ("MKL_ENABLE_INSTRUCTIONS",) if name in os.environ}}
+        **{name: os.environ[name] for name in ("MKL_ENABLE_INSTRUCTIONS",) if name in os.environ},
+    }
 
 
 def _has_cpu_kernels() -> bool:
@@ -96,11 +102,15 @@ def main() -> None:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     probes = [copy_probe(device), gemm_probe(device)]
-    copy, gemm = (torch.tensor(t).median().item()
-                  for t in seconds_per_round([p.call for p in probes], device, rounds=21))
+    copy, gemm = (
+        torch.tensor(t).median().item()
+        for t in seconds_per_round([p.call for p in probes], device, rounds=21)
+    )
     print(", ".join(f"{key} {value}" for key, value in machine(device).items()))
-    print(f"copy {probes[0].bytes / copy / 1e9:.1f} GB/s, "
-          f"float32 matrix product {probes[1].flops / gemm / 1e9:.0f} GFLOP/s")
+    print(
+        f"copy {probes[0].bytes / copy / 1e9:.1f} GB/s, "
+        f"float32 matrix product {probes[1].flops / gemm / 1e9:.0f} GFLOP/s"
+    )
 
 
 if __name__ == "__main__":

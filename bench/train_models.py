@@ -31,13 +31,28 @@ OFFICIAL_WIDTH = 64 + 128 + 1  # to which the official script pads every row
 def make_model() -> ChatGLM:
     """The model with random dense weights, in training mode."""
     config = ChatGLMConfig(
-        num_layers=8, padded_vocab_size=8192, hidden_size=1024, ffn_hidden_size=3424,
-        kv_channels=128, num_attention_heads=8, multi_query_attention=True, multi_query_group_num=2,
-        add_qkv_bias=True, seq_length=512, torch_dtype="float32")
+        num_layers=8,
+        padded_vocab_size=8192,
+        hidden_size=1024,
+        ffn_hidden_size=3424,
+        kv_channels=128,
+        num_attention_heads=8,
+        multi_query_attention=True,
+        multi_query_group_num=2,
+        add_qkv_bias=True,
+        seq_length=512,
+        torch_dtype="float32",
+    )
     model = ChatGLM(config, pre_seq_len=PREFIX)
     torch.manual_seed(0)
-    model.load_base(((name, torch.ones(shape) if "layernorm" in name else torch.randn(shape) / 32)
-                     for name, shape in expected_shapes(config).items()), torch.float32, "cpu")
+    model.load_base(
+        (
+            (name, torch.ones(shape) if "layernorm" in name else torch.randn(shape) / 32)
+            for name, shape in expected_shapes(config).items()
+        ),
+        torch.float32,
+        "cpu",
+    )
     model.prefix_dropout = 0.0
     return model.train()
 
@@ -58,8 +73,8 @@ def padded(rows: Sequence[Row], width: int | None) -> tuple[Tensor, Tensor]:
     ids = torch.zeros(len(rows), width, dtype=torch.int64)
     labels = torch.full_like(ids, IGNORE_INDEX)
     for b, row in enumerate(rows):
-        ids[b, :len(row.input_ids)] = torch.tensor(row.input_ids)
-        labels[b, :len(row.labels)] = torch.tensor(row.labels)
+        ids[b, : len(row.input_ids)] = torch.tensor(row.input_ids)
+        labels[b, : len(row.labels)] = torch.tensor(row.labels)
     return ids, labels
 
 
@@ -72,8 +87,11 @@ class Step:
     gradient: Callable[[], Tensor]
 
 
-def _step(prefix: Tensor, loss_of: Callable[[], Tensor],
-          as_ours: Callable[[Tensor], Tensor] = lambda gradient: gradient) -> Step:
+def _step(
+    prefix: Tensor,
+    loss_of: Callable[[], Tensor],
+    as_ours: Callable[[Tensor], Tensor] = lambda gradient: gradient,
+) -> Step:
     def run() -> Tensor:
         prefix.grad = None
         loss = loss_of()
@@ -94,15 +112,18 @@ def _int4_step(model: ChatGLM, rows: Sequence[Row]) -> Step:
 
 # transformers, PEFT and diffusers must not weigh on our own peak memory: `peers` is imported late.
 
-def _peft_step(model: ChatGLM, rows: Sequence[Row], attention: str,
-               width: int | None = None) -> Step:
+
+def _peft_step(
+    model: ChatGLM, rows: Sequence[Row], attention: str, width: int | None = None
+) -> Step:
     from bench import peers
 
     ids, labels = padded(rows, width)
     peer = peers.glm_with_peft(model, attention).train()
     prefix = peers.prefix_of(peer)
-    turn_back = functools.partial(peers.rotate_keys, positions=-len(prefix), cos_sin=model.cos_sin,
-                                  config=model.config)
+    turn_back = functools.partial(
+        peers.rotate_keys, positions=-len(prefix), cos_sin=model.cos_sin, config=model.config
+    )
     return _step(prefix, lambda: peer(input_ids=ids, labels=labels).loss, turn_back)
 
 
@@ -112,8 +133,9 @@ def _official_step(model: ChatGLM, rows: Sequence[Row], checkpointing: bool) -> 
 
     ids, labels = padded(rows, None)
     twin = peers.official(model, checkpointing)
-    return _step(twin.prefix_encoder.embedding.weight,
-                 lambda: twin_forward(twin, ids, labels=labels)[0])
+    return _step(
+        twin.prefix_encoder.embedding.weight, lambda: twin_forward(twin, ids, labels=labels)[0]
+    )
 
 
 def _lean_step(model: ChatGLM, rows: Sequence[Row]) -> Step:
@@ -137,7 +159,8 @@ class Workload:
 
     def make_step(self, implementation: str, model: ChatGLM) -> Step:
         return self.steps[implementation](
-            model, make_rows(self.lengths, model.config.padded_vocab_size))
+            model, make_rows(self.lengths, model.config.padded_vocab_size)
+        )
 
 
 def _peft(attention: str, width: int | None = None) -> Callable:
@@ -145,19 +168,27 @@ def _peft(attention: str, width: int | None = None) -> Callable:
 
 
 WORKLOADS = {
-    "float32": Workload(FULL_ROWS, {
-        OURS: _packed_step,
-        f"{PEFT}, eager": _peft("eager"),
-        f"{PEFT}, sdpa": _peft("sdpa")}),
-    "int4": Workload(FULL_ROWS, {
-        OURS: _int4_step,
-        "lean dequantise + sgemm": _lean_step,
-        OFFICIAL: functools.partial(_official_step, checkpointing=True),
-        OFFICIAL_WITHOUT_CHECKPOINTING: functools.partial(_official_step, checkpointing=False)}),
-    "AdvertiseGen": Workload(ADVERTISEGEN_ROWS, {
-        OURS: _packed_step,
-        f"{PEFT}, sdpa, padded to {OFFICIAL_WIDTH}": _peft("sdpa", OFFICIAL_WIDTH),
-        f"{PEFT}, sdpa, padded to the longest": _peft("sdpa")}),
+    "float32": Workload(
+        FULL_ROWS,
+        {OURS: _packed_step, f"{PEFT}, eager": _peft("eager"), f"{PEFT}, sdpa": _peft("sdpa")},
+    ),
+    "int4": Workload(
+        FULL_ROWS,
+        {
+            OURS: _int4_step,
+            "lean dequantise + sgemm": _lean_step,
+            OFFICIAL: functools.partial(_official_step, checkpointing=True),
+            OFFICIAL_WITHOUT_CHECKPOINTING: functools.partial(_official_step, checkpointing=False),
+        },
+    ),
+    "AdvertiseGen": Workload(
+        ADVERTISEGEN_ROWS,
+        {
+            OURS: _packed_step,
+            f"{PEFT}, sdpa, padded to {OFFICIAL_WIDTH}": _peft("sdpa", OFFICIAL_WIDTH),
+            f"{PEFT}, sdpa, padded to the longest": _peft("sdpa"),
+        },
+    ),
 }
 
 
@@ -167,8 +198,10 @@ def check_equal_work(steps: dict[str, Step], tolerance: float = TOLERANCE) -> No
     for name, step in steps.items():
         errors = [relative_error(step.run(), loss), relative_error(step.gradient(), gradient)]
         if not max(errors) <= tolerance:  # nor if it is not a number
-            raise RuntimeError(f"{name} does other work than {OURS}: relative difference of the "
-                               f"loss {errors[0]:.1e}, of the prefix gradient {errors[1]:.1e}")
+            raise RuntimeError(
+                f"{name} does other work than {OURS}: relative difference of the "
+                f"loss {errors[0]:.1e}, of the prefix gradient {errors[1]:.1e}"
+            )
 
 
 def relative_error(a: Tensor, b: Tensor) -> float:

@@ -36,22 +36,58 @@ TENSOR_FMAS = {80: 1024, 86: 256, 89: 256, 90: 2048, 100: 4096, 120: 256}
 # programming guide. Additions, multiplications and fma; comparisons, logic and integers; and ex2.
 FMA_LANES = {80: 64, 86: 128, 89: 128, 90: 128, 100: 128, 120: 128}
 ALU_LANES, MUFU_LANES = 64, 16
-SHARED_BYTES = 128        # a cycle
-QUARTERS = 4              # of a multiprocessor; each issues one instruction a cycle
+SHARED_BYTES = 128  # a cycle
+QUARTERS = 4  # of a multiprocessor; each issues one instruction a cycle
 
-LINE = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:\{\s*)?(?:@!?U?P\w+\s+)?([A-Z]\w*)((?:\.\w+)*)"
-                  r"([^;]*);", re.MULTILINE)
+LINE = re.compile(
+    r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:\{\s*)?(?:@!?U?P\w+\s+)?([A-Z]\w*)((?:\.\w+)*)"
+    r"([^;]*);",
+    re.MULTILINE,
+)
 # Kinds by the beginning of an opcode, the first that fits.
 KINDS = (
     ("alu", ("F2FP", "I2FP")),
-    ("tensor", ("HMMA", "HGMMA", "IMMA", "IGMMA", "QMMA", "QGMMA", "OMMA", "DMMA", "UTCHMMA",
-                "UTCQMMA", "UTCIMMA")),
+    (
+        "tensor",
+        (
+            "HMMA",
+            "HGMMA",
+            "IMMA",
+            "IGMMA",
+            "QMMA",
+            "QGMMA",
+            "OMMA",
+            "DMMA",
+            "UTCHMMA",
+            "UTCQMMA",
+            "UTCIMMA",
+        ),
+    ),
     ("mufu", ("MUFU",)),
     ("convert", ("F2F", "I2F", "F2I", "I2I", "FRND")),
     ("shuffle", ("SHFL", "MOVM", "REDUX")),
     ("local", ("LDL", "STL")),
-    ("wait", ("BAR", "DEPBAR", "LDGDEPBAR", "WARPGROUP", "WARPSYNC", "SYNCS", "MEMBAR", "FENCE",
-              "ERRBAR", "CCTL", "UTCBAR", "ARRIVES", "NOP", "YIELD", "NANOSLEEP", "ELECT")),
+    (
+        "wait",
+        (
+            "BAR",
+            "DEPBAR",
+            "LDGDEPBAR",
+            "WARPGROUP",
+            "WARPSYNC",
+            "SYNCS",
+            "MEMBAR",
+            "FENCE",
+            "ERRBAR",
+            "CCTL",
+            "UTCBAR",
+            "ARRIVES",
+            "NOP",
+            "YIELD",
+            "NANOSLEEP",
+            "ELECT",
+        ),
+    ),
     ("copy", ("LDGSTS", "UTMA", "UBLKCP")),
     ("shared", ("LDS", "STS", "ATOMS", "LDTM", "STTM", "LDT", "STT")),
     ("global", ("LDG", "STG", "ATOMG", "RED")),
@@ -71,12 +107,12 @@ class Loop:
     warps: int
     kinds: Counter = field(default_factory=Counter)
     products: Counter = field(default_factory=Counter)  # opcodes of tensor cores, with their shapes
-    loads: Counter = field(default_factory=Counter)     # bits a lane takes from global memory
+    loads: Counter = field(default_factory=Counter)  # bits a lane takes from global memory
     stores: Counter = field(default_factory=Counter)
-    shared_bytes: int = 0                               # a warp
-    fmas: int = 0                                       # a warp, by tensor cores
-    drains: int = 0                                     # waits for products in flight
-    skipped: int = 0                                    # not counted: a branch can skip them
+    shared_bytes: int = 0  # a warp
+    fmas: int = 0  # a warp, by tensor cores
+    drains: int = 0  # waits for products in flight
+    skipped: int = 0  # not counted: a branch can skip them
 
     @property
     def instructions(self) -> int:
@@ -84,14 +120,18 @@ class Loop:
 
     def cycles(self, sm: int) -> dict[str, float]:
         """Of each unit, for the whole block."""
+
         def on(lanes: int, kind: str) -> float:
             return self.warps * self.kinds[kind] * 32 / lanes
 
-        return {"tensor": self.warps * self.fmas / TENSOR_FMAS[sm],
-                "issue": self.warps * self.instructions / QUARTERS,
-                "fma": on(FMA_LANES[sm], "fma"), "alu": on(ALU_LANES, "alu"),
-                "mufu": on(MUFU_LANES, "mufu"),
-                "shared": self.warps * self.shared_bytes / SHARED_BYTES}
+        return {
+            "tensor": self.warps * self.fmas / TENSOR_FMAS[sm],
+            "issue": self.warps * self.instructions / QUARTERS,
+            "fma": on(FMA_LANES[sm], "fma"),
+            "alu": on(ALU_LANES, "alu"),
+            "mufu": on(MUFU_LANES, "mufu"),
+            "shared": self.warps * self.shared_bytes / SHARED_BYTES,
+        }
 
     def fractions(self, sm: int) -> tuple[float, float]:
         """Of the tensor cores' rate: with everything overlapped, and with products, which read
@@ -159,13 +199,15 @@ def operand_bytes(opcode: str, suffixes: list[str], operands: str) -> int:
 
 
 class Kernel(NamedTuple):
-    whole: Loop               # all of its code, as if it ran once
-    loops: list[Loop]         # in the order of the code, an outer one without those inside it
+    whole: Loop  # all of its code, as if it ran once
+    loops: list[Loop]  # in the order of the code, an outer one without those inside it
 
 
 def kernel_of(sass: str, warps: int) -> Kernel:
-    lines = [(int(address, 16), opcode, suffixes.split(".")[1:], operands)
-             for address, opcode, suffixes, operands in LINE.findall(sass)]
+    lines = [
+        (int(address, 16), opcode, suffixes.split(".")[1:], operands)
+        for address, opcode, suffixes, operands in LINE.findall(sass)
+    ]
     ends, skips = {}, []
     for address, opcode, _, operands in lines:
         target = re.search(r"\b0x([0-9a-f]+)(?!\S)", operands)
@@ -191,8 +233,9 @@ def kernel_of(sass: str, warps: int) -> Kernel:
     return Kernel(whole, loops)
 
 
-def kernels(ops: list[str], sms: list[int],
-            pattern: str) -> Iterator[tuple[str, Chip, Launch, Kernel]]:
+def kernels(
+    ops: list[str], sms: list[int], pattern: str
+) -> Iterator[tuple[str, Chip, Launch, Kernel]]:
     """Every launch on the chips whose label `pattern` is found in, compiled and taken apart."""
     for op in ops:
         for chip in CHIPS:
@@ -208,8 +251,11 @@ def as_text(loop: Loop, sm: int) -> str:
 
     text = f"  {loop.begin:#x}-{loop.end:#x}: {loop.instructions} instructions: "
     text += listed(loop.kinds) + (f"; {loop.skipped} more behind branches" if loop.skipped else "")
-    for name, counts, unit in (("products", loop.products, ""), ("loads", loop.loads, " bits"),
-                               ("stores", loop.stores, " bits")):
+    for name, counts, unit in (
+        ("products", loop.products, ""),
+        ("loads", loop.loads, " bits"),
+        ("stores", loop.stores, " bits"),
+    ):
         text += f"\n    {name}: {listed(counts, unit)}" if counts else ""
     cycles = loop.cycles(sm)
     text += "\n    cycles: " + ", ".join(f"{unit} {value:.0f}" for unit, value in cycles.items())
@@ -229,11 +275,20 @@ def main() -> None:
     ops = [args.op] if args.op else list(triton_cases.modules())
     rows = []
     for op, chip, launch, kernel in kernels(ops, args.sm, args.launch):
-        rows.append({"op": op, "launch": launch.label, "sm": chip.sm, "whole": vars(kernel.whole),
-                     "loops": [vars(loop) for loop in kernel.loops]})
+        rows.append(
+            {
+                "op": op,
+                "launch": launch.label,
+                "sm": chip.sm,
+                "whole": vars(kernel.whole),
+                "loops": [vars(loop) for loop in kernel.loops],
+            }
+        )
         if args.json is None:
-            print(f"\n{op}: {launch.label}, sm_{chip.sm}, {launch.num_warps} warps, "
-                  f"Triton {triton.__version__}")
+            print(
+                f"\n{op}: {launch.label}, sm_{chip.sm}, {launch.num_warps} warps, "
+                f"Triton {triton.__version__}"
+            )
             print("\n".join(as_text(loop, chip.sm) for loop in kernel.loops))
     if args.json is not None:
         args.json.write_text(json.dumps(rows))

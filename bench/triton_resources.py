@@ -29,8 +29,15 @@ from bench.triton_cases import Launch
 
 RESULTS = Path(__file__).with_name("results")
 CUOBJDUMP = Path(triton.__file__).with_name("backends") / "nvidia" / "bin" / "cuobjdump"
-TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16",
-         torch.int64: "*i64", torch.int32: "*i32", torch.int8: "*i8", torch.uint8: "*u8"}
+TYPES = {
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+    torch.int8: "*i8",
+    torch.uint8: "*u8",
+}
 
 
 @dataclass(frozen=True)
@@ -38,8 +45,8 @@ class Chip:
     """Limits from the CUDA C++ programming guide, table "technical specifications"."""
 
     sm: int
-    warps: int                # resident on a multiprocessor
-    shared_kib: int           # of a multiprocessor; a block may have 1 KiB less
+    warps: int  # resident on a multiprocessor
+    shared_kib: int  # of a multiprocessor; a block may have 1 KiB less
     registers: int = 65536
 
     @property
@@ -47,8 +54,14 @@ class Chip:
         return self.shared_kib - 1
 
 
-CHIPS = (Chip(80, 64, 164), Chip(86, 48, 100), Chip(89, 48, 100), Chip(90, 64, 228),
-         Chip(100, 64, 228), Chip(120, 48, 100))
+CHIPS = (
+    Chip(80, 64, 164),
+    Chip(86, 48, 100),
+    Chip(89, 48, 100),
+    Chip(90, 64, 228),
+    Chip(100, 64, 228),
+    Chip(120, 48, 100),
+)
 
 
 @dataclass(frozen=True)
@@ -56,11 +69,11 @@ class Usage:
     """What one launch takes on one chip."""
 
     sm: int
-    tile: dict                # the launch's constants that are sizes of blocks, warps and stages
-    registers: int            # a thread
-    stack: int                # bytes a thread: spilled registers
-    shared: int               # bytes a block
-    occupancy: float          # resident warps, of the most the chip holds
+    tile: dict  # the launch's constants that are sizes of blocks, warps and stages
+    registers: int  # a thread
+    stack: int  # bytes a thread: spilled registers
+    shared: int  # bytes a block
+    occupancy: float  # resident warps, of the most the chip holds
 
 
 def source_of(launch: Launch) -> ASTSource:
@@ -80,7 +93,7 @@ def source_of(launch: Launch) -> ASTSource:
         elif isinstance(value, float):
             signature[name] = "fp32"
         else:
-            signature[name] = "i32" if -2 ** 31 <= value < 2 ** 31 else "i64"
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
             if special and value % 16 == 0:
                 attributes[i,] = [["tt.divisibility", 16]]
     return ASTSource(launch.kernel, signature, constants, attributes)
@@ -91,10 +104,12 @@ def _is_one(value: object) -> bool:
 
 
 def compile_for(chip: Chip, launch: Launch) -> CompiledKernel:
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages,
-               "enable_fp_fusion": True}
-    return triton.compile(source_of(launch), target=GPUTarget("cuda", chip.sm, 32),
-                          options=options)
+    options = {
+        "num_warps": launch.num_warps,
+        "num_stages": launch.num_stages,
+        "enable_fp_fusion": True,
+    }
+    return triton.compile(source_of(launch), target=GPUTarget("cuda", chip.sm, 32), options=options)
 
 
 def cuobjdump(compiled: CompiledKernel, option: str) -> str:
@@ -102,21 +117,32 @@ def cuobjdump(compiled: CompiledKernel, option: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
-        return subprocess.run([CUOBJDUMP, option, cubin.name], check=True, capture_output=True,
-                              text=True).stdout
+        return subprocess.run(
+            [CUOBJDUMP, option, cubin.name], check=True, capture_output=True, text=True
+        ).stdout
 
 
 def usage_of(launch: Launch, chip: Chip) -> Usage:
     compiled = compile_for(chip, launch)
     printed = cuobjdump(compiled, "-res-usage")
-    registers, stack, local = (int(re.search(rf"{field}:(\d+)", printed)[1])
-                               for field in ("REG", "STACK", "LOCAL"))
+    registers, stack, local = (
+        int(re.search(rf"{field}:(\d+)", printed)[1]) for field in ("REG", "STACK", "LOCAL")
+    )
     shared = compiled.metadata.shared
-    tile = {name: value for name, value in launch.constants.items()
-            if name.startswith("B") and not isinstance(value, bool)}
+    tile = {
+        name: value
+        for name, value in launch.constants.items()
+        if name.startswith("B") and not isinstance(value, bool)
+    }
     tile |= {"warps": launch.num_warps, "stages": launch.num_stages}
-    return Usage(chip.sm, tile, registers, stack + local, shared,
-                 occupancy(chip, registers, shared, launch.num_warps))
+    return Usage(
+        chip.sm,
+        tile,
+        registers,
+        stack + local,
+        shared,
+        occupancy(chip, registers, shared, launch.num_warps),
+    )
 
 
 def occupancy(chip: Chip, registers: int, shared: int, num_warps: int) -> float:
@@ -137,12 +163,17 @@ def measure_launch(op: str, chip: Chip, index: int) -> tuple[str, str, dict]:
 
 def measure(ops: list[str]) -> dict:
     """Compiles everything; the dictionary is what the JSON file holds."""
-    tasks = [(op, chip, i) for op in ops for chip in CHIPS
-             for i in range(len(triton_cases.launches_on(op, chip.block_kib)))]
+    tasks = [
+        (op, chip, i)
+        for op in ops
+        for chip in CHIPS
+        for i in range(len(triton_cases.launches_on(op, chip.block_kib)))
+    ]
     rows = {}
     with concurrent.futures.ProcessPoolExecutor(max_workers=os.cpu_count()) as pool:
         for (op, _, _), (label, kernel, usage) in zip(
-                tasks, pool.map(measure_launch, *zip(*tasks, strict=True)), strict=True):
+            tasks, pool.map(measure_launch, *zip(*tasks, strict=True)), strict=True
+        ):
             row = {"op": op, "launch": label, "kernel": kernel, "usage": []}
             rows.setdefault((op, label), row)["usage"].append(usage)
     return {"triton": triton.__version__, "rows": list(rows.values())}
@@ -170,8 +201,10 @@ says registers of a thread / bytes of shared memory of a block / occupancy. {spi
 
 def as_markdown(table: dict) -> str:
     spilling = sum(usage["stack"] > 0 for row in table["rows"] for usage in row["usage"])
-    text = HEAD.format(triton=table["triton"], spills=f"{spilling} of them spill." if spilling
-                       else "None spills a register.")
+    text = HEAD.format(
+        triton=table["triton"],
+        spills=f"{spilling} of them spill." if spilling else "None spills a register.",
+    )
     for op in dict.fromkeys(row["op"] for row in table["rows"]):
         text += f"\n## {op}\n\n{triton_cases.modules()[op].REASON}\n\n"
         text += f"| launch | {' | '.join(f'sm_{chip.sm}' for chip in CHIPS)} | tiles |\n"
@@ -187,8 +220,9 @@ def _markdown_row(row: dict) -> str:
     for u in row["usage"]:
         tile = " ".join(f"{name}={value}" for name, value in u["tile"].items())
         tiles.setdefault(tile, []).append(str(u["sm"]))
-    named = "; ".join(tile if len(tiles) == 1 else f"sm_{', '.join(sms)}: {tile}"
-                      for tile, sms in tiles.items())
+    named = "; ".join(
+        tile if len(tiles) == 1 else f"sm_{', '.join(sms)}: {tile}" for tile, sms in tiles.items()
+    )
     return f"| {row['launch']} | {' | '.join(cells)} | {named} |\n"
 
 

@@ -38,8 +38,8 @@ inline float* floats_of(const Tensor& tensor) {
 }
 
 // `tensor` is contiguous, lies where `like` lies and has `numel` elements of type `dtype`.
-inline void require_like(const char* op, const char* name, const Tensor& tensor,
-                         const Tensor& like, ScalarType dtype, int64_t numel) {
+inline void require_like(const char* op, const char* name, const Tensor& tensor, const Tensor& like,
+                         ScalarType dtype, int64_t numel) {
   const std::string which = std::string(op) + ": " + name;
   require(tensor.device() == like.device(), which + " is on another device");
   require(tensor.scalar_type() == dtype, which + " has another dtype");

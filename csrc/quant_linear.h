@@ -15,10 +15,10 @@ struct QuantLinear {
   DType dtype;  // of x, bias and y
   WeightFormat format;
   bool backward;
-  int64_t rows;       // of x and y
-  int64_t n, k;       // the weight's shape
-  int64_t row_bytes;  // of the weight
-  const void* x;      // [rows, k], backward [rows, n]
+  int64_t rows;           // of x and y
+  int64_t n, k;           // the weight's shape
+  int64_t row_bytes;      // of the weight
+  const void* x;          // [rows, k], backward [rows, n]
   const uint8_t* weight;  // [n, row_bytes]
   const float* scale;     // [n], null for a dense weight
   const void* bias;       // [n] or null

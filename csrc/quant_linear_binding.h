@@ -16,8 +16,10 @@ inline WeightFormat weight_format(const char* op, const Tensor& packed, int64_t 
     case ScalarType::Half: return WeightFormat::kHalf;
     case ScalarType::BFloat16: return WeightFormat::kBFloat16;
     case ScalarType::Float: return WeightFormat::kFloat;
-    default: throw std::runtime_error(std::string(op) + " serves weights of int8 codes, float32, "
-                                      "float16 and bfloat16");
+    default:
+      throw std::runtime_error(std::string(op) +
+                               " serves weights of int8 codes, float32, "
+                               "float16 and bfloat16");
   }
 }
 

@@ -15,8 +15,8 @@ struct StridedHeads {
 
 struct RopeHeads {
   int64_t count;
-  bool rotated;      // false: copied
-  StridedHeads x;    // only read
+  bool rotated;    // false: copied
+  StridedHeads x;  // only read
   StridedHeads y;
   const void* bias;  // added to x before the rotation; laid out as one token of x, or null
 };

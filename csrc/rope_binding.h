@@ -107,8 +107,8 @@ std::tuple<Tensor, Tensor, Tensor> qkv_rope_fwd(const Tensor& any_strides,
                                                 int64_t heads, int64_t groups, bool interleaved) {
   const char* op = "qkv_rope_fwd";
   require(any_strides.dim() == 2, std::string(op) + ": qkv must be [T, (heads + 2 groups) * C]");
-  const Tensor qkv = any_strides.stride(1) == 1 ? any_strides
-                                                : torch::stable::contiguous(any_strides);
+  const Tensor qkv =
+      any_strides.stride(1) == 1 ? any_strides : torch::stable::contiguous(any_strides);
   const int64_t tokens = qkv.size(0), channels = qkv.size(1) / (heads + 2 * groups);
   const QkvLayout layout(op, heads, groups, channels, interleaved);
   require(layout.width() == qkv.size(1),
@@ -149,8 +149,9 @@ Tensor qkv_rope_bwd(const Tensor& dq, const Tensor& dk, const Tensor& dv, const 
     const Tensor& x = parts[part];
     require(x.scalar_type() == dq.scalar_type() && x.device() == dq.device() &&
                 x.size(0) == tokens && x.size(1) == layout.count(part) && x.size(2) == channels,
-            std::string(op) + ": dq must be [T, heads, C], and dk and dv [T, groups, C] of dq's "
-                              "dtype and device");
+            std::string(op) +
+                ": dq must be [T, heads, C], and dk and dv [T, groups, C] of dq's "
+                "dtype and device");
     a.rope.heads[part] = {layout.count(part), part < 2, strided_heads(x),
                           layout.part_of(dqkv, part, bytes_of(a.rope.dtype)), nullptr};
   }

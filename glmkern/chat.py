@@ -16,11 +16,21 @@ from glmkern.tokenizer import ChatGLMTokenizer
 History = Sequence[tuple[str, str]] | Sequence[dict[str, str]]
 
 
-def chat(model: ChatGLM, tokenizer: ChatGLMTokenizer, query: str, history: History | None = None, *,
-         role: str = "user", max_length: int = 8192, num_beams: int = 1, do_sample: bool = True,
-         top_p: float = 0.8, temperature: float = 0.8,
-         logits_processor: Sequence[LogitsProcessor] | None = None,
-         **options: Any) -> tuple[str, list]:
+def chat(
+    model: ChatGLM,
+    tokenizer: ChatGLMTokenizer,
+    query: str,
+    history: History | None = None,
+    *,
+    role: str = "user",
+    max_length: int = 8192,
+    num_beams: int = 1,
+    do_sample: bool = True,
+    top_p: float = 0.8,
+    temperature: float = 0.8,
+    logits_processor: Sequence[LogitsProcessor] | None = None,
+    **options: Any,
+) -> tuple[str, list]:
     """The reply to `query`.
 
     Args:
@@ -44,19 +54,35 @@ def chat(model: ChatGLM, tokenizer: ChatGLMTokenizer, query: str, history: Histo
     dialogue = _dialogue(tokenizer, query, history, role)
     prompt = torch.tensor([dialogue.prompt()])
     ids = generate(
-        model, prompt, max_length=_limit(model, prompt, max_length), num_beams=num_beams,
-        do_sample=do_sample, top_p=top_p, temperature=temperature,
+        model,
+        prompt,
+        max_length=_limit(model, prompt, max_length),
+        num_beams=num_beams,
+        do_sample=do_sample,
+        top_p=top_p,
+        temperature=temperature,
         logits_processor=[*(logits_processor or ()), replace_invalid_scores],
-        **(dialogue.ends() | options))
+        **(dialogue.ends() | options),
+    )
     return dialogue.answered(_text(tokenizer, prompt, ids, dialogue))
 
 
-def stream_chat(model: ChatGLM, tokenizer: ChatGLMTokenizer, query: str,
-                history: History | None = None, past_key_values: KeyValueCache | None = None, *,
-                role: str = "user", max_length: int = 8192, do_sample: bool = True,
-                top_p: float = 0.8, temperature: float = 0.8,
-                logits_processor: Sequence[LogitsProcessor] | None = None,
-                return_past_key_values: bool = False, **options: Any) -> Iterator[tuple]:
+def stream_chat(
+    model: ChatGLM,
+    tokenizer: ChatGLMTokenizer,
+    query: str,
+    history: History | None = None,
+    past_key_values: KeyValueCache | None = None,
+    *,
+    role: str = "user",
+    max_length: int = 8192,
+    do_sample: bool = True,
+    top_p: float = 0.8,
+    temperature: float = 0.8,
+    logits_processor: Sequence[LogitsProcessor] | None = None,
+    return_past_key_values: bool = False,
+    **options: Any,
+) -> Iterator[tuple]:
     """The reply as it grows, one token after another.
 
     Args:
@@ -78,11 +104,16 @@ def stream_chat(model: ChatGLM, tokenizer: ChatGLMTokenizer, query: str,
     cache = KeyValueCache(model) if past_key_values is None else past_key_values
     prompt = torch.tensor([dialogue.continuation() if cache.longest else dialogue.prompt()])
     steps = stream_generate(
-        model, prompt, past_key_values=cache,
+        model,
+        prompt,
+        past_key_values=cache,
         max_length=_limit(model, prompt, max_length, cache.longest),
-        do_sample=do_sample, top_p=top_p, temperature=temperature,
+        do_sample=do_sample,
+        top_p=top_p,
+        temperature=temperature,
         logits_processor=[*(logits_processor or ()), replace_invalid_scores],
-        **(dialogue.ends() | options))
+        **(dialogue.ends() | options),
+    )
     for ids in steps:
         text = _text(tokenizer, prompt, ids, dialogue)
         if text and not text.endswith("\ufffd"):
@@ -132,7 +163,7 @@ class _Messages(_Rounds):
     def continuation(self) -> list[int]:
         # The official code repeats the tokens that begin a prompt in the middle of it.
         prompt = self.tokenizer.build_chat_input(self.query, None, self.role)
-        return prompt[len(self.tokenizer.prefix_tokens):]
+        return prompt[len(self.tokenizer.prefix_tokens) :]
 
     def ends(self) -> dict[str, list[int]]:
         return {"eos_token_id": self.tokenizer.stop_token_ids}
@@ -148,8 +179,9 @@ class _Messages(_Rounds):
         return content, messages
 
 
-def _dialogue(tokenizer: ChatGLMTokenizer, query: str, history: History | None,
-              role: str) -> _Rounds:
+def _dialogue(
+    tokenizer: ChatGLMTokenizer, query: str, history: History | None, role: str
+) -> _Rounds:
     if "<|assistant|>" in tokenizer.special_tokens:
         return _Messages(tokenizer, query, history, role)
     return _Rounds(tokenizer, query, history)
@@ -159,15 +191,17 @@ def _limit(model: ChatGLM, prompt: Tensor, max_length: int, past: int = 0) -> in
     """max_length for generate(), which does not count what the cache holds."""
     limit = min(max_length, model.config.seq_length) - past
     if limit <= prompt.shape[1]:
-        raise ValueError(f"the conversation has {past + prompt.shape[1]} tokens, which leave no "
-                         f"room for a reply within {limit + past}; begin a new one, or raise "
-                         f"max_length (the model has {model.config.seq_length} positions)")
+        raise ValueError(
+            f"the conversation has {past + prompt.shape[1]} tokens, which leave no "
+            f"room for a reply within {limit + past}; begin a new one, or raise "
+            f"max_length (the model has {model.config.seq_length} positions)"
+        )
     return limit
 
 
 def _text(tokenizer: ChatGLMTokenizer, prompt: Tensor, ids: Tensor, dialogue: _Rounds) -> str:
     """What follows the prompt, without a role's end token, which has a text."""
-    new = ids[0, prompt.shape[1]:].tolist()
+    new = ids[0, prompt.shape[1] :].tolist()
     if new[-1] in dialogue.ends().get("eos_token_id", ()):
         del new[-1]
     return tokenizer.decode(new)

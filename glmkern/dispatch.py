@@ -44,14 +44,24 @@ class Op:
 
 _ops: dict[str, Op] = {}
 # One Library object a namespace; the native libraries implement glmkern_cpu and glmkern_cuda.
-_libraries = {ns: torch.library.Library(ns, "DEF")  # noqa: TOR901 (kept for the process's life)
-              for ns in ("glmkern", "glmkern_cpu", "glmkern_cuda")}
+_libraries = {
+    ns: torch.library.Library(ns, "DEF")  # noqa: TOR901 (kept for the process's life)
+    for ns in ("glmkern", "glmkern_cpu", "glmkern_cuda")
+}
 _libraries["glmkern_cpu"].define("isa() -> str")  # which instruction set its kernels use
 
 
-def define_op(name: str, schema: str, *, module: str, reference: Callable, fake: Callable,
-              supports: Callable[..., str | None], setup_context: Callable | None = None,
-              backward: Callable | None = None) -> None:
+def define_op(
+    name: str,
+    schema: str,
+    *,
+    module: str,
+    reference: Callable,
+    fake: Callable,
+    supports: Callable[..., str | None],
+    setup_context: Callable | None = None,
+    backward: Callable | None = None,
+) -> None:
     """Registers `glmkern::<name>`, and its schema for native code as `glmkern_cpu::<name>` and
     `glmkern_cuda::<name>`.
 
@@ -78,8 +88,9 @@ def define_op(name: str, schema: str, *, module: str, reference: Callable, fake:
     library, qualified = _libraries["glmkern"], f"glmkern::{name}"
     library.impl(name, call, "CompositeExplicitAutograd")
     torch.library.register_fake(qualified, fake, lib=library)
-    torch.library.register_autograd(qualified, backward or no_derivative,
-                                    setup_context=setup_context, lib=library)
+    torch.library.register_autograd(
+        qualified, backward or no_derivative, setup_context=setup_context, lib=library
+    )
 
 
 def choose(op: Op, device: str, args: tuple) -> Callable:
@@ -89,7 +100,8 @@ def choose(op: Op, device: str, args: tuple) -> Callable:
         if reason is not None:
             raise RuntimeError(
                 f"the backend {_forced!r} is forced, but cannot serve {op.name}: {reason}; choose "
-                f"another with GLMKERN_BACKEND or glmkern.backend(), or leave the choice open")
+                f"another with GLMKERN_BACKEND or glmkern.backend(), or leave the choice open"
+            )
         return op.implementations[_forced]
     for name in ORDER.get(device, ("reference",)):
         if why_not(op, name, device, args) is None:
@@ -229,6 +241,7 @@ def backends(device: str | None = None) -> BackendsTable:
     """A table, op x backend: chosen, available, or why not, for calls on `device` ("cpu", "cuda";
     default: the GPU if torch sees one). Arguments can still rule a kernel out at a call."""
     import glmkern.ops  # noqa: F401 (registers the ops)
+
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(device).type

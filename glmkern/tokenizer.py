@@ -69,7 +69,8 @@ class ChatGLMTokenizer:
 
         # ChatGLM2 decodes its special ids to nothing, ChatGLM3 to their names.
         self._surface = dict.fromkeys(
-            (self.pad_token_id, self._pieces.bos_id(), self.eos_token_id), "")
+            (self.pad_token_id, self._pieces.bos_id(), self.eos_token_id), ""
+        )
         for special, token in self.special_tokens.items():
             self._surface[token] = special if self._speaks_roles else ""
 
@@ -129,14 +130,20 @@ class ChatGLMTokenizer:
         if token in self._surface:
             return self._surface[token]
         if token >= self.vocab_size:
-            raise ValueError(f"token id {token} has no text, as ids end at {self.vocab_size - 1}; "
-                             f"use the tokenizer that belongs to the model")
+            raise ValueError(
+                f"token id {token} has no text, as ids end at {self.vocab_size - 1}; "
+                f"use the tokenizer that belongs to the model"
+            )
         return self._pieces.id_to_piece(token)
 
     def get_command(self, name: str) -> int:
         """The id of a special token, or of <bos>, <eos> or <pad>."""
-        commands = {"<bos>": self._pieces.bos_id(), "<eos>": self.eos_token_id,
-                    "<pad>": self.pad_token_id, **self.special_tokens}
+        commands = {
+            "<bos>": self._pieces.bos_id(),
+            "<eos>": self.eos_token_id,
+            "<pad>": self.pad_token_id,
+            **self.special_tokens,
+        }
         if name not in commands:
             raise ValueError(f"{name!r} is not a special token; there are {', '.join(commands)}")
         return commands[name]
@@ -144,8 +151,10 @@ class ChatGLMTokenizer:
     def build_prompt(self, query: str, history: History | None = None) -> str:
         """ChatGLM2's chat prompt: past rounds of (query, response), then the open round."""
         history = history or ()
-        past = "".join(f"{_round(number, query)}{response}\n\n"
-                       for number, (query, response) in enumerate(history, 1))
+        past = "".join(
+            f"{_round(number, query)}{response}\n\n"
+            for number, (query, response) in enumerate(history, 1)
+        )
         return past + _round(len(history) + 1, query)
 
     def build_inputs(self, query: str, history: History | None = None) -> list[int]:
@@ -159,8 +168,9 @@ class ChatGLMTokenizer:
         ids = self.encode("\n\n" + _round(len(history) + 1, query), add_special_tokens=False)
         return ids[1:]  # without the space that SentencePiece puts before every text
 
-    def build_chat_input(self, query: str, history: Messages | None = None,
-                         role: str = "user") -> list[int]:
+    def build_chat_input(
+        self, query: str, history: Messages | None = None, role: str = "user"
+    ) -> list[int]:
         """The ids of ChatGLM3's chat prompt: past messages, then `query`, then <|assistant|>.
 
         Args:
@@ -173,8 +183,9 @@ class ChatGLMTokenizer:
             ValueError: a role is unknown, or the tokenizer is ChatGLM2's, which has none.
         """
         if not self._speaks_roles:
-            raise ValueError("ChatGLM2's tokenizer has no roles; use build_inputs, or a folder of "
-                             "chatglm3-6b")
+            raise ValueError(
+                "ChatGLM2's tokenizer has no roles; use build_inputs, or a folder of chatglm3-6b"
+            )
         messages = [*(history or ()), {"role": role, "content": query}]
         spoken = [token for message in messages for token in self._message(message)]
         return self.prefix_tokens + spoken + [self.special_tokens["<|assistant|>"]]
@@ -183,23 +194,30 @@ class ChatGLMTokenizer:
         role, content = message.get("role"), message.get("content")
         name = f"<|{role}|>"
         if name not in ROLE_TOKENS:
-            raise ValueError(f"there is no role {role!r}; there are system, user, assistant and "
-                             "observation")
+            raise ValueError(
+                f"there is no role {role!r}; there are system, user, assistant and observation"
+            )
         if not isinstance(content, str):
             raise ValueError(f"the content of a message must be a text, not {content!r}")
         # Encoded apart, so that each of the two begins with SentencePiece's space.
         head = self._encode((message.get("metadata") or "") + "\n")
         return [self.special_tokens[name], *head, *self._encode(content)]
 
-    def build_inputs_with_special_tokens(self, ids: list[int],
-                                         pair: list[int] | None = None) -> list[int]:
+    def build_inputs_with_special_tokens(
+        self, ids: list[int], pair: list[int] | None = None
+    ) -> list[int]:
         """[gMASK], sop, `ids` and, where there is a pair, the pair and the end of text."""
         return self.prefix_tokens + ids + (pair + [self.eos_token_id] if pair is not None else [])
 
-    def __call__(self, text: str | Iterable[str], padding: bool | str = False,
-                 truncation: bool = False, max_length: int | None = None,
-                 pad_to_multiple_of: int | None = None,
-                 add_special_tokens: bool = True) -> dict[str, list]:
+    def __call__(
+        self,
+        text: str | Iterable[str],
+        padding: bool | str = False,
+        truncation: bool = False,
+        max_length: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        add_special_tokens: bool = True,
+    ) -> dict[str, list]:
         """Tokenizes one text, or several to one length.
 
         Args:
@@ -213,14 +231,17 @@ class ChatGLMTokenizer:
             token, 0 on padding. Padding is on the left.
         """
         if padding not in (False, True, "longest", "max_length"):
-            raise ValueError(f"padding must be False, True, 'longest' or 'max_length', "
-                             f"not {padding!r}")
+            raise ValueError(
+                f"padding must be False, True, 'longest' or 'max_length', not {padding!r}"
+            )
         if max_length is None and (truncation or padding == "max_length"):
             raise ValueError("max_length is needed to truncate, or to pad, to max_length")
         shortest = len(self.prefix_tokens) * add_special_tokens + 1
         if truncation and max_length < shortest:
-            raise ValueError(f"max_length must be at least {shortest} to keep a token of the text, "
-                             f"not {max_length}")
+            raise ValueError(
+                f"max_length must be at least {shortest} to keep a token of the text, "
+                f"not {max_length}"
+            )
 
         single = isinstance(text, str)
         rows = [self.encode(each, add_special_tokens) for each in ([text] if single else text)]
@@ -257,8 +278,10 @@ def _check_unicode(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"character {error.start + 1} of the text is {text[error.start]!a}, half "
-                         f"of a surrogate pair; remove it or write the whole character") from None
+        raise ValueError(
+            f"character {error.start + 1} of the text is {text[error.start]!a}, half "
+            f"of a surrogate pair; remove it or write the whole character"
+        ) from None
     return text
 
 
@@ -267,11 +290,14 @@ def _load_pieces(model: bytes, name: str) -> SentencePieceProcessor:
     try:
         pieces.LoadFromSerializedProto(model)
     except RuntimeError:
-        raise InputError(f"{name} is not a SentencePiece model, or is cut short; download it "
-                         f"again") from None
+        raise InputError(
+            f"{name} is not a SentencePiece model, or is cut short; download it again"
+        ) from None
     if pieces.piece_to_id("[gMASK]") != pieces.unk_id():
-        raise InputError(f"{name} has [gMASK] among its pieces, as ChatGLM-6B (v1) has; use the "
-                         f"one of ChatGLM2 or ChatGLM3")
+        raise InputError(
+            f"{name} has [gMASK] among its pieces, as ChatGLM-6B (v1) has; use the "
+            f"one of ChatGLM2 or ChatGLM3"
+        )
     if pieces.eos_id() < 0:
         raise InputError(f"{name} has no end-of-sentence piece; train it with eos_id=2")
     return pieces
@@ -288,8 +314,10 @@ def _read_model(path: Path) -> bytes:
     folder = path.parent
     if not path.is_file():
         if (folder / "ice_text.model").is_file():
-            raise InputError(f"{folder} is a ChatGLM-6B (v1) folder (it has ice_text.model); use "
-                             f"one of ChatGLM2 or ChatGLM3")
+            raise InputError(
+                f"{folder} is a ChatGLM-6B (v1) folder (it has ice_text.model); use "
+                f"one of ChatGLM2 or ChatGLM3"
+            )
         raise InputError(f"{path} is missing; copy it there from the model's download page")
     refuse_lfs_pointer(path)
     return path.read_bytes()
@@ -301,9 +329,13 @@ def _read_config(path: Path) -> dict | None:
     try:
         config = json.loads(path.read_bytes())
     except ValueError as error:
-        raise InputError(f"{path} is not valid JSON ({error}); download it again, or remove it to "
-                         f"have ChatGLM2's") from None
+        raise InputError(
+            f"{path} is not valid JSON ({error}); download it again, or remove it to "
+            f"have ChatGLM2's"
+        ) from None
     if not isinstance(config, dict):
-        raise InputError(f"{path} holds {type(config).__name__}, not an object; download it again, "
-                         f"or remove it to have ChatGLM2's")
+        raise InputError(
+            f"{path} holds {type(config).__name__}, not an object; download it again, "
+            f"or remove it to have ChatGLM2's"
+        )
     return config

@@ -41,6 +41,7 @@ def golden(shared: Path) -> Path:
 def threads():
     """Sets the number of threads for the rest of the test."""
     import torch
+
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
@@ -50,5 +51,6 @@ def threads():
 def _random_numbers(request):
     """Every test draws its own inputs; GLMKERN_TEST_SEED=N gives all of them other ones."""
     import torch
+
     seed = f"{os.environ.get('GLMKERN_TEST_SEED', 0)} {request.node.nodeid}"
     torch.manual_seed(zlib.crc32(seed.encode()))

@@ -49,11 +49,19 @@ class InterpretedTests(pytest.Item):
 
     def runtest(self):
         command = [sys.executable, "-m", "pytest", "-q", "--color=no", str(self.path)]
-        child = subprocess.run(command, cwd=self.config.rootpath, capture_output=True, text=True,
-                               check=False, env={**os.environ, "TRITON_INTERPRET": "1"})
+        child = subprocess.run(
+            command,
+            cwd=self.config.rootpath,
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**os.environ, "TRITON_INTERPRET": "1"},
+        )
         if child.returncode != 0:
-            pytest.fail(f"{' '.join(command)} ended with {child.returncode}\n{child.stdout}"
-                        f"{child.stderr}", pytrace=False)
+            pytest.fail(
+                f"{' '.join(command)} ended with {child.returncode}\n{child.stdout}{child.stderr}",
+                pytrace=False,
+            )
 
     def reportinfo(self):
         return self.path, 0, f"{self.path.name} in Triton's interpreter"
@@ -72,6 +80,7 @@ def interpreter_mended():
     from triton import language as tl
     from triton.runtime import interpreter
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
     cast = InterpreterBuilder.cast_impl
 
     def rounding_cast(self, source, type_):
@@ -103,9 +112,11 @@ def interpreter_mended():
         patch_tensor(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
-    with (mock.patch.object(interpreter, "_patch_lang_tensor", patch_tensor_and_index),
-          mock.patch.object(InterpreterBuilder, "get_bf16", bfloat16_constant, create=True),
-          mock.patch.object(InterpreterBuilder, "cast_impl", rounding_cast),
-          mock.patch.object(InterpreterBuilder, "binary_op", widening_binary),
-          mock.patch.object(InterpreterBuilder, "create_dot", widening_dot)):
+    with (
+        mock.patch.object(interpreter, "_patch_lang_tensor", patch_tensor_and_index),
+        mock.patch.object(InterpreterBuilder, "get_bf16", bfloat16_constant, create=True),
+        mock.patch.object(InterpreterBuilder, "cast_impl", rounding_cast),
+        mock.patch.object(InterpreterBuilder, "binary_op", widening_binary),
+        mock.patch.object(InterpreterBuilder, "create_dot", widening_dot),
+    ):
         yield

@@ -14,14 +14,31 @@ from glmkern.model.config import ChatGLMConfig
 def write_base(folder: Path, tokenizer: Path) -> Path:
     """Fills a folder in the official layout: the real tokenizer over a very small random base."""
     config = ChatGLMConfig(
-        num_layers=2, padded_vocab_size=64896, hidden_size=8, ffn_hidden_size=16, kv_channels=4,
-        num_attention_heads=2, seq_length=256, multi_query_attention=True, multi_query_group_num=1,
-        add_qkv_bias=True, eos_token_id=2, pad_token_id=0, extra={"original_rope": True})
+        num_layers=2,
+        padded_vocab_size=64896,
+        hidden_size=8,
+        ffn_hidden_size=16,
+        kv_channels=4,
+        num_attention_heads=2,
+        seq_length=256,
+        multi_query_attention=True,
+        multi_query_group_num=1,
+        add_qkv_bias=True,
+        eos_token_id=2,
+        pad_token_id=0,
+        extra={"original_rope": True},
+    )
     config.save(folder)
     generator = torch.Generator().manual_seed(0)
-    save_file({name: torch.ones(shape) if "norm" in name else
-               0.3 * torch.randn(shape, generator=generator)
-               for name, shape in expected_shapes(config).items()}, folder / "model.safetensors")
+    save_file(
+        {
+            name: torch.ones(shape)
+            if "norm" in name
+            else 0.3 * torch.randn(shape, generator=generator)
+            for name, shape in expected_shapes(config).items()
+        },
+        folder / "model.safetensors",
+    )
     shutil.copy(tokenizer / "tokenizer.model", folder)
     return folder
 

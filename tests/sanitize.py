@@ -27,15 +27,29 @@ def build() -> Path:
     environment = os.environ | {"PATH": f"{programs}{os.pathsep}{os.environ['PATH']}"}
     build_folder, copy = FOLDER / "native", FOLDER / "copy"
     torch_folder = Path(torch.__file__).parent
-    subprocess.run(["cmake", "-G", "Ninja", "-S", ROOT, "-B", build_folder,
-                    f"-DTORCH_DIR={torch_folder}", "-DGLMKERN_SANITIZE=ON"],
-                   check=True, env=environment)
-    subprocess.run(["cmake", "--build", build_folder, "--target", "_native"], check=True,
-                   env=environment)
+    subprocess.run(
+        [
+            "cmake",
+            "-G",
+            "Ninja",
+            "-S",
+            ROOT,
+            "-B",
+            build_folder,
+            f"-DTORCH_DIR={torch_folder}",
+            "-DGLMKERN_SANITIZE=ON",
+        ],
+        check=True,
+        env=environment,
+    )
+    subprocess.run(
+        ["cmake", "--build", build_folder, "--target", "_native"], check=True, env=environment
+    )
     shutil.rmtree(copy, ignore_errors=True)
     for name in ("glmkern", "tests", "csrc"):
-        shutil.copytree(ROOT / name, copy / name,
-                        ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+        shutil.copytree(
+            ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "*.so")
+        )
     shutil.copy(ROOT / "pyproject.toml", copy)
     shutil.copy(build_folder / "_native.so", copy / "glmkern")
     return copy
@@ -45,22 +59,42 @@ def sanitizers() -> str:
     """The run-time libraries, which must be there before Python is."""
     compiler = os.environ.get("CXX", "c++")
     return " ".join(
-        subprocess.run([compiler, f"-print-file-name={library}"], check=True, text=True,
-                       stdout=subprocess.PIPE).stdout.strip()
-        for library in ("libasan.so", "libubsan.so"))
+        subprocess.run(
+            [compiler, f"-print-file-name={library}"], check=True, text=True, stdout=subprocess.PIPE
+        ).stdout.strip()
+        for library in ("libasan.so", "libubsan.so")
+    )
 
 
 def run_tests(copy: Path, isa: str, arguments: list[str]) -> bool:
     """True where all pass, or the chip lacks the instruction set."""
     environment = os.environ | {
-        "LD_PRELOAD": sanitizers(), "GLMKERN_CPU_ISA": isa,
+        "LD_PRELOAD": sanitizers(),
+        "GLMKERN_CPU_ISA": isa,
         # Python and torch keep what they have until the end.
-        "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1",
-        "GLMKERN_SHARED": os.environ.get("GLMKERN_SHARED", str(ROOT.parent / "shared"))}
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+        "GLMKERN_SHARED": os.environ.get("GLMKERN_SHARED", str(ROOT.parent / "shared")),
+    }
     child = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/ops",
-         "-k", "cpu or bits", *arguments],
-        cwd=copy, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "tests/ops",
+            "-k",
+            "cpu or bits",
+            *arguments,
+        ],
+        cwd=copy,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     print(f"{isa}: {child.stdout}", flush=True)
     return child.returncode == 0 or f"GLMKERN_CPU_ISA is {isa}, {LACKING}" in child.stdout
 

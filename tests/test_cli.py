@@ -17,9 +17,15 @@ from tests.official import refused
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
-@pytest.mark.parametrize("error, status", [
-    (InputError("wrong"), 2), (TrainingError("wrong"), 1), (KeyboardInterrupt(), 130),
-    (Interrupted("stopped", signal=15), 143)])
+@pytest.mark.parametrize(
+    "error, status",
+    [
+        (InputError("wrong"), 2),
+        (TrainingError("wrong"), 1),
+        (KeyboardInterrupt(), 130),
+        (Interrupted("stopped", signal=15), 143),
+    ],
+)
 def test_exit_status(monkeypatch, capsys, error, status):
     def fail(argv):
         raise error
@@ -30,14 +36,18 @@ def test_exit_status(monkeypatch, capsys, error, status):
 
 # Verbs
 
-@pytest.mark.parametrize("argv, words", [
-    (["trian"], "there is no verb 'trian'; the nearest is 'train'"),
-    (["bench"], "bench is not in this release"),
-    (["backends", "now"], "backends takes no arguments"),
-    (["--do_trian"], "there is no flag --do_trian; the nearest is --do_train"),
-    (["--max_steps", "3"], "pass --do_train"),
-    (["missing.json"], "missing.json does not exist"),
-])
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["trian"], "there is no verb 'trian'; the nearest is 'train'"),
+        (["bench"], "bench is not in this release"),
+        (["backends", "now"], "backends takes no arguments"),
+        (["--do_trian"], "there is no flag --do_trian; the nearest is --do_train"),
+        (["--max_steps", "3"], "pass --do_train"),
+        (["missing.json"], "missing.json does not exist"),
+    ],
+)
 def test_wrong_commands(argv, words, capsys):
     assert words in refused(argv, capsys)
 
@@ -74,20 +84,25 @@ def test_demo_gets_its_arguments(monkeypatch):
     assert seen == [["--output_dir", "x"]]
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["train", "--help"], ["--version"], ["trian"],
-                                  ["--do_trian"]])
+@pytest.mark.parametrize(
+    "argv", [["--help"], ["train", "--help"], ["--version"], ["trian"], ["--do_trian"]]
+)
 def test_help_and_mistakes_need_no_torch(argv):
-    code = (f"import sys; from glmkern.cli import main; main({argv!r}); "
-            "sys.exit('torch' in sys.modules)")
+    code = (
+        f"import sys; from glmkern.cli import main; main({argv!r}); "
+        "sys.exit('torch' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True)
     assert done.returncode == 0, done.stderr
 
 
 def test_deterministic_libraries_are_asked_before_torch_loads():
-    code = ("import os, sys; from glmkern import cli, environment\n"
-            "def stop(*a): sys.exit(10 + ('torch' in sys.modules))\n"
-            "environment.make_deterministic = stop\n"
-            "cli.main(['--do_train', '--deterministic'])")
+    code = (
+        "import os, sys; from glmkern import cli, environment\n"
+        "def stop(*a): sys.exit(10 + ('torch' in sys.modules))\n"
+        "environment.make_deterministic = stop\n"
+        "cli.main(['--do_train', '--deterministic'])"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY)
     assert done.returncode == 10
 
@@ -106,11 +121,17 @@ def test_deterministic_environment():
 
 # Where and in which precision
 
-@pytest.mark.parametrize("flags, device, expected", [
-    ({}, "cpu", torch.float32), ({}, "cuda", torch.float16),
-    ({"bf16": True}, "cpu", torch.bfloat16), ({"fp16": True}, "cuda", torch.float16),
-    ({"model_dtype": "float32"}, "cuda", torch.float32),
-])
+
+@pytest.mark.parametrize(
+    "flags, device, expected",
+    [
+        ({}, "cpu", torch.float32),
+        ({}, "cuda", torch.float16),
+        ({"bf16": True}, "cpu", torch.bfloat16),
+        ({"fp16": True}, "cuda", torch.float16),
+        ({"model_dtype": "float32"}, "cuda", torch.float32),
+    ],
+)
 def test_precision(flags, device, expected):
     model = ModelArguments(**{k: v for k, v in flags.items() if k == "model_dtype"})
     training = TrainingArguments(**{k: v for k, v in flags.items() if k != "model_dtype"})

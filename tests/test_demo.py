@@ -168,9 +168,7 @@ def test_it_has_learned_its_language(base, tokenizer, unseen):
 def test_it_answers_questions_about_goods_it_never_saw(base, tokenizer, unseen):
     questions = [row for row in unseen if row.prompt.endswith("是什么？")]
     answers = evaluate(base, tokenizer, questions, **LENGTHS).answers
-    right = sum(
-        answer == row.response for answer, row in zip(answers, questions, strict=True)
-    )
+    right = sum(answer == row.response for answer, row in zip(answers, questions, strict=True))
     assert right >= 0.75 * len(questions) >= 6
 
 
@@ -217,9 +215,7 @@ def test_a_tuning_that_fails_fails_the_demo_with_its_status(tmp_path, capfd):
 @given(st.text("甲乙丙", max_size=7), st.text("甲乙丙", max_size=7))
 def test_rouge_l_is_that_of_the_longest_common_subsequence(a, b):
     def subsequences(text):
-        return {
-            "".join(part) for n in range(1, len(text) + 1) for part in combinations(text, n)
-        }
+        return {"".join(part) for n in range(1, len(text) + 1) for part in combinations(text, n)}
 
     common = max(map(len, subsequences(a) & subsequences(b)), default=0)
     assert rouge_l(a, b) == (2 * common / (len(a) + len(b)) if common else 0)

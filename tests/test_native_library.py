@@ -18,8 +18,14 @@ ISA_SOURCE = Path(__file__).parents[1] / "csrc/cpu/isa.cpp"
 
 
 def run_python(*arguments, cwd=None, **environment):
-    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False,
-                          cwd=cwd, env={**os.environ, **environment})
+    return subprocess.run(
+        [sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=cwd,
+        env={**os.environ, **environment},
+    )
 
 
 @pytest.mark.parametrize("isa", ["default", "avx2", "avx512", "avx512_bf16"])
@@ -28,12 +34,22 @@ def test_every_instruction_set(isa):
     glmkern.backends("cpu")
     if torch.ops.glmkern_cpu.isa() == isa:
         return  # what this process uses: the tests of the ops themselves cover it
-    child = run_python("-m", "pytest", "-q", str(TESTS_OF_OPS), "-k", "(cpu or bits) and not "
-                       "registration", GLMKERN_CPU_ISA=isa)
+    child = run_python(
+        "-m",
+        "pytest",
+        "-q",
+        str(TESTS_OF_OPS),
+        "-k",
+        "(cpu or bits) and not registration",
+        GLMKERN_CPU_ISA=isa,
+    )
     refused = f"GLMKERN_CPU_ISA is {isa}, but this chip runs at most" in child.stdout
     assert child.returncode == 0 or refused, child.stdout
-    chosen = run_python("-c", "import glmkern, torch; glmkern.backends('cpu');"
-                              "print(torch.ops.glmkern_cpu.isa())", GLMKERN_CPU_ISA=isa)
+    chosen = run_python(
+        "-c",
+        "import glmkern, torch; glmkern.backends('cpu');print(torch.ops.glmkern_cpu.isa())",
+        GLMKERN_CPU_ISA=isa,
+    )
     assert refused or chosen.stdout.strip() == isa
 
 
@@ -61,8 +77,12 @@ def test_instructions_stay_in_their_instruction_set():
 
 def disassembly(library: Path):
     """(demangled name of the function, instruction) of everything in the library."""
-    listing = subprocess.run(["objdump", "-d", "-C", "--no-show-raw-insn", library], check=True,
-                             capture_output=True, text=True).stdout
+    listing = subprocess.run(
+        ["objdump", "-d", "-C", "--no-show-raw-insn", library],
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
     function = ""
     for line in listing.splitlines():
         if head := re.fullmatch(r"[0-9a-f]+ <(.*)>:", line):
@@ -74,8 +94,9 @@ def disassembly(library: Path):
 def test_an_unknown_instruction_set_is_refused():
     child = run_python("-c", "import glmkern; glmkern.backends('cpu')", GLMKERN_CPU_ISA="sse9")
     assert child.returncode == 1
-    assert ('GLMKERN_CPU_ISA is "sse9"; it can be default, avx2, avx512 or avx512_bf16'
-            in child.stderr)
+    assert (
+        'GLMKERN_CPU_ISA is "sse9"; it can be default, avx2, avx512 or avx512_bf16' in child.stderr
+    )
 
 
 def test_an_instruction_set_that_the_chip_lacks_is_refused(tmp_path):
@@ -96,12 +117,14 @@ def test_an_instruction_set_that_the_chip_lacks_is_refused(tmp_path):
     subprocess.run([os.environ.get("CXX", "c++"), "-std=c++17", main, "-o", program], check=True)
 
     def ask(**environment):
-        return subprocess.run([program], check=True, capture_output=True, text=True,
-                              env=environment).stdout.strip()
+        return subprocess.run(
+            [program], check=True, capture_output=True, text=True, env=environment
+        ).stdout.strip()
 
     assert ask() == "default"
-    assert ask(GLMKERN_CPU_ISA="avx2") == "GLMKERN_CPU_ISA is avx2, but this chip runs at most " \
-        "default"
+    assert (
+        ask(GLMKERN_CPU_ISA="avx2") == "GLMKERN_CPU_ISA is avx2, but this chip runs at most default"
+    )
 
 
 @pytest.mark.parametrize("damage", ["cut", "garbage", "empty"])
@@ -110,7 +133,7 @@ def test_a_damaged_library_leaves_the_reference(tmp_path, damage):
     source = Path(glmkern.__file__).parent
     shutil.copytree(source, package, ignore=shutil.ignore_patterns("__pycache__", "demo"))
     library = (source / "_native.so").read_bytes()
-    damaged = {"cut": library[:len(library) // 2], "garbage": b"not a library", "empty": b""}
+    damaged = {"cut": library[: len(library) // 2], "garbage": b"not a library", "empty": b""}
     (package / "_native.so").write_bytes(damaged[damage])
     code = """if True:
         import glmkern, torch

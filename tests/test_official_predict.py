@@ -49,8 +49,9 @@ def records(shared) -> list[dict[str, str]]:
     """Seven rows of AdvertiseGen whose prompts have several lengths."""
     lines = (shared / "data" / "advertisegen" / "dev.json").read_text().split("\n")[20:27]
     records = [json.loads(line) for line in lines]
-    return [{**record, "content": record["content"][:14 + 9 * i]}
-            for i, record in enumerate(records)]
+    return [
+        {**record, "content": record["content"][: 14 + 9 * i]} for i, record in enumerate(records)
+    ]
 
 
 @pytest.fixture
@@ -64,20 +65,33 @@ def dev(records, tmp_path) -> Path:
 def flags(base, dev, checkpoint) -> dict[str, object]:
     """The published evaluate.sh, made small."""
     return {
-        "do_predict": True, "validation_file": dev, "test_file": dev, "overwrite_cache": True,
-        "prompt_column": "content", "response_column": "summary", "model_name_or_path": base,
-        "ptuning_checkpoint": checkpoint, "output_dir": checkpoint.parent,
-        "overwrite_output_dir": True, "max_source_length": SOURCE, "max_target_length": TARGET,
-        "per_device_eval_batch_size": 1, "predict_with_generate": True,
-        "pre_seq_len": PREFIX_LENGTH, "quantization_bit": 4,
+        "do_predict": True,
+        "validation_file": dev,
+        "test_file": dev,
+        "overwrite_cache": True,
+        "prompt_column": "content",
+        "response_column": "summary",
+        "model_name_or_path": base,
+        "ptuning_checkpoint": checkpoint,
+        "output_dir": checkpoint.parent,
+        "overwrite_output_dir": True,
+        "max_source_length": SOURCE,
+        "max_target_length": TARGET,
+        "per_device_eval_batch_size": 1,
+        "predict_with_generate": True,
+        "pre_seq_len": PREFIX_LENGTH,
+        "quantization_bit": 4,
     }
 
 
 @pytest.fixture
 def plain(flags) -> dict[str, object]:
     """The same without a prefix and in full precision."""
-    return {name: value for name, value in flags.items()
-            if name not in ("ptuning_checkpoint", "pre_seq_len", "quantization_bit")}
+    return {
+        name: value
+        for name, value in flags.items()
+        if name not in ("ptuning_checkpoint", "pre_seq_len", "quantization_bit")
+    }
 
 
 def predictions(folder: Path) -> list[dict[str, str]]:
@@ -95,6 +109,7 @@ def names(split: str, *metrics: str) -> set[str]:
 
 
 # The official way, written with other people's code
+
 
 def official_prompts(tokenizer, records) -> dict[str, torch.Tensor]:
     prompts = [f"[Round 1]\n\n问：{record['content']}\n\n答：" for record in records]
@@ -124,8 +139,9 @@ def official_scores(pairs: list[tuple[str, str]]) -> dict[str, float]:
         rouge = Rouge().get_scores(" ".join(jieba.cut(predict)), " ".join(jieba.cut(label)))[0]
         for name, value in rouge.items():
             scores[name].append(round(value["f"] * 100, 4))
-        bleu = sentence_bleu([list(label)], list(predict),
-                             smoothing_function=SmoothingFunction().method3)
+        bleu = sentence_bleu(
+            [list(label)], list(predict), smoothing_function=SmoothingFunction().method3
+        )
         scores["bleu-4"].append(round(bleu * 100, 4))
     return {name: fmean(values) for name, values in scores.items()}
 
@@ -142,18 +158,24 @@ def text(tokenizer, ids: list[int]) -> str:
 
 # Prediction
 
+
 def test_published_evaluate_sh(flags, checkpoint, records, tokenizer, capsys):
     before = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
     assert cli.main(command(flags)) == 0
     out = checkpoint.parent
     assert {path.name for path in out.iterdir()} == {
-        "checkpoint-3000", "generated_predictions.txt", "predict_results.json", "all_results.json"}
+        "checkpoint-3000",
+        "generated_predictions.txt",
+        "predict_results.json",
+        "all_results.json",
+    }
     assert {path.name: path.read_bytes() for path in checkpoint.iterdir()} == before
 
     lines = predictions(out)
     assert [list(line) for line in lines] == [["labels", "predict"]] * len(records)
     assert [line["labels"] for line in lines] == [
-        label.strip() for label in official_labels(tokenizer, records)]
+        label.strip() for label in official_labels(tokenizer, records)
+    ]
     assert "\\u" not in (out / "generated_predictions.txt").read_text()
     metrics = results(out, "predict")
     assert metrics.keys() == names("predict", *SCORES)
@@ -169,7 +191,8 @@ def test_published_evaluate_sh(flags, checkpoint, records, tokenizer, capsys):
 
 @pytest.mark.parametrize("prefix", [True, False])
 def test_greedy_answers_and_scores_are_the_official_ones(
-        flags, plain, prefix, checkpoint, base, tokenizer, records):
+    flags, plain, prefix, checkpoint, base, tokenizer, records
+):
     run = {**(flags if prefix else plain), "greedy": True, "per_device_eval_batch_size": 3}
     run.pop("quantization_bit", None)
     assert cli.main(command(run)) == 0
@@ -181,7 +204,8 @@ def test_greedy_answers_and_scores_are_the_official_ones(
     labels = official_labels(tokenizer, records)
     assert predictions(checkpoint.parent) == [
         {"labels": label.strip(), "predict": answer.strip()}
-        for label, answer in zip(labels, answers, strict=True)]
+        for label, answer in zip(labels, answers, strict=True)
+    ]
     expected = official_scores(list(zip(answers, labels, strict=True)))
     metrics = results(checkpoint.parent, "predict")
     assert {name: metrics[f"predict_{name}"] for name in SCORES} == pytest.approx(expected)
@@ -189,7 +213,8 @@ def test_greedy_answers_and_scores_are_the_official_ones(
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_greedy_answers_of_a_quantised_base_do_not_depend_on_the_batch(
-        plain, tmp_path, checkpoint, base, bits):
+    plain, tmp_path, checkpoint, base, bits
+):
     """Without a prefix, which the official script cannot."""
     run = {**plain, "quantization_bit": bits, "greedy": True}
     answers = []
@@ -211,14 +236,23 @@ def test_beams(flags, checkpoint, base, tokenizer, records):
     model = ChatGLM.from_pretrained(base, prefix_checkpoint=checkpoint)
     prompts = official_prompts(tokenizer, records)
     width = prompts["input_ids"].shape[1]
-    answers = [model.generate(ids[None], mask[None], max_length=SOURCE + TARGET + 1, num_beams=3)
-               for ids, mask in zip(prompts["input_ids"], prompts["attention_mask"], strict=True)]
+    answers = [
+        model.generate(ids[None], mask[None], max_length=SOURCE + TARGET + 1, num_beams=3)
+        for ids, mask in zip(prompts["input_ids"], prompts["attention_mask"], strict=True)
+    ]
     assert [line["predict"] for line in predictions(checkpoint.parent)] == [
-        text(tokenizer, ids[0, width:].tolist()).strip() for ids in answers]
+        text(tokenizer, ids[0, width:].tolist()).strip() for ids in answers
+    ]
     assert cli.main(command({**run, "num_beams": 1, "generation_num_beams": 3})) == 0
     greedy = predictions(checkpoint.parent)
-    assert cli.main(command({**{k: v for k, v in run.items() if k != "num_beams"},
-                             "generation_num_beams": 3})) == 0
+    assert (
+        cli.main(
+            command(
+                {**{k: v for k, v in run.items() if k != "num_beams"}, "generation_num_beams": 3}
+            )
+        )
+        == 0
+    )
     assert predictions(checkpoint.parent) != greedy  # --num_beams goes before the other
 
 
@@ -236,8 +270,12 @@ def test_prefix_length_is_read_from_the_checkpoint(flags, checkpoint, base, proj
     """--pre_seq_len and --prefix_projection left out are those of the checkpoint."""
     given = {**flags, "greedy": True}
     if projection:
-        write_prefix(checkpoint, ChatGLM.from_pretrained(
-            base, pre_seq_len=3, prefix_projection=True).prefix_encoder.state_dict())
+        write_prefix(
+            checkpoint,
+            ChatGLM.from_pretrained(
+                base, pre_seq_len=3, prefix_projection=True
+            ).prefix_encoder.state_dict(),
+        )
         given |= {"pre_seq_len": 3, "prefix_projection": True}
     assert cli.main(command(given)) == 0
     answers = predictions(checkpoint.parent)
@@ -275,24 +313,32 @@ def test_prediction_without_answers(plain, checkpoint):
 
 # Evaluation
 
+
 @pytest.mark.parametrize("change", [{}, {"tokens_per_pack": 0}, {"tokens_per_pack": 100}])
 def test_evaluation_loss_is_the_mean_over_batches(
-        flags, checkpoint, base, tokenizer, records, change):
-    run = {**flags, "do_eval": True, "do_predict": False, "predict_with_generate": False,
-           "per_device_eval_batch_size": 3, **change}
+    flags, checkpoint, base, tokenizer, records, change
+):
+    run = {
+        **flags,
+        "do_eval": True,
+        "do_predict": False,
+        "predict_with_generate": False,
+        "per_device_eval_batch_size": 3,
+        **change,
+    }
     del run["quantization_bit"]
     assert cli.main(command(run)) == 0
     twin = diffusers_twin(ChatGLM.from_pretrained(base, prefix_checkpoint=checkpoint))
     losses = []
     for start in range(0, len(records), 3):
-        batch = records[start:start + 3]
+        batch = records[start : start + 3]
         ids = torch.zeros(len(batch), SOURCE + TARGET + 1, dtype=torch.int64)
         labels = torch.full_like(ids, -100)
         for i, record in enumerate(batch):
             prompt = tokenizer.encode(f"[Round 1]\n\n问：{record['content']}\n\n答：")[:SOURCE]
             response = tokenizer.encode(record["summary"], add_special_tokens=False)[:TARGET] + [2]
-            ids[i, :len(prompt) + len(response)] = torch.tensor(prompt + response)
-            labels[i, len(prompt):len(prompt) + len(response)] = torch.tensor(response)
+            ids[i, : len(prompt) + len(response)] = torch.tensor(prompt + response)
+            labels[i, len(prompt) : len(prompt) + len(response)] = torch.tensor(response)
         with torch.no_grad():
             losses += [twin_forward(twin, ids, labels=labels)[0].item()] * len(batch)
     metrics = results(checkpoint.parent, "eval")
@@ -301,10 +347,22 @@ def test_evaluation_loss_is_the_mean_over_batches(
 
 
 def test_training_evaluation_and_prediction_in_one_command(
-        flags, plain, dev, records, checkpoint, tmp_path, capsys):
-    run = {**flags, "do_train": True, "do_eval": True, "train_file": dev, "greedy": True,
-           "val_max_target_length": 9, "max_eval_samples": 4, "output_dir": tmp_path / "new",
-           "per_device_train_batch_size": 2, "max_steps": 3, "save_steps": 3, "logging_steps": 1}
+    flags, plain, dev, records, checkpoint, tmp_path, capsys
+):
+    run = {
+        **flags,
+        "do_train": True,
+        "do_eval": True,
+        "train_file": dev,
+        "greedy": True,
+        "val_max_target_length": 9,
+        "max_eval_samples": 4,
+        "output_dir": tmp_path / "new",
+        "per_device_train_batch_size": 2,
+        "max_steps": 3,
+        "save_steps": 3,
+        "logging_steps": 1,
+    }
     del run["ptuning_checkpoint"]
     assert cli.main(command(run)) == 0
     out = tmp_path / "new"
@@ -314,16 +372,25 @@ def test_training_evaluation_and_prediction_in_one_command(
     assert (evaluated["epoch"], evaluated["eval_samples"]) == (0.75, 4)
     assert predicted.keys() == names("predict", *SCORES)
     assert json.loads((out / "all_results.json").read_text()) == {
-        **results(out, "train"), **evaluated, **predicted}
+        **results(out, "train"),
+        **evaluated,
+        **predicted,
+    }
     assert "(--val_max_target_length " in captured and "(--max_target_length " in captured
-    order = [captured.index(f"***** {split} metrics *****")
-             for split in ("train", "eval", "predict")]
+    order = [
+        captured.index(f"***** {split} metrics *****") for split in ("train", "eval", "predict")
+    ]
     assert order == sorted(order)
     assert "{'eval_loss': " in captured
 
     # What was measured is the prefix that training ended with.
-    again = {**flags, "ptuning_checkpoint": out / "checkpoint-3", "output_dir": tmp_path / "again",
-             "greedy": True, "val_max_target_length": 9}
+    again = {
+        **flags,
+        "ptuning_checkpoint": out / "checkpoint-3",
+        "output_dir": tmp_path / "again",
+        "greedy": True,
+        "val_max_target_length": 9,
+    }
     assert cli.main(command(again)) == 0
     assert predictions(tmp_path / "again") == predictions(out)
     assert results(tmp_path / "again", "predict")["predict_bleu-4"] == predicted["predict_bleu-4"]
@@ -332,15 +399,21 @@ def test_training_evaluation_and_prediction_in_one_command(
 
 # What goes wrong
 
-@pytest.mark.parametrize("changes, words", [
-    ({"test_file": "missing.json"}, "missing.json cannot be read"),
-    ({"response_column": "answer"}, "has no column 'answer'"),
-    ({"ptuning_checkpoint": "missing"}, "there is no prefix checkpoint missing"),
-    ({"pre_seq_len": 6}, "holds 5 virtual tokens, but pre_seq_len is 6"),
-    ({"max_target_length": 128, "max_source_length": 1024, "source_prefix": "长" * 300},
-     "but the base has 256 positions; lower --max_source_length"),
-    ({"model_name_or_path": "missing/base"}, "missing/base"),
-])
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"test_file": "missing.json"}, "missing.json cannot be read"),
+        ({"response_column": "answer"}, "has no column 'answer'"),
+        ({"ptuning_checkpoint": "missing"}, "there is no prefix checkpoint missing"),
+        ({"pre_seq_len": 6}, "holds 5 virtual tokens, but pre_seq_len is 6"),
+        (
+            {"max_target_length": 128, "max_source_length": 1024, "source_prefix": "长" * 300},
+            "but the base has 256 positions; lower --max_source_length",
+        ),
+        ({"model_name_or_path": "missing/base"}, "missing/base"),
+    ],
+)
 def test_bad_input_is_one_sentence_and_leaves_nothing(flags, tmp_path, capsys, changes, words):
     run = {**flags, "output_dir": tmp_path / "new", **changes}
     assert words in refused(command(run), capsys)
@@ -349,8 +422,14 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(flags, tmp_path, capsys, c
 
 def test_prompts_that_leave_little_room_end_at_the_last_position(plain, checkpoint):
     """The official limit is above the 256 positions; the answers stop there."""
-    run = {**plain, "max_source_length": 200, "max_target_length": 100, "source_prefix": "长" * 150,
-           "val_max_target_length": 20, "max_predict_samples": 2}
+    run = {
+        **plain,
+        "max_source_length": 200,
+        "max_target_length": 100,
+        "source_prefix": "长" * 150,
+        "val_max_target_length": 20,
+        "max_predict_samples": 2,
+    }
     assert cli.main(command(run)) == 0
     assert len(predictions(checkpoint.parent)) == 2
 

@@ -41,14 +41,27 @@ def rows(shared, tmp_path) -> Path:
 def flags(base, rows, tmp_path) -> dict[str, object]:
     """The published train.sh, made small."""
     return {
-        "do_train": True, "train_file": str(rows), "preprocessing_num_workers": 10,
-        "prompt_column": "content", "response_column": "summary", "overwrite_cache": True,
-        "model_name_or_path": str(base), "output_dir": str(tmp_path / "out"),
-        "overwrite_output_dir": True, "max_source_length": 24, "max_target_length": 16,
-        "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1,
-        "gradient_accumulation_steps": 4, "predict_with_generate": True, "max_steps": 4,
-        "logging_steps": 2, "save_steps": 2, "learning_rate": "2e-2",
-        "pre_seq_len": PREFIX_LENGTH, "disable_tqdm": True,
+        "do_train": True,
+        "train_file": str(rows),
+        "preprocessing_num_workers": 10,
+        "prompt_column": "content",
+        "response_column": "summary",
+        "overwrite_cache": True,
+        "model_name_or_path": str(base),
+        "output_dir": str(tmp_path / "out"),
+        "overwrite_output_dir": True,
+        "max_source_length": 24,
+        "max_target_length": 16,
+        "per_device_train_batch_size": 1,
+        "per_device_eval_batch_size": 1,
+        "gradient_accumulation_steps": 4,
+        "predict_with_generate": True,
+        "max_steps": 4,
+        "logging_steps": 2,
+        "save_steps": 2,
+        "learning_rate": "2e-2",
+        "pre_seq_len": PREFIX_LENGTH,
+        "disable_tqdm": True,
     }
 
 
@@ -58,32 +71,59 @@ def prefix(folder: Path) -> torch.Tensor:
 
 # The official flow
 
+
 def test_official_run(flags, tmp_path, capsys):
     assert cli.main(command(flags)) == 0
     out = tmp_path / "out"
     assert {path.name for path in out.iterdir()} == {
-        "checkpoint-2", "checkpoint-4", "trainer_state.json", "trainer_log.jsonl",
-        "train_results.json", "all_results.json", "samples.md"}
+        "checkpoint-2",
+        "checkpoint-4",
+        "trainer_state.json",
+        "trainer_log.jsonl",
+        "train_results.json",
+        "all_results.json",
+        "samples.md",
+    }
     last = out / "checkpoint-4"
     assert {path.name for path in last.iterdir()} == {
-        "pytorch_model.bin", "config.json", "generation_config.json", "tokenizer.model",
-        "tokenizer_config.json", "special_tokens_map.json", "optimizer.pt", "scheduler.pt",
-        "rng_state.pth", "trainer_state.json", "resume.json", "glmkern.json"}
+        "pytorch_model.bin",
+        "config.json",
+        "generation_config.json",
+        "tokenizer.model",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "optimizer.pt",
+        "scheduler.pt",
+        "rng_state.pth",
+        "trainer_state.json",
+        "resume.json",
+        "glmkern.json",
+    }
 
     stored = torch.load(last / "pytorch_model.bin", weights_only=True)
     assert {name: (value.dtype, tuple(value.shape)) for name, value in stored.items()} == {
-        "transformer.prefix_encoder.embedding.weight": (torch.float32, (PREFIX_LENGTH, 16))}
+        "transformer.prefix_encoder.embedding.weight": (torch.float32, (PREFIX_LENGTH, 16))
+    }
     config = json.loads((last / "config.json").read_text())
     assert (config["pre_seq_len"], config["prefix_projection"]) == (PREFIX_LENGTH, False)
     assert json.loads((last / "special_tokens_map.json").read_text()) == {}
     assert json.loads((last / "generation_config.json").read_text()) == {
-        "_from_model_config": True, "eos_token_id": 2, "pad_token_id": 0}
+        "_from_model_config": True,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
     kept = json.loads((last / "glmkern.json").read_text())
     assert kept["learning_rate"] == 0.02 and kept["version"] == glmkern.__version__
 
     results = json.loads((out / "train_results.json").read_text())
-    assert results.keys() == {"epoch", "train_loss", "train_runtime", "train_samples",
-                              "train_samples_per_second", "train_steps_per_second"}
+    assert results.keys() == {
+        "epoch",
+        "train_loss",
+        "train_runtime",
+        "train_samples",
+        "train_samples_per_second",
+        "train_steps_per_second",
+    }
     assert results["train_samples"] == 10 and results["epoch"] == 1.6
     assert json.loads((out / "all_results.json").read_text()) == results
     state = json.loads((out / "trainer_state.json").read_text())
@@ -106,10 +146,11 @@ def test_a_quantised_base(flags, base, tmp_path, bits):
     """Quantised while it is read, or beforehand: the same prefix, bit for bit."""
     assert cli.main(["quantize", str(base), str(tmp_path / "base"), "--bits", str(bits)]) == 0
     prefixes = []
-    for name, change in (("once", {"quantization_bit": bits}),
-                         ("twice", {"quantization_bit": bits,
-                                    "model_name_or_path": tmp_path / "base"}),
-                         ("before", {"model_name_or_path": tmp_path / "base"})):
+    for name, change in (
+        ("once", {"quantization_bit": bits}),
+        ("twice", {"quantization_bit": bits, "model_name_or_path": tmp_path / "base"}),
+        ("before", {"model_name_or_path": tmp_path / "base"}),
+    ):
         assert cli.main(command(flags | change | {"output_dir": tmp_path / name})) == 0
         last = tmp_path / name / "checkpoint-4"
         assert json.loads((last / "config.json").read_text())["quantization_bit"] == bits
@@ -121,8 +162,11 @@ def test_a_quantised_base(flags, base, tmp_path, bits):
 
 def test_example_dump(flags, capsys):
     assert cli.main(command({**flags, "max_steps": 1, "max_source_length": 64})) == 0
-    lines = {line.split(" ", 1)[0]: line.split(" ", 1)[1]
-             for line in capsys.readouterr().out.split("\n") if " " in line}
+    lines = {
+        line.split(" ", 1)[0]: line.split(" ", 1)[1]
+        for line in capsys.readouterr().out.split("\n")
+        if " " in line
+    }
     ids, labels = json.loads(lines["input_ids"]), json.loads(lines["label_ids"])
     assert ids[:2] == [64790, 64792] and ids[-1] == 2 and len(ids) == len(labels)
     assert lines["inputs"].startswith("[Round 1]")
@@ -136,8 +180,15 @@ def test_flags_of_the_rows(flags, rows, capsys):
     """--history_column, --source_prefix and --no_ignore_pad_token_for_loss reach the rows."""
     records = [json.loads(line) for line in rows.read_text().split("\n")]
     rows.write_text(json.dumps([{**record, "past": [["甲", "乙"]]} for record in records]))
-    argv = command({**flags, "max_steps": 1, "max_source_length": 100, "history_column": "past",
-                    "source_prefix": "前缀"})
+    argv = command(
+        {
+            **flags,
+            "max_steps": 1,
+            "max_source_length": 100,
+            "history_column": "past",
+            "source_prefix": "前缀",
+        }
+    )
     assert cli.main([*argv, "--no_ignore_pad_token_for_loss"]) == 0
     text = capsys.readouterr().out
     assert "inputs 前缀[Round 1]\n\n问：甲\n\n答：乙\n\n[Round 2]\n\n问：" in text
@@ -146,9 +197,21 @@ def test_flags_of_the_rows(flags, rows, capsys):
 
 
 def test_padding_avoided_is_exact(flags, capsys):
-    assert cli.main(command({**flags, "max_steps": 1, "max_source_length": 200,
-                             "per_device_train_batch_size": 10, "max_target_length": 39,
-                             "gradient_accumulation_steps": 1})) == 0
+    assert (
+        cli.main(
+            command(
+                {
+                    **flags,
+                    "max_steps": 1,
+                    "max_source_length": 200,
+                    "per_device_train_batch_size": 10,
+                    "max_target_length": 39,
+                    "gradient_accumulation_steps": 1,
+                }
+            )
+        )
+        == 0
+    )
     text = capsys.readouterr().out
     tokens = int(text.split(" in all\n")[0].split("; ")[-1].replace(",", ""))
     assert f"padding avoided: {1 - tokens / (10 * 240):.0%} of the official 240" in text
@@ -162,8 +225,10 @@ def test_every_spelling_gives_the_same_run(flags, tmp_path):
     config = tmp_path / "flags.json"
     config.write_text(json.dumps({**flags, "output_dir": str(folders[2])}))
     assert cli.main([str(config)]) == 0
-    dashes = [f"--{name.replace('_', '-')}={value}"
-              for name, value in {**flags, "output_dir": folders[3]}.items()]
+    dashes = [
+        f"--{name.replace('_', '-')}={value}"
+        for name, value in {**flags, "output_dir": folders[3]}.items()
+    ]
     assert cli.main(dashes) == 0
     ends = [prefix(folder / "checkpoint-4") for folder in folders]
     assert all(torch.equal(end, ends[0]) for end in ends[1:])
@@ -172,16 +237,28 @@ def test_every_spelling_gives_the_same_run(flags, tmp_path):
 def test_warm_start_from_a_checkpoint(flags, tmp_path):
     assert cli.main(command(flags)) == 0
     first = prefix(tmp_path / "out" / "checkpoint-4")
-    again = {**flags, "output_dir": tmp_path / "again", "learning_rate": 0, "max_steps": 1,
-             "save_steps": 1, "ptuning_checkpoint": tmp_path / "out" / "checkpoint-4"}
+    again = {
+        **flags,
+        "output_dir": tmp_path / "again",
+        "learning_rate": 0,
+        "max_steps": 1,
+        "save_steps": 1,
+        "ptuning_checkpoint": tmp_path / "out" / "checkpoint-4",
+    }
     assert cli.main(command(again)) == 0
     assert torch.equal(prefix(tmp_path / "again" / "checkpoint-1"), first)
 
 
 def test_projection_and_own_flags(flags, tmp_path):
-    own = {"prefix_projection": True, "prefix_dropout": 0, "recompute": "layer",
-           "tokens_per_pack": 0, "rope_precision": "model", "model_dtype": "bfloat16",
-           "save_safetensors": True}
+    own = {
+        "prefix_projection": True,
+        "prefix_dropout": 0,
+        "recompute": "layer",
+        "tokens_per_pack": 0,
+        "rope_precision": "model",
+        "model_dtype": "bfloat16",
+        "save_safetensors": True,
+    }
     assert cli.main(command({**flags, **own})) == 0
     last = tmp_path / "out" / "checkpoint-4"
     official = torch.load(last / "pytorch_model.bin", weights_only=True)
@@ -189,16 +266,27 @@ def test_projection_and_own_flags(flags, tmp_path):
     assert official.keys() == other.keys()
     assert all(torch.equal(official[name], other[name]) for name in official)
     state = read_prefix(tmp_path / "out" / "checkpoint-4")
-    assert state.keys() == {"embedding.weight", "trans.0.weight", "trans.0.bias",
-                            "trans.2.weight", "trans.2.bias"}
+    assert state.keys() == {
+        "embedding.weight",
+        "trans.0.weight",
+        "trans.0.bias",
+        "trans.2.weight",
+        "trans.2.bias",
+    }
     config = json.loads((tmp_path / "out" / "checkpoint-4" / "config.json").read_text())
     assert config["prefix_projection"] is True
 
 
 def test_model_flags_reach_the_model(base):
-    args = ModelArguments(output_layer_bit=8, offload_embedding=True,
-                          pre_seq_len=3, prefix_projection=True, prefix_dropout=0.25,
-                          recompute="mlp", rope_precision="model")
+    args = ModelArguments(
+        output_layer_bit=8,
+        offload_embedding=True,
+        pre_seq_len=3,
+        prefix_projection=True,
+        prefix_dropout=0.25,
+        recompute="mlp",
+        rope_precision="model",
+    )
     model = load_model(base, args, torch.device("cpu"), torch.float16)
     assert (model.prefix_dropout, model.recompute, model.rope_precision) == (0.25, "mlp", "model")
     assert model.transformer.output_layer.bits == 8 and model.offload_embedding
@@ -256,33 +344,54 @@ def test_max_train_samples(flags, tmp_path, capsys):
 
 
 def test_torchrun_with_one_process(flags, tmp_path):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nnodes=1",
-                "--nproc-per-node=1", "-m", "glmkern"]
-    done = subprocess.run([*launcher, *command({**flags, "max_steps": 1, "save_steps": 1})],
-                          cwd=REPOSITORY, capture_output=True, text=True)
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nnodes=1",
+        "--nproc-per-node=1",
+        "-m",
+        "glmkern",
+    ]
+    done = subprocess.run(
+        [*launcher, *command({**flags, "max_steps": 1, "save_steps": 1})],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out" / "checkpoint-1" / "pytorch_model.bin").is_file()
 
 
 # What goes wrong
 
-@pytest.mark.parametrize("changes, words", [
-    ({"train_file": "missing.json"}, "missing.json cannot be read"),
-    ({"prompt_column": "question"}, "has no column 'question'"),
-    ({"model_name_or_path": "missing/base"}, "missing/base"),
-    ({"ptuning_checkpoint": "missing"}, "there is no prefix checkpoint missing"),
-    ({"max_target_length": 128, "max_source_length": 1024, "source_prefix": "长" * 300},
-     "but the base has 256 positions; lower --max_source_length"),
-    ({"pre_seq_len": 0}, "--pre_seq_len is 0"),
-    ({"fp16": True}, "--fp16 needs a GPU"),
-    ({"quantization_bit": 3}, "--quantization_bit is 3; it must be 4 or 8"),
-    ({"output_dir": ""}, "--output_dir is missing; name the folder to write to"),
-    ({"resume_from_checkpoint": "", "max_source_length": 2}, "--max_source_length is 2"),
-    ({"metric_for_best_model": "rouge-1"}, "--metric_for_best_model is rouge-1, but nothing is"),
-    ({"output_layer_bit": 4}, "--output_layer_bit is 4; it must be 8"),
-    ({"label_smoothing_factor": 2}, "--label_smoothing_factor is 2.0; it must be in [0, 1"),
-    ({"dataloader_drop_last": True, "per_device_train_batch_size": 11}, "do not fill a micro"),
-])
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"train_file": "missing.json"}, "missing.json cannot be read"),
+        ({"prompt_column": "question"}, "has no column 'question'"),
+        ({"model_name_or_path": "missing/base"}, "missing/base"),
+        ({"ptuning_checkpoint": "missing"}, "there is no prefix checkpoint missing"),
+        (
+            {"max_target_length": 128, "max_source_length": 1024, "source_prefix": "长" * 300},
+            "but the base has 256 positions; lower --max_source_length",
+        ),
+        ({"pre_seq_len": 0}, "--pre_seq_len is 0"),
+        ({"fp16": True}, "--fp16 needs a GPU"),
+        ({"quantization_bit": 3}, "--quantization_bit is 3; it must be 4 or 8"),
+        ({"output_dir": ""}, "--output_dir is missing; name the folder to write to"),
+        ({"resume_from_checkpoint": "", "max_source_length": 2}, "--max_source_length is 2"),
+        (
+            {"metric_for_best_model": "rouge-1"},
+            "--metric_for_best_model is rouge-1, but nothing is",
+        ),
+        ({"output_layer_bit": 4}, "--output_layer_bit is 4; it must be 8"),
+        ({"label_smoothing_factor": 2}, "--label_smoothing_factor is 2.0; it must be in [0, 1"),
+        ({"dataloader_drop_last": True, "per_device_train_batch_size": 11}, "do not fill a micro"),
+    ],
+)
 def test_bad_input_is_one_sentence_and_leaves_nothing(flags, tmp_path, capsys, changes, words):
     if torch.cuda.is_available() and "fp16" in changes:
         changes = {**changes, "no_cuda": True}
@@ -293,8 +402,12 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(flags, tmp_path, capsys, c
 def test_wrong_prefix_length(flags, tmp_path, capsys):
     assert cli.main(command(flags)) == 0
     capsys.readouterr()
-    wrong = {**flags, "ptuning_checkpoint": tmp_path / "out" / "checkpoint-4", "pre_seq_len": 5,
-             "output_dir": tmp_path / "again"}
+    wrong = {
+        **flags,
+        "ptuning_checkpoint": tmp_path / "out" / "checkpoint-4",
+        "pre_seq_len": 5,
+        "output_dir": tmp_path / "again",
+    }
     assert "holds 4 virtual tokens, but pre_seq_len is 5" in refused(command(wrong), capsys)
     assert not (tmp_path / "again").exists()
 

@@ -49,8 +49,18 @@ def tools(tmp_path):
 def build_wheel(source, **environment):
     """pip's output, and the wheel's path, or None where pip failed."""
     environment = {**os.environ, "GLMKERN_BUILD": "", "CXX": "", **environment}
-    command = [sys.executable, "-m", "pip", "wheel", "-v", "--no-build-isolation", "--no-deps",
-               "--wheel-dir", str(source / "wheels"), str(source)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-v",
+        "--no-build-isolation",
+        "--no-deps",
+        "--wheel-dir",
+        str(source / "wheels"),
+        str(source),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     wheels = list((source / "wheels").glob("*.whl"))
     assert len(wheels) == (done.returncode == 0), done.stdout + done.stderr
@@ -69,8 +79,9 @@ def test_a_wheel_with_native_code(source):
     names = zipfile.ZipFile(wheel).namelist()
     assert {"glmkern/_native.so", "glmkern/cli.py", "glmkern/ops/rms_norm.py"} <= set(names)
     assert any(name.startswith("glmkern/demo/base/") for name in names)
-    assert not [name for name in names if name.startswith(("csrc", "tests"))
-                or "__pycache__" in name]
+    assert not [
+        name for name in names if name.startswith(("csrc", "tests")) or "__pycache__" in name
+    ]
     assert reasons(wheel)["_native"] is None
 
 
@@ -114,11 +125,16 @@ def test_without_torch(source, tmp_path):
     for folder in [*site_packages.glob("setuptools*"), site_packages / "_distutils_hack"]:
         (packages / folder.name).symlink_to(folder)
     python = tmp_path / "venv" / ("Scripts" if os.name == "nt" else "bin") / "python"
-    done = subprocess.run([python, "setup.py", "-q", "bdist_wheel"], cwd=source, check=False,
-                          capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": str(packages), "GLMKERN_BUILD": ""})
+    done = subprocess.run(
+        [python, "setup.py", "-q", "bdist_wheel"],
+        cwd=source,
+        check=False,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(packages), "GLMKERN_BUILD": ""},
+    )
     assert done.returncode == 0, done.stderr
-    wheel, = (source / "dist").iterdir()
+    (wheel,) = (source / "dist").iterdir()
     assert wheel.name.endswith("-py3-none-any.whl")
     assert "torch was not installed yet: install torch, then glmkern again" in done.stderr
 
@@ -139,15 +155,19 @@ def test_torch_is_found_and_read_without_an_import(setup_module, monkeypatch):
     assert setup_module.find_torch().samefile(TORCH)
 
 
-@pytest.mark.parametrize(("version", "cuda", "library", "nvcc", "reason"), [
-    ("2.9.1", "12.8", "_native", None, "it needs torch 2.10 or newer, found 2.9.1"),
-    ("2.10.0", None, "_native", None, None),
-    ("2.13.0+cpu", None, "_native_cuda", "nvcc", "torch is a CPU build"),
-    ("2.13.0", "13.0", "_native_cuda", None, "no nvcc was found: pip install 'glmkern"),
-    ("2.13.0", "13.0", "_native_cuda", "nvcc", None),
-])
-def test_what_can_be_built(setup_module, tmp_path, monkeypatch, version, cuda, library, nvcc,
-                           reason):
+@pytest.mark.parametrize(
+    ("version", "cuda", "library", "nvcc", "reason"),
+    [
+        ("2.9.1", "12.8", "_native", None, "it needs torch 2.10 or newer, found 2.9.1"),
+        ("2.10.0", None, "_native", None, None),
+        ("2.13.0+cpu", None, "_native_cuda", "nvcc", "torch is a CPU build"),
+        ("2.13.0", "13.0", "_native_cuda", None, "no nvcc was found: pip install 'glmkern"),
+        ("2.13.0", "13.0", "_native_cuda", "nvcc", None),
+    ],
+)
+def test_what_can_be_built(
+    setup_module, tmp_path, monkeypatch, version, cuda, library, nvcc, reason
+):
     text = f"__version__ = {version!r}\ncuda: str | None = {cuda!r}\n"
     (tmp_path / "version.py").write_text(text)
     monkeypatch.setattr(setup_module, "find_torch", lambda: tmp_path)
@@ -160,8 +180,9 @@ def test_what_can_be_built(setup_module, tmp_path, monkeypatch, version, cuda, l
 
 
 def inspect(tool, *arguments):
-    return subprocess.run([tool, *map(str, arguments)], capture_output=True, text=True,
-                          check=True).stdout
+    return subprocess.run(
+        [tool, *map(str, arguments)], capture_output=True, text=True, check=True
+    ).stdout
 
 
 def torch_cpp_symbols(library):
@@ -177,12 +198,25 @@ def test_the_native_library_is_stable_abi_alone():
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc")
 def test_the_cuda_library_compiles(tmp_path):
     """For one chip, against whatever torch is here: a CPU build's headers are enough."""
-    configure = ["-G", "Ninja", "-S", ROOT, "-B", tmp_path, f"-DTORCH_DIR={TORCH}",
-                 "-DGLMKERN_CUDA=ON"]
+    configure = [
+        "-G",
+        "Ninja",
+        "-S",
+        ROOT,
+        "-B",
+        tmp_path,
+        f"-DTORCH_DIR={TORCH}",
+        "-DGLMKERN_CUDA=ON",
+    ]
     environment = {**os.environ, "PATH": PATH, "GLMKERN_CUDA_ARCHS": "80"}
     for arguments in (configure, ["--build", tmp_path, "--target", "_native_cuda"]):
-        done = subprocess.run([shutil.which("cmake", path=PATH), *arguments], env=environment,
-                              check=False, capture_output=True, text=True)
+        done = subprocess.run(
+            [shutil.which("cmake", path=PATH), *arguments],
+            env=environment,
+            check=False,
+            capture_output=True,
+            text=True,
+        )
         assert done.returncode == 0 and "warning" not in done.stdout, done.stdout + done.stderr
     library = tmp_path / "_native_cuda.so"
     assert torch_cpp_symbols(library) == []

@@ -55,16 +55,47 @@ def figure(text: str, name: str) -> float:
 
 # The verb
 
+
 def test_the_published_command_for_a_gpu(chatglm2_6b, shared, capsys):
-    text = planned([
-        "--do_train", "--train_file", shared / "data" / "advertisegen" / "train.json",
-        "--validation_file", "dev.json", "--preprocessing_num_workers", "10",
-        "--prompt_column", "content", "--response_column", "summary", "--overwrite_cache",
-        "--model_name_or_path", chatglm2_6b, "--output_dir", "output/adgen",
-        "--max_source_length", "64", "--max_target_length", "128",
-        "--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "16",
-        "--max_steps", "3000", "--learning_rate", "2e-2", "--pre_seq_len", "128",
-        "--quantization_bit", "4", "--gpu", "L4"], capsys)
+    text = planned(
+        [
+            "--do_train",
+            "--train_file",
+            shared / "data" / "advertisegen" / "train.json",
+            "--validation_file",
+            "dev.json",
+            "--preprocessing_num_workers",
+            "10",
+            "--prompt_column",
+            "content",
+            "--response_column",
+            "summary",
+            "--overwrite_cache",
+            "--model_name_or_path",
+            chatglm2_6b,
+            "--output_dir",
+            "output/adgen",
+            "--max_source_length",
+            "64",
+            "--max_target_length",
+            "128",
+            "--per_device_train_batch_size",
+            "1",
+            "--gradient_accumulation_steps",
+            "16",
+            "--max_steps",
+            "3000",
+            "--learning_rate",
+            "2e-2",
+            "--pre_seq_len",
+            "128",
+            "--quantization_bit",
+            "4",
+            "--gpu",
+            "L4",
+        ],
+        capsys,
+    )
     assert text.startswith("2,000 rows read, 0 of them left out")
     assert "408 of 2,000 prompts cut, which loses the end of the question" in text
     assert "tokens a row: mean 129.2, median 129, longest 193; 258,495 in all\n" in text
@@ -81,10 +112,24 @@ def test_the_published_command_for_a_gpu(chatglm2_6b, shared, capsys):
 
 
 def test_a_config_alone_and_this_machine(config_only, capsys):
-    text = planned(["--model_name_or_path", config_only, "--pre_seq_len", "8", "--no_cuda",
-                    "--max_source_length", "20", "--max_target_length", "9",
-                    "--per_device_train_batch_size", "3", "--gradient_accumulation_steps", "2"],
-                   capsys)
+    text = planned(
+        [
+            "--model_name_or_path",
+            config_only,
+            "--pre_seq_len",
+            "8",
+            "--no_cuda",
+            "--max_source_length",
+            "20",
+            "--max_target_length",
+            "9",
+            "--per_device_train_batch_size",
+            "3",
+            "--gradient_accumulation_steps",
+            "2",
+        ],
+        capsys,
+    )
     assert text.startswith("no --train_file: every row is taken to have 30 tokens\n")
     assert "on this CPU (measured: " in text
     assert "while 180 tokens are computed at once, 60 of them labelled" in text
@@ -93,14 +138,21 @@ def test_a_config_alone_and_this_machine(config_only, capsys):
 
 
 def test_recompute_trades_memory_for_time(chatglm2_6b, capsys):
-    lines = planned(["--model_name_or_path", chatglm2_6b, "--pre_seq_len", "128", "--gpu", "H100"],
-                    capsys).splitlines()
+    lines = planned(
+        ["--model_name_or_path", chatglm2_6b, "--pre_seq_len", "128", "--gpu", "H100"], capsys
+    ).splitlines()
     start = lines.index("predicted for every --recompute:")
-    numbers = [re.match(rf"  {name} +([\d.]+) GiB, ([\d.]+) s a step; (at least )?([\d,]+) tokens "
-                        "fit at once", line)
-               for name, line in zip(("none", "mlp", "layer"), lines[start + 1:], strict=False)]
-    memory, seconds, tokens = zip(*((float(m[1]), float(m[2]), int(m[4].replace(",", "")))
-                                    for m in numbers), strict=True)
+    numbers = [
+        re.match(
+            rf"  {name} +([\d.]+) GiB, ([\d.]+) s a step; (at least )?([\d,]+) tokens "
+            "fit at once",
+            line,
+        )
+        for name, line in zip(("none", "mlp", "layer"), lines[start + 1 :], strict=False)
+    ]
+    memory, seconds, tokens = zip(
+        *((float(m[1]), float(m[2]), int(m[4].replace(",", ""))) for m in numbers), strict=True
+    )
     assert memory[0] > memory[1] > memory[2] and seconds[0] < seconds[1] < seconds[2]
     assert tokens[0] < tokens[1] < tokens[2]
 
@@ -111,28 +163,43 @@ def test_flags_from_a_file(config_only, tmp_path, capsys):
     assert "on T4 (" in planned([path, "--gpu", "T4"], capsys)
 
 
-@pytest.mark.parametrize("argv, words", [
-    (["--gpu", "RTX 4091"], "--gpu RTX 4091 is not in the table (nearest: RTX 4090); known are V1"),
-    (["--pre_seq_len", "0"], "--pre_seq_len is 0"),
-    (["--max_step", "3"], "there is no flag --max_step; the nearest is --max_steps"),
-    (["--fp16", "--no_cuda"], "--fp16 needs a GPU"),
-    (["--train_file", "rows.json"], "--prompt_column is missing"),
-    (["--train_file", "rows.json", "--prompt_column", "a", "--response_column", "b"],
-     "tokenizer.model is missing"),
-    (["--model_name_or_path", "missing/base"], "missing/base"),
-])
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (
+            ["--gpu", "RTX 4091"],
+            "--gpu RTX 4091 is not in the table (nearest: RTX 4090); known are V1",
+        ),
+        (["--pre_seq_len", "0"], "--pre_seq_len is 0"),
+        (["--max_step", "3"], "there is no flag --max_step; the nearest is --max_steps"),
+        (["--fp16", "--no_cuda"], "--fp16 needs a GPU"),
+        (["--train_file", "rows.json"], "--prompt_column is missing"),
+        (
+            ["--train_file", "rows.json", "--prompt_column", "a", "--response_column", "b"],
+            "tokenizer.model is missing",
+        ),
+        (["--model_name_or_path", "missing/base"], "missing/base"),
+    ],
+)
 def test_mistakes(config_only, capsys, argv, words):
     start = ["plan", "--model_name_or_path", str(config_only), "--pre_seq_len", "8"]
     assert words in refused([*start, *argv], capsys)
 
 
-@pytest.mark.parametrize("changes, words", [
-    ({"train_file": "missing.json"}, "missing.json cannot be read"),
-    ({"max_target_length": 128, "max_source_length": 1024, "source_prefix": "长" * 300},
-     "but the base has 256 positions; lower --max_source_length"),
-    ({"dataloader_drop_last": True, "per_device_train_batch_size": 11},
-     "10 rows do not fill a micro-batch of 11, and --dataloader_drop_last"),
-])
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"train_file": "missing.json"}, "missing.json cannot be read"),
+        (
+            {"max_target_length": 128, "max_source_length": 1024, "source_prefix": "长" * 300},
+            "but the base has 256 positions; lower --max_source_length",
+        ),
+        (
+            {"dataloader_drop_last": True, "per_device_train_batch_size": 11},
+            "10 rows do not fill a micro-batch of 11, and --dataloader_drop_last",
+        ),
+    ],
+)
 def test_rows_that_a_run_refuses(flags, tmp_path, capsys, changes, words):
     argv = command({**flags, **changes})
     said = refused(["plan", *argv], capsys)
@@ -151,18 +218,39 @@ def test_a_tokenizer_of_another_base(flags, config_only, base, capsys):
 def test_the_length_of_a_prefix_to_go_on_from(config_only, tmp_path, capsys, projection):
     model = small_model(pre_seq_len=7, projection=projection)
     write_prefix(tmp_path, model.prefix_encoder.state_dict())
-    start = ["--model_name_or_path", config_only, "--gpu", "L4", "--max_source_length", "20",
-             "--max_target_length", "9"]
+    start = [
+        "--model_name_or_path",
+        config_only,
+        "--gpu",
+        "L4",
+        "--max_source_length",
+        "20",
+        "--max_target_length",
+        "9",
+    ]
     given = ["--pre_seq_len", "7", *(["--prefix_projection"] if projection else [])]
     assert planned([*start, "--ptuning_checkpoint", tmp_path], capsys) == planned(
-        [*start, *given], capsys)
+        [*start, *given], capsys
+    )
     assert "there is no prefix checkpoint missing" in refused(
-        ["plan", *map(str, start), "--ptuning_checkpoint", "missing"], capsys)
+        ["plan", *map(str, start), "--ptuning_checkpoint", "missing"], capsys
+    )
 
 
 def test_more_steps_than_a_date_can_hold(config_only, capsys):
-    text = planned(["--model_name_or_path", config_only, "--pre_seq_len", "8", "--gpu", "L4",
-                    "--max_steps", 10**18], capsys)
+    text = planned(
+        [
+            "--model_name_or_path",
+            config_only,
+            "--pre_seq_len",
+            "8",
+            "--gpu",
+            "L4",
+            "--max_steps",
+            10**18,
+        ],
+        capsys,
+    )
     assert "more than 100 years for 1,000,000,000,000,000,000 steps\n" in text
 
 
@@ -179,27 +267,40 @@ def test_a_gpu_without_a_name(capsys):
 
 
 def test_help_needs_no_torch():
-    code = ("import sys; from glmkern.cli import main; assert main(['plan', '--help']) == 0; "
-            "sys.exit('torch' in sys.modules)")
-    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True,
-                          text=True)
+    code = (
+        "import sys; from glmkern.cli import main; assert main(['plan', '--help']) == 0; "
+        "sys.exit('torch' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert "--gpu NAME" in done.stdout
 
 
 # At the start of a run, and after a few steps
 
+
 def test_a_run_tells_what_it_expects_and_what_came(flags, monkeypatch, capsys):
     assert cli.main(command(flags)) == 0
     text = capsys.readouterr().out
     before, _, after = text.partition("***** Running training *****")
-    assert "precision: linears float32, embedding and output layer float32, activations float32" \
+    assert (
+        "precision: linears float32, embedding and output layer float32, activations float32"
         in before
-    expected = re.search(r"^predicted: ([\d.]+) GiB at the peak, ([\d.e-]+) s a step, .* for 4 "
-                         r"steps\npredicted for this CPU \(measured: ", before, re.MULTILINE)
-    came = re.search(r"^predicted ([\d.e-]+) s a step and ([\d.]+) GiB, in the first 3 steps "
-                     r"measured ([\d.e-]+) s \([\d.]+ times\) and ([\d.]+) GiB", after,
-                     re.MULTILINE)
+    )
+    expected = re.search(
+        r"^predicted: ([\d.]+) GiB at the peak, ([\d.e-]+) s a step, .* for 4 "
+        r"steps\npredicted for this CPU \(measured: ",
+        before,
+        re.MULTILINE,
+    )
+    came = re.search(
+        r"^predicted ([\d.e-]+) s a step and ([\d.]+) GiB, in the first 3 steps "
+        r"measured ([\d.e-]+) s \([\d.]+ times\) and ([\d.]+) GiB",
+        after,
+        re.MULTILINE,
+    )
     assert (came[2], came[1]) == (expected[1], expected[2])
     assert float(came[3]) > 0 and float(came[4]) > 0.1
     # After the third step and before the log of the fourth.
@@ -228,21 +329,61 @@ def test_the_first_step_is_not_timed(monkeypatch):
     first_steps = FirstSteps(Expected, torch.device("cpu"), written.append)
     for step in (41, 42, 42, 43, 44, 45):  # resumed after 40
         first_steps(step)
-    assert written == ["predicted 1.6 s a step and 4.00 GiB, in the first 3 steps measured 2 s "
-                       "(1.25 times) and 3.00 GiB (0.75 times)"]
+    assert written == [
+        "predicted 1.6 s a step and 4.00 GiB, in the first 3 steps measured 2 s "
+        "(1.25 times) and 3.00 GiB (0.75 times)"
+    ]
 
 
 # Precision
 
-@pytest.mark.parametrize("stored, dtype, device, rope, bits, expected", [
-    ("float16", "float32", "cpu", "float32", 0, ["linears float16", "output layer float16",
-     "activations float32", "angles float32", "no loss scale"]),
-    ("float16", "bfloat16", "cpu", "model", 4, ["4-bit codes with float16 scales",
-     "layer bfloat16", "activations bfloat16", "angles bfloat16", "no loss scale"]),
-    ("bfloat16", "float16", "cuda", "float32", 8, ["8-bit codes with bfloat16 scales",
-     "layer float16", "loss scale 65536, halved where the gradient overflows"]),
-    (None, "float32", "cuda", "float32", 0, ["linears float32", "activations float32"]),
-])
+
+@pytest.mark.parametrize(
+    "stored, dtype, device, rope, bits, expected",
+    [
+        (
+            "float16",
+            "float32",
+            "cpu",
+            "float32",
+            0,
+            [
+                "linears float16",
+                "output layer float16",
+                "activations float32",
+                "angles float32",
+                "no loss scale",
+            ],
+        ),
+        (
+            "float16",
+            "bfloat16",
+            "cpu",
+            "model",
+            4,
+            [
+                "4-bit codes with float16 scales",
+                "layer bfloat16",
+                "activations bfloat16",
+                "angles bfloat16",
+                "no loss scale",
+            ],
+        ),
+        (
+            "bfloat16",
+            "float16",
+            "cuda",
+            "float32",
+            8,
+            [
+                "8-bit codes with bfloat16 scales",
+                "layer float16",
+                "loss scale 65536, halved where the gradient overflows",
+            ],
+        ),
+        (None, "float32", "cuda", "float32", 0, ["linears float32", "activations float32"]),
+    ],
+)
 def test_precision(stored, dtype, device, rope, bits, expected):
     config = ChatGLMConfig.from_dict({**SMALL, "torch_dtype": stored})
     precision = Precision.of(config, getattr(torch, dtype), torch.device(device), rope)

@@ -47,9 +47,17 @@ def train_pieces(**options) -> bytes:
     file = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(["红色 的 裙子", "蓝色 的 外套", "a red dress", "a blue coat"] * 9),
-        model_writer=file, model_type="bpe", vocab_size=300, byte_fallback=True,
-        normalization_rule_name="identity", remove_extra_whitespaces=False, split_digits=True,
-        hard_vocab_limit=False, minloglevel=2, **options)
+        model_writer=file,
+        model_type="bpe",
+        vocab_size=300,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        split_digits=True,
+        hard_vocab_limit=False,
+        minloglevel=2,
+        **options,
+    )
     return file.getvalue()
 
 
@@ -76,8 +84,9 @@ def test_special_ids(tokenizers, recorded, family):
     assert tokenizer.vocab_size == expected["vocab_size"]
     assert tokenizer.pad_token_id == expected["pad_token_id"]
     assert tokenizer.eos_token_id == expected["eos_token_id"]
-    assert {name: tokenizer.get_command(name)
-            for name in expected["commands"]} == expected["commands"]
+    assert {name: tokenizer.get_command(name) for name in expected["commands"]} == expected[
+        "commands"
+    ]
 
 
 def test_chatglm3_knows_its_roles(tokenizers, recorded):
@@ -93,24 +102,38 @@ def test_chat_input(tokenizers, recorded):
     tokenizer = tokenizers["chatglm3"]
     assert len(recorded["chatglm3"]["build_chat_input"]) == 2
     for case in recorded["chatglm3"]["build_chat_input"]:
-        assert tokenizer.build_chat_input(case["query"], case["history"], case["role"]) == (
-            case["input_ids"][0])
-        assert tokenizer.build_chat_input(case["query"], case["history"] or None) == (
-            case["input_ids"][0])
+        assert (
+            tokenizer.build_chat_input(case["query"], case["history"], case["role"])
+            == (case["input_ids"][0])
+        )
+        assert (
+            tokenizer.build_chat_input(case["query"], case["history"] or None)
+            == (case["input_ids"][0])
+        )
 
 
 def test_chat_input_of_a_tool_call(tokenizers):
     """Every part begins with SentencePiece's space, and roles in a text stay text."""
     tokenizer = tokenizers["chatglm3"]
-    history = [{"role": "user", "content": "<|user|>"},
-               {"role": "assistant", "metadata": "weather", "content": "call()"}]
+    history = [
+        {"role": "user", "content": "<|user|>"},
+        {"role": "assistant", "metadata": "weather", "content": "call()"},
+    ]
     roles = tokenizer.special_tokens
     assert tokenizer.build_chat_input("24", history, role="observation") == [
-        roles["[gMASK]"], roles["sop"],
-        roles["<|user|>"], *plain(tokenizer, "\n"), *plain(tokenizer, "<|user|>"),
-        roles["<|assistant|>"], *plain(tokenizer, "weather\n"), *plain(tokenizer, "call()"),
-        roles["<|observation|>"], *plain(tokenizer, "\n"), *plain(tokenizer, "24"),
-        roles["<|assistant|>"]]
+        roles["[gMASK]"],
+        roles["sop"],
+        roles["<|user|>"],
+        *plain(tokenizer, "\n"),
+        *plain(tokenizer, "<|user|>"),
+        roles["<|assistant|>"],
+        *plain(tokenizer, "weather\n"),
+        *plain(tokenizer, "call()"),
+        roles["<|observation|>"],
+        *plain(tokenizer, "\n"),
+        *plain(tokenizer, "24"),
+        roles["<|assistant|>"],
+    ]
 
 
 def plain(tokenizer, text: str) -> list[int]:
@@ -139,19 +162,60 @@ def test_build_prompt(tokenizer, recorded):
     for case in recorded["chatglm2"]["build_prompt"]:
         assert tokenizer.build_prompt(case["query"], case["history"]) == case["prompt"]
         assert tokenizer.build_inputs(case["query"], case["history"]) == tokenizer.encode(
-            case["prompt"])
+            case["prompt"]
+        )
 
 
 def test_build_inputs_of_two_rounds(tokenizer):
-    first = [790, 30951, 517, 30910, 30939, 30996, 13, 13, 54761, 31211, 39701, 13, 13, 55437,
-             31211]
-    second = [13, 13, 30995, 30951, 517, 30910, 30943, 30996, 13, 13, 54761, 31211, 32820, 54266,
-              31876, 35153, 13, 13, 55437, 31211]
+    first = [
+        790,
+        30951,
+        517,
+        30910,
+        30939,
+        30996,
+        13,
+        13,
+        54761,
+        31211,
+        39701,
+        13,
+        13,
+        55437,
+        31211,
+    ]
+    second = [
+        13,
+        13,
+        30995,
+        30951,
+        517,
+        30910,
+        30943,
+        30996,
+        13,
+        13,
+        54761,
+        31211,
+        32820,
+        54266,
+        31876,
+        35153,
+        13,
+        13,
+        55437,
+        31211,
+    ]
     answer = [39701, 243, 162, 148, 142]
     history = [("你好", "你好👋")]
     assert tokenizer.build_inputs("你好") == [64790, 64792, *first]
     assert tokenizer.build_inputs("晚上睡不着应该怎么办", history) == [
-        64790, 64792, *first, *answer, *second]
+        64790,
+        64792,
+        *first,
+        *answer,
+        *second,
+    ]
     assert tokenizer.build_stream_inputs("你好") == [64790, 64792, *first]
     assert tokenizer.build_stream_inputs("晚上睡不着应该怎么办", history) == second
 
@@ -176,9 +240,14 @@ def test_one_text_gives_flat_lists(tokenizer):
     assert tokenizer("你好", padding="max_length", max_length=6) == {
         "input_ids": [0, 0, 64790, 64792, 36474, 54591],
         "attention_mask": [0, 0, 1, 1, 1, 1],
-        "position_ids": [0, 0, 0, 1, 2, 3]}
+        "position_ids": [0, 0, 0, 1, 2, 3],
+    }
     assert tokenizer("你好", padding="max_length", max_length=3)["input_ids"] == [
-        64790, 64792, 36474, 54591]
+        64790,
+        64792,
+        36474,
+        54591,
+    ]
 
 
 def test_decode(tokenizer, recorded):
@@ -225,7 +294,12 @@ def test_small_vocabulary(small_model):
     tokenizer = ChatGLMTokenizer(small_model)
     assert 256 < size <= 300 and tokenizer.vocab_size == size + 5
     assert tokenizer.special_tokens == {
-        "[MASK]": size, "[gMASK]": size + 1, "[sMASK]": size + 2, "sop": size + 3, "eop": size + 4}
+        "[MASK]": size,
+        "[gMASK]": size + 1,
+        "[sMASK]": size + 2,
+        "sop": size + 3,
+        "eop": size + 4,
+    }
     assert (tokenizer.pad_token_id, tokenizer.eos_token_id) == (0, 2)
     assert tokenizer.build_inputs("红色")[:2] == [size + 1, size + 3]
 
@@ -240,7 +314,8 @@ def test_padding_needs_sensible_lengths(tokenizer):
     with pytest.raises(ValueError, match=r"at least 3 .* not 2"):
         tokenizer("你好", truncation=True, max_length=2)
     assert tokenizer("你好", truncation=True, max_length=1, add_special_tokens=False)[
-        "input_ids"] == [36474]
+        "input_ids"
+    ] == [36474]
     with pytest.raises(ValueError, match=r"'\[CLS\]' is not a special token; .*\[gMASK\]"):
         tokenizer.get_command("[CLS]")
 
@@ -250,13 +325,19 @@ def test_half_a_surrogate_pair_is_refused(tokenizer):
         tokenizer.encode("你好\ud83d")
 
 
-@pytest.mark.parametrize(("config", "vocab_size"), [
-    (None, 64794),
-    ({"name_or_path": "THUDM/chatglm-6b", "tokenizer_class": "ChatGLMTokenizer"}, 64794),
-    ({"name_or_path": "zai-org/chatglm3-6b-32k"}, 64798),
-    ({"auto_map": {"AutoTokenizer": ["THUDM/chatglm3-6b--tokenization_chatglm.X", None]}}, 64798),
-    ({"added_tokens_decoder": {"64795": {"content": "<|user|>"}}}, 64798),
-])
+@pytest.mark.parametrize(
+    ("config", "vocab_size"),
+    [
+        (None, 64794),
+        ({"name_or_path": "THUDM/chatglm-6b", "tokenizer_class": "ChatGLMTokenizer"}, 64794),
+        ({"name_or_path": "zai-org/chatglm3-6b-32k"}, 64798),
+        (
+            {"auto_map": {"AutoTokenizer": ["THUDM/chatglm3-6b--tokenization_chatglm.X", None]}},
+            64798,
+        ),
+        ({"added_tokens_decoder": {"64795": {"content": "<|user|>"}}}, 64798),
+    ],
+)
 def test_family(folders, tmp_path, config, vocab_size):
     shutil.copy(folders["chatglm2"] / "tokenizer.model", tmp_path)
     if config is not None:
@@ -269,14 +350,18 @@ def test_save(tokenizers, folders, tmp_path, family):
     folder = tmp_path / "new" / "checkpoint-10"
     tokenizers[family].save(folder)
     assert sorted(path.name for path in folder.iterdir()) == [
-        "special_tokens_map.json", "tokenizer.model", "tokenizer_config.json"]
+        "special_tokens_map.json",
+        "tokenizer.model",
+        "tokenizer_config.json",
+    ]
     original = folders[family]
     model, config = "tokenizer.model", "tokenizer_config.json"
     assert (folder / model).read_bytes() == (original / model).read_bytes()
     assert json.loads((folder / config).read_text()) == json.loads((original / config).read_text())
     assert json.loads((folder / "special_tokens_map.json").read_text()) == {}
     assert ChatGLMTokenizer.from_pretrained(folder).special_tokens == (
-        tokenizers[family].special_tokens)
+        tokenizers[family].special_tokens
+    )
 
 
 def test_save_without_a_config_writes_chatglm2s(tokenizer, small_model, tmp_path):
@@ -308,12 +393,13 @@ def test_bad_folders(folders, shared, small_model, tmp_path):
         assert "is not a SentencePiece model, or is cut short" in message(tokenizer__model=broken)
     assert "ChatGLM-6B (v1) folder" in message(ice_text__model=first_version)
     assert "ChatGLM-6B (v1) has" in message(tokenizer__model=first_version)
-    assert "no end-of-sentence piece" in message(
-        tokenizer__model=train_pieces(eos_id=-1))
+    assert "no end-of-sentence piece" in message(tokenizer__model=train_pieces(eos_id=-1))
     assert "tokenizer_config.json is not valid JSON" in message(
-        tokenizer__model=small_model, tokenizer_config__json=b"{'a': 1}")
+        tokenizer__model=small_model, tokenizer_config__json=b"{'a': 1}"
+    )
     assert "tokenizer_config.json holds list" in message(
-        tokenizer__model=small_model, tokenizer_config__json=b"[]")
+        tokenizer__model=small_model, tokenizer_config__json=b"[]"
+    )
 
 
 def test_a_folder_that_is_not_there(tmp_path):
@@ -322,6 +408,7 @@ def test_a_folder_that_is_not_there(tmp_path):
 
 
 def test_torch_is_not_imported():
-    code = ("import sys, glmkern.tokenizer, glmkern.training.dataset\n"
-            "sys.exit('torch' in sys.modules)")
+    code = (
+        "import sys, glmkern.tokenizer, glmkern.training.dataset\nsys.exit('torch' in sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -32,14 +32,30 @@ GMASK, SOP, EOS, PAD, IGNORED = 64790, 64792, 2, 0, -100
 def base(shared, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("base")
     config = ChatGLMConfig(
-        num_layers=2, padded_vocab_size=64896, hidden_size=32, ffn_hidden_size=44, kv_channels=8,
-        num_attention_heads=4, seq_length=128, multi_query_attention=True, multi_query_group_num=2,
-        add_qkv_bias=True, eos_token_id=EOS, pad_token_id=PAD)
+        num_layers=2,
+        padded_vocab_size=64896,
+        hidden_size=32,
+        ffn_hidden_size=44,
+        kv_channels=8,
+        num_attention_heads=4,
+        seq_length=128,
+        multi_query_attention=True,
+        multi_query_group_num=2,
+        add_qkv_bias=True,
+        eos_token_id=EOS,
+        pad_token_id=PAD,
+    )
     config.save(folder)
     generator = torch.Generator().manual_seed(5)
-    save_file({name: 1 + 0.1 * torch.randn(shape, generator=generator) if "norm" in name else
-               0.3 * torch.randn(shape, generator=generator)
-               for name, shape in expected_shapes(config).items()}, folder / "model.safetensors")
+    save_file(
+        {
+            name: 1 + 0.1 * torch.randn(shape, generator=generator)
+            if "norm" in name
+            else 0.3 * torch.randn(shape, generator=generator)
+            for name, shape in expected_shapes(config).items()
+        },
+        folder / "model.safetensors",
+    )
     shutil.copy(shared / "data" / "tokenizer" / "tokenizer.model", folder)
     return folder
 
@@ -59,8 +75,12 @@ def padded_rows(examples: list[dict[str, str]], base: Path) -> list[tuple[Tensor
         source = [GMASK, SOP, *tokenizer.encode(prompt)][:SOURCE]
         target = [*tokenizer.encode(example["summary"])[:TARGET], EOS]
         padding = SOURCE + TARGET + 1 - len(source) - len(target)
-        rows.append((torch.tensor(source + target + [PAD] * padding),
-                     torch.tensor([IGNORED] * len(source) + target + [IGNORED] * padding)))
+        rows.append(
+            (
+                torch.tensor(source + target + [PAD] * padding),
+                torch.tensor([IGNORED] * len(source) + target + [IGNORED] * padding),
+            )
+        )
     return rows
 
 
@@ -91,14 +111,14 @@ def official_run(rows: list[tuple[Tensor, Tensor]], base: Path) -> tuple[list[fl
     for step in range(STEPS):
         losses.append(0.0)
         prefix.grad = None
-        for ids, labels in micro_batches[step * ACCUMULATION:(step + 1) * ACCUMULATION]:
+        for ids, labels in micro_batches[step * ACCUMULATION : (step + 1) * ACCUMULATION]:
             loss, _ = twin_forward(twin, ids, torch.ones_like(ids), labels=labels)
             (loss / ACCUMULATION).backward()
             losses[-1] += loss.item() / ACCUMULATION
         with torch.no_grad():
             gradient = prefix.grad * min(1.0, 1.0 / (prefix.grad.norm() + 1e-6))
             moment = 0.9 * moment + 0.1 * gradient
-            square = 0.999 * square + 0.001 * gradient ** 2
+            square = 0.999 * square + 0.001 * gradient**2
             rate = LEARNING_RATE * (STEPS - step) / STEPS
             rate *= math.sqrt(1 - 0.999 ** (step + 1)) / (1 - 0.9 ** (step + 1))
             prefix -= rate * moment / (square.sqrt() + 1e-8)
@@ -109,15 +129,48 @@ def test_twelve_steps(base, examples, tmp_path):
     rows_file = tmp_path / "train.json"
     rows_file.write_text("\n".join(json.dumps(each, ensure_ascii=False) for each in examples))
     out = tmp_path / "out"
-    assert cli.main([
-        "--do_train", "--train_file", str(rows_file), "--prompt_column", "content",
-        "--response_column", "summary", "--model_name_or_path", str(base),
-        "--output_dir", str(out), "--max_source_length", str(SOURCE),
-        "--max_target_length", str(TARGET), "--per_device_train_batch_size", str(BATCH),
-        "--gradient_accumulation_steps", str(ACCUMULATION), "--max_steps", str(STEPS),
-        "--logging_steps", "1", "--save_steps", str(STEPS), "--learning_rate", str(LEARNING_RATE),
-        "--pre_seq_len", str(PREFIX), "--prefix_dropout", "0", "--model_dtype", "float32",
-        "--no_cuda", "--disable_tqdm"]) == 0
+    assert (
+        cli.main(
+            [
+                "--do_train",
+                "--train_file",
+                str(rows_file),
+                "--prompt_column",
+                "content",
+                "--response_column",
+                "summary",
+                "--model_name_or_path",
+                str(base),
+                "--output_dir",
+                str(out),
+                "--max_source_length",
+                str(SOURCE),
+                "--max_target_length",
+                str(TARGET),
+                "--per_device_train_batch_size",
+                str(BATCH),
+                "--gradient_accumulation_steps",
+                str(ACCUMULATION),
+                "--max_steps",
+                str(STEPS),
+                "--logging_steps",
+                "1",
+                "--save_steps",
+                str(STEPS),
+                "--learning_rate",
+                str(LEARNING_RATE),
+                "--pre_seq_len",
+                str(PREFIX),
+                "--prefix_dropout",
+                "0",
+                "--model_dtype",
+                "float32",
+                "--no_cuda",
+                "--disable_tqdm",
+            ]
+        )
+        == 0
+    )
     state = json.loads((out / "trainer_state.json").read_text())
     losses = [log["loss"] for log in state["log_history"] if "loss" in log]
     stored = torch.load(out / f"checkpoint-{STEPS}" / "pytorch_model.bin", weights_only=True)

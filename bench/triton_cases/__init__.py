@@ -32,8 +32,10 @@ class Launch(NamedTuple):
 
 def modules() -> dict[str, ModuleType]:
     """The files of this folder by the name of their op."""
-    return {info.name: importlib.import_module(f"{__name__}.{info.name}")
-            for info in pkgutil.iter_modules(__path__)}
+    return {
+        info.name: importlib.import_module(f"{__name__}.{info.name}")
+        for info in pkgutil.iter_modules(__path__)
+    }
 
 
 def launches_on(op: str, shared_kib: int) -> list[Launch]:

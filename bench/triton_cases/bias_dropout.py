@@ -13,16 +13,19 @@ MEMORY_BOUND = True
 
 
 def launches() -> Iterator[Launch]:
-    seed, sequence_ids = torch.empty(2, dtype=torch.int64, device="meta"), \
-        torch.empty(16, dtype=torch.int64, device="meta")
+    seed, sequence_ids = (
+        torch.empty(2, dtype=torch.int64, device="meta"),
+        torch.empty(16, dtype=torch.int64, device="meta"),
+    )
     cu_seqlens = torch.empty(17, dtype=torch.int32, device="meta")
     drop = (0.1, seed, cu_seqlens, sequence_ids)
     for width, dtype in ((4096, torch.float32), (4096, torch.bfloat16), (4099, torch.float32)):
         x = torch.empty(1500, width, dtype=dtype, device="meta")
         with recorded("bias_dropout", f"{width} {str(dtype).removeprefix('torch.')}") as record:
             if width == 4096:
-                yield from record("bias_dropout_add_fwd", x, x[0], x, 0.0, None, None, None,
-                                  note=" p=0")
+                yield from record(
+                    "bias_dropout_add_fwd", x, x[0], x, 0.0, None, None, None, note=" p=0"
+                )
             yield from record("bias_dropout_add_fwd", x, x[0], x, *drop)
             yield from record("bias_dropout_add_bwd", x, *drop, False)
             yield from record("bias_dropout_add_bwd", x, *drop, True, note=" + dbias")

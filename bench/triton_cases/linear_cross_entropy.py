@@ -22,7 +22,15 @@ def launches() -> Iterator[Launch]:
         with recorded("linear_cross_entropy", f"65024 {name}") as record:
             yield from record("cross_entropy", logits, labels, loss, loss, False)
             yield from record("cross_entropy", logits, labels, loss, loss, True, note=" + gradient")
-            yield from record("cross_entropy", logits, labels, loss, loss, True, 0.1,
-                              note=" + gradient, smoothed labels")
+            yield from record(
+                "cross_entropy",
+                logits,
+                labels,
+                loss,
+                loss,
+                True,
+                0.1,
+                note=" + gradient, smoothed labels",
+            )
         with recorded("linear_cross_entropy", f"4096 {name}") as record:
             yield from record("linear_cross_entropy_bwd", loss[0], dhidden, dtype)

@@ -15,10 +15,13 @@ are small. Decoding has 16 rows and waits for memory."""
 MEMORY_BOUND = False
 
 HEADS, GROUPS, CHANNELS, PREFIX, TOKENS, SEQUENCES = 32, 2, 128, 128, 1024, 3
-SCALE, RATE = CHANNELS ** -0.5, 0.1
+SCALE, RATE = CHANNELS**-0.5, 0.1
 # Left out in float32: memory-bound kernels, and the sums, which are in float32 anyway.
-SMALL = {"prefix_attention_bwd_delta_kernel", "prefix_attention_bwd_sum_kernel",
-         "prefix_attention_decode_combine_kernel"}
+SMALL = {
+    "prefix_attention_bwd_delta_kernel",
+    "prefix_attention_bwd_sum_kernel",
+    "prefix_attention_decode_combine_kernel",
+}
 DROPPING = {"drop_prefix_kernel", "prefix_attention_bwd_dprefix_kernel"}
 
 
@@ -43,7 +46,16 @@ def _launches(dtype: torch.dtype, p: float, note: str = "") -> Iterator[Launch]:
     batch = (cu_seqlens, sequence_ids, seed, SCALE, p)
     with recorded("prefix_attention", str(dtype).removeprefix("torch.")) as record:
         yield from record("prefix_attention_fwd", *tokens, *prefix, *batch, note=note)
-        yield from record("prefix_attention_bwd", q, *tokens, *prefix, q, lse, *batch, True, True,
-                          note=note)
-        yield from record("prefix_attention_decode_fwd", q[None, :1], k[None], k[None],
-                          sequence_ids[:1], *prefix, sequence_ids[:1], SCALE)
+        yield from record(
+            "prefix_attention_bwd", q, *tokens, *prefix, q, lse, *batch, True, True, note=note
+        )
+        yield from record(
+            "prefix_attention_decode_fwd",
+            q[None, :1],
+            k[None],
+            k[None],
+            sequence_ids[:1],
+            *prefix,
+            sequence_ids[:1],
+            SCALE,
+        )

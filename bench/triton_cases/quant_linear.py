@@ -17,8 +17,16 @@ N, K = 4608, 4096
 def launches() -> Iterator[Launch]:
     half, bf16, single = torch.float16, torch.bfloat16, torch.float32
     seen = set()
-    for M, dtype, bits in [(16, bf16, 4), (192, bf16, 4), (192, half, 4), (512, bf16, 4),
-                           (1, half, 4), (8, single, 4), (32, single, 4), (64, half, 8)]:
+    for M, dtype, bits in [
+        (16, bf16, 4),
+        (192, bf16, 4),
+        (192, half, 4),
+        (512, bf16, 4),
+        (1, half, 4),
+        (8, single, 4),
+        (32, single, 4),
+        (64, half, 8),
+    ]:
         for launch in _both_directions(M, dtype, bits):
             if launch.kernel.__name__ not in seen:
                 yield launch

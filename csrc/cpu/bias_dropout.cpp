@@ -23,9 +23,8 @@ void for_each_factor(const Dropout& dropout, int64_t sequence_id, int64_t first,
   for (int64_t chunk = 0; chunk < hidden; chunk += kChunk) {
     const int64_t n = hidden - chunk < kChunk ? hidden - chunk : kChunk;
     dropout.factors(sequence_id, first - skipped + chunk, n + skipped, factors);
-    for_each_vec(n, [&](int64_t i, auto lanes) {
-      f(chunk + i, lanes, load(factors + skipped + i, lanes));
-    });
+    for_each_vec(
+        n, [&](int64_t i, auto lanes) { f(chunk + i, lanes, load(factors + skipped + i, lanes)); });
   }
 }
 
@@ -113,8 +112,7 @@ void bias_dropout_add_bwd(const BiasDropoutBackward& a, int64_t begin, int64_t e
 
 void bias_dropout_add_dbias(const BiasDropoutBackward& a, int64_t begin, int64_t end) {
   with_dtype(a.dtype, [&](auto element) {
-    sum_splits(a.partial, a.splits, a.hidden, static_cast<decltype(element)*>(a.dbias), begin,
-               end);
+    sum_splits(a.partial, a.splits, a.hidden, static_cast<decltype(element)*>(a.dbias), begin, end);
   });
 }
 

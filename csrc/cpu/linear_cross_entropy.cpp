@@ -36,8 +36,8 @@ void cross_entropy_rows(const CrossEntropyRows& a, int64_t begin, int64_t end) {
       store(row + i, exp(load(row + i, lanes) - offset), lanes);
       return load(row + i, lanes);  // zero past a tail, where the exponential is not
     });
-    a.loss[r] = (1 - a.smoothing) * (most - of_label) - a.smoothing * (below / a.classes) +
-                std::log(sum);
+    a.loss[r] =
+        (1 - a.smoothing) * (most - of_label) - a.smoothing * (below / a.classes) + std::log(sum);
     if (!a.gradient) continue;
     const float each = a.smoothing / a.classes;
     for_each_vec(a.classes, [&](int64_t i, auto lanes) {

@@ -23,8 +23,8 @@ inline Words broadcast_word(uint64_t word) { return Words{} + word; }
 // The 64-bit products of the lower halves.
 inline Words multiply(Words a, Words b) {
 #if defined(__AVX512F__)
-  return reinterpret_cast<Words>(_mm512_maskz_mul_epu32(0xFF, reinterpret_cast<__m512i>(a),
-                                                        reinterpret_cast<__m512i>(b)));
+  return reinterpret_cast<Words>(
+      _mm512_maskz_mul_epu32(0xFF, reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
 #elif defined(__AVX2__)
   return reinterpret_cast<Words>(
       _mm256_mul_epu32(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b)));
@@ -53,12 +53,12 @@ template <int kHalf>
 inline Bits interleave(Words ab, Words cd) {
 #if defined(__AVX512F__)
   constexpr int n = kCounters;
-  return reinterpret_cast<Bits>(__builtin_shufflevector(
-      ab, cd, kHalf, n + kHalf, 2 + kHalf, n + 2 + kHalf, 4 + kHalf, n + 4 + kHalf, 6 + kHalf,
-      n + 6 + kHalf));
+  return reinterpret_cast<Bits>(__builtin_shufflevector(ab, cd, kHalf, n + kHalf, 2 + kHalf,
+                                                        n + 2 + kHalf, 4 + kHalf, n + 4 + kHalf,
+                                                        6 + kHalf, n + 6 + kHalf));
 #elif defined(__AVX2__)
-  return reinterpret_cast<Bits>(__builtin_shufflevector(ab, cd, kHalf, 4 + kHalf, 2 + kHalf,
-                                                        6 + kHalf));
+  return reinterpret_cast<Bits>(
+      __builtin_shufflevector(ab, cd, kHalf, 4 + kHalf, 2 + kHalf, 6 + kHalf));
 #else
   return reinterpret_cast<Bits>(__builtin_shufflevector(ab, cd, kHalf, 2 + kHalf));
 #endif

@@ -56,8 +56,8 @@ inline Vec exponentiate(float* scores, int64_t keys, float* top_score, float* su
 
 // One block of keys for one panel. q [channels, kTileCols], scores [kBlockKeys, kTileCols].
 template <int kVecs>
-void attend(const Panel& panel, const Block& block, int64_t channels, const float* q,
-            float* scores, const Softmax& state) {
+void attend(const Panel& panel, const Block& block, int64_t channels, const float* q, float* scores,
+            const Softmax& state) {
   const int64_t keys = block.seen_by(panel);
   if (keys <= 0) return;
   multiply_channels<kVecs>(keys, block.keys, q, channels, scores);
@@ -100,8 +100,8 @@ void forward(const AttentionRows& a, int64_t key_begin, int64_t key_end, float* 
   const int64_t channels = a.channels;
   const int64_t queries = kSetRows * channels, states = partial_size(channels);
   const int64_t scores_size = kBlockKeys * kTileCols;
-  float* q = thread_scratch(queries + states + scores_size +
-                            2 * kBlockKeys * block_stride(channels));
+  float* q =
+      thread_scratch(queries + states + scores_size + 2 * kBlockKeys * block_stride(channels));
   float* state = partial != nullptr ? partial : q + queries;
   float* scores = q + queries + states;
   const HeadRows<const T> rows{static_cast<const T*>(a.q), a.q_stride, a.heads, channels};
@@ -124,9 +124,8 @@ void forward(const AttentionRows& a, int64_t key_begin, int64_t key_end, float* 
   for_each_block<T>(a.own, true, channels, std::max<int64_t>(key_begin - a.prefix.count, 0),
                     std::min(key_end - a.prefix.count, own_keys), memory, attend_block);
   if (partial != nullptr) return;
-  for_each_panel(a, [&](int64_t i, const Panel& panel) {
-    finish<T>(a, panel, Softmax(state, channels, i));
-  });
+  for_each_panel(
+      a, [&](int64_t i, const Panel& panel) { finish<T>(a, panel, Softmax(state, channels, i)); });
 }
 
 // The softmax over all keys, in place of the first split's.
@@ -179,9 +178,8 @@ void drop(const DroppedPrefix& a, int64_t begin, int64_t end) {
 
 void prefix_attention_fwd(const AttentionRows& a, int64_t key_begin, int64_t key_end,
                           float* partial) {
-  with_dtype(a.dtype, [&](auto element) {
-    forward<decltype(element)>(a, key_begin, key_end, partial);
-  });
+  with_dtype(a.dtype,
+             [&](auto element) { forward<decltype(element)>(a, key_begin, key_end, partial); });
 }
 
 void prefix_attention_combine(const AttentionRows& a, int64_t splits, float* partials) {

@@ -134,8 +134,8 @@ void backward(const AttentionGradient& a) {
   const AttentionRows& r = a.rows;
   const int64_t channels = r.channels, panels = kPanels * PanelMemory::size(channels);
   const int64_t scores_size = kBlockKeys * kTileCols;
-  float* packed = thread_scratch(panels + 2 * scores_size +
-                                 2 * kBlockKeys * block_stride(channels));
+  float* packed =
+      thread_scratch(panels + 2 * scores_size + 2 * kBlockKeys * block_stride(channels));
   float *scores = packed + panels, *dweights = scores + scores_size;
   float* block_memory = dweights + scores_size;
   const HeadRows<T> dq{static_cast<T*>(a.dq), r.groups * r.heads * channels, r.heads, channels};
@@ -146,9 +146,8 @@ void backward(const AttentionGradient& a) {
         f(Panel(r, begin + i * kTileCols), PanelMemory(packed, channels, i));
       }
     };
-    for_each_panel([&](const Panel& panel, const PanelMemory& memory) {
-      pack_panel<T>(a, panel, memory);
-    });
+    for_each_panel(
+        [&](const Panel& panel, const PanelMemory& memory) { pack_panel<T>(a, panel, memory); });
     const auto walk = [&](const KeyRun& run, bool causal, int64_t keys, const KeySums& sums) {
       for_each_block<T>(run, causal, channels, 0, keys, block_memory, [&](const Block& block) {
         for_each_panel([&](const Panel& panel, const PanelMemory& memory) {
@@ -176,8 +175,8 @@ void prefix_attention_bwd(const AttentionGradient& a) {
   with_dtype(a.rows.dtype, [&](auto element) { backward<decltype(element)>(a); });
 }
 
-void prefix_attention_add_kept(const float* dropped, int64_t stride, int64_t rows,
-                               int64_t channels, float factor, const float* more, float* sums) {
+void prefix_attention_add_kept(const float* dropped, int64_t stride, int64_t rows, int64_t channels,
+                               float factor, const float* more, float* sums) {
   const Bits sign = as_bits(broadcast(-0.0f));
   for (int64_t row = 0; row < rows; row++) {
     const int64_t first = row * padded_channels(channels);

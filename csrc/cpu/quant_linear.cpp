@@ -129,9 +129,8 @@ void store_backward(const QuantLinear& a, int64_t begin, int64_t end, int64_t co
       for (int j = 0; j < kPerWord; j++) store(ordered + (vec + j) * kLanes, v[j], Full{});
     }
     T* y = static_cast<T*>(a.y) + row * a.k + column;
-    for_each_vec(columns, [&](int64_t i, auto lanes) {
-      store(y + i, load(ordered + i, Full{}), lanes);
-    });
+    for_each_vec(columns,
+                 [&](int64_t i, auto lanes) { store(y + i, load(ordered + i, Full{}), lanes); });
   }
 }
 

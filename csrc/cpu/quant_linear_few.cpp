@@ -336,8 +336,8 @@ FewArranged quant_linear_arrange(const QuantLinear& a, float* arranged) {
   return how;
 }
 
-void quant_linear_few(const QuantLinear& a, [[maybe_unused]] FewArranged how,
-                      const float* arranged, int64_t begin, int64_t end) {
+void quant_linear_few(const QuantLinear& a, [[maybe_unused]] FewArranged how, const float* arranged,
+                      int64_t begin, int64_t end) {
   with_dtype(a.dtype, [&](auto element) {
     using T = decltype(element);
 #if defined(__AVX2__)

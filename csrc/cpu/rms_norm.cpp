@@ -95,8 +95,8 @@ void backward(const RmsNormBackward& a, int64_t begin, int64_t end, float* parti
 
 template <class T>
 void backward(const RmsNormBackward& a, int64_t begin, int64_t end, float* partial) {
-  const auto kernel = partial != nullptr ? a.dresidual != nullptr ? backward<T, true, true>
-                                                                  : backward<T, false, true>
+  const auto kernel = partial != nullptr       ? a.dresidual != nullptr ? backward<T, true, true>
+                                                                        : backward<T, false, true>
                       : a.dresidual != nullptr ? backward<T, true, false>
                                                : backward<T, false, false>;
   kernel(a, begin, end, partial);

@@ -37,8 +37,8 @@ void rotate_token(const Rope& a, const RopeHeads& heads, int64_t token) {
     const int64_t head_start = head * heads.x.head_stride;
     const T* x = static_cast<const T*>(heads.x.data) + token * heads.x.token_stride + head_start;
     const T* bias = static_cast<const T*>(heads.bias) + (kBias ? head_start : 0);
-    T* y = static_cast<T*>(heads.y.data) + token * heads.y.token_stride +
-           head * heads.y.head_stride;
+    T* y =
+        static_cast<T*>(heads.y.data) + token * heads.y.token_stride + head * heads.y.head_stride;
     const auto biased = [&](int64_t i, auto lanes) {
       Vec v = load(x + i, lanes);
       if constexpr (kBias) v += load(bias + i, lanes);
@@ -59,8 +59,8 @@ void rotate_tokens(const Rope& a, int64_t begin, int64_t end) {
   for (int64_t token = begin; token < end; token++) {
     for (int group = 0; group < a.groups; group++) {
       const RopeHeads& heads = a.heads[group];
-      const auto rotate = heads.bias != nullptr ? rotate_token<T, Table, true>
-                                                : rotate_token<T, Table, false>;
+      const auto rotate =
+          heads.bias != nullptr ? rotate_token<T, Table, true> : rotate_token<T, Table, false>;
       rotate(a, heads, token);
     }
   }

@@ -86,8 +86,7 @@ constexpr std::array<MultiplyTile, sizeof...(kRows)> tiles(std::integer_sequence
 // The tile for 1 <= rows <= kTileRows.
 template <int kVecs, int kTerms = 1>
 inline MultiplyTile tile_of(int64_t rows) {
-  static constexpr auto kTiles =
-      tiles<kVecs, kTerms>(std::make_integer_sequence<int, kTileRows>{});
+  static constexpr auto kTiles = tiles<kVecs, kTerms>(std::make_integer_sequence<int, kTileRows>{});
   return kTiles[rows - 1];
 }
 

@@ -64,9 +64,9 @@ struct Int4 {
 #if defined(__AVX512BF16__)
   static Bits unpack_pair(Bits words, int j) {
     // The permutation looks at the low five bits of an index: the fifth must not matter.
-    const __m256i values = _mm256_setr_epi16(0, 0x3F80, 0x4000, 0x4040, 0x4080, 0x40A0, 0x40C0,
-                                             0x40E0, 0xC100, 0xC0E0, 0xC0C0, 0xC0A0, 0xC080, 0xC040,
-                                             0xC000, 0xBF80);
+    const __m256i values =
+        _mm256_setr_epi16(0, 0x3F80, 0x4000, 0x4040, 0x4080, 0x40A0, 0x40C0, 0x40E0, 0xC100, 0xC0E0,
+                          0xC0C0, 0xC0A0, 0xC080, 0xC040, 0xC000, 0xBF80);
     const int up = 16 - shift_of(2 * j + 1);
     const Bits low = words >> shift_of(2 * j), high = up >= 0 ? words << up : words >> -up;
     const Bits codes = (low & 0xFFFFu) | (high & 0xFFFF0000u);

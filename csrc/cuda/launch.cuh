@@ -1,5 +1,5 @@
-// Starts a kernel; an error becomes an exception. cudaLaunchKernelEx instead of <<<>>> is plain C++:
-// tests/cuda_on_host runs the launching code as well.
+// Starts a kernel; an error becomes an exception. cudaLaunchKernelEx instead of <<<>>> is plain
+// C++: tests/cuda_on_host runs the launching code as well.
 #pragma once
 
 #include <cstdint>
@@ -21,8 +21,8 @@ void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, int
   config.stream = static_cast<cudaStream_t>(stream);
   const cudaError_t error = cudaLaunchKernelEx(&config, kernel, arguments...);
   if (error != cudaSuccess) {
-    throw std::runtime_error(std::string("the CUDA kernel ") + name + " did not start: " +
-                             cudaGetErrorString(error));
+    throw std::runtime_error(std::string("the CUDA kernel ") + name +
+                             " did not start: " + cudaGetErrorString(error));
   }
 }
 

@@ -160,7 +160,7 @@ __global__ void __launch_bounds__(kMaxThreads) backward_kernel(RmsNormBackward a
 constexpr int kGroups = 8;
 
 template <class T>
-__global__ void __launch_bounds__(kGroups * kWarp) dweight_kernel(RmsNormBackward a) {
+__global__ void __launch_bounds__(kGroups* kWarp) dweight_kernel(RmsNormBackward a) {
   __shared__ float sums[kGroups][kWarp];
   const int lane = threadIdx.x % kWarp, group = threadIdx.x / kWarp;
   const int64_t column = static_cast<int64_t>(blockIdx.x) * kWarp + lane;

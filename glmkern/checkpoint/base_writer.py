@@ -46,9 +46,7 @@ def write_base(
     safetensors, which would be read in their place.
     """
     expected = expected_shapes(config, config.quantization_bit)
-    return _write(
-        folder, config.to_json(), expected, tensors, max_shard_bytes, layout, companions
-    )
+    return _write(folder, config.to_json(), expected, tensors, max_shard_bytes, layout, companions)
 
 
 def write_glm(
@@ -101,8 +99,10 @@ def _write(
             shards.append((temporary, {name: tensor.nbytes for name, tensor in group.items()}))
         names = {temporary: single for temporary, _ in shards}
         if len(shards) > 1:
-            names = {temporary: shard.format(number, len(shards))
-                     for number, (temporary, _) in enumerate(shards, 1)}
+            names = {
+                temporary: shard.format(number, len(shards))
+                for number, (temporary, _) in enumerate(shards, 1)
+            }
             index = new.temporary()
             index.write_text(_index(shards, names), encoding="utf-8")
             names[index] = f"{single}.index.json"
@@ -113,8 +113,9 @@ def _write(
         config.write_text(configuration, encoding="utf-8")
         names[config] = "config.json"
         # An older model's shards must not stay beside a single file, nor a file beside shards.
-        new.rename(names, ("config.json", single, f"{single}.index.json",
-                           shard.replace("{:05d}", "*")))
+        new.rename(
+            names, ("config.json", single, f"{single}.index.json", shard.replace("{:05d}", "*"))
+        )
     return folder
 
 
@@ -160,8 +161,10 @@ def _grouped(
 def _save(group: dict[str, torch.Tensor], path: Path, layout: str) -> None:
     if layout == "bin":
         # torch.save writes the whole storage of which a tensor may be a part.
-        whole = {name: tensor if tensor.untyped_storage().nbytes() == tensor.nbytes
-                 else tensor.clone() for name, tensor in group.items()}
+        whole = {
+            name: tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+            for name, tensor in group.items()
+        }
         save_torch(whole, path)
     else:
         save_safetensors(group, path)

@@ -37,9 +37,7 @@ def prefix_name(key: str) -> str | None:
     return key if key in PROJECTED else None
 
 
-def read_prefix(
-    path: str | Path, config: ChatGLMConfig | None = None
-) -> dict[str, torch.Tensor]:
+def read_prefix(path: str | Path, config: ChatGLMConfig | None = None) -> dict[str, torch.Tensor]:
     """The prefix in a folder or weight file, as fp32 under the names inside the prefix encoder.
 
     {"embedding.weight": [P, kv_size]}, with prefix_projection also trans.{0,2}.{weight,bias}.

@@ -38,8 +38,12 @@ def evaluate(
     decoding = Decoding(max_length=sum(lengths.values()) + 1, batch_size=len(examples))
     with measuring(model):
         loss = model.loss(pack_rows(data.rows.rows)).item()
-        answers = [decode(tokenizer, ids).strip()
-                   for batch in answer(model, data.prompts, decoding) for ids in batch]
-    scores = [rouge_l(text, example.response)
-              for text, example in zip(answers, examples, strict=True)]
+        answers = [
+            decode(tokenizer, ids).strip()
+            for batch in answer(model, data.prompts, decoding)
+            for ids in batch
+        ]
+    scores = [
+        rouge_l(text, example.response) for text, example in zip(answers, examples, strict=True)
+    ]
     return Evaluation(loss, sum(scores) / len(scores), answers)

@@ -50,10 +50,16 @@ class Search:
         score = self._score(total, len(ids))
         if len(self.best) < self.num_beams or score > self.best[0].score:
             self.best.append(Finished(score, ids))
-            self.best = sorted(self.best, key=lambda text: text.score)[-self.num_beams:]
+            self.best = sorted(self.best, key=lambda text: text.score)[-self.num_beams :]
 
-    def step(self, sums: list[float], beams: list[int], tokens: list[int], ids: Tensor,
-             ends: Sequence[int]) -> list[tuple[int, int, float]]:
+    def step(
+        self,
+        sums: list[float],
+        beams: list[int],
+        tokens: list[int],
+        ids: Tensor,
+        ends: Sequence[int],
+    ) -> list[tuple[int, int, float]]:
         """The next beams as (row of ids, token, sum), out of candidates in descending order that
         continue `beams`, rows of ids [R * K, S']."""
         going_on = []
@@ -64,12 +70,13 @@ class Search:
                 self.add(ids[beam].clone(), total)
             if len(going_on) == self.num_beams:
                 break
-        self.done = (len(self.best) == self.num_beams
-                     and self.best[0].score >= self._score(sums[0], ids.shape[1]))
+        self.done = len(self.best) == self.num_beams and self.best[0].score >= self._score(
+            sums[0], ids.shape[1]
+        )
         return going_on
 
     def _score(self, total: float, length: int) -> float:
-        return total / length ** self.length_penalty
+        return total / length**self.length_penalty
 
 
 @dataclass(frozen=True)
@@ -104,8 +111,9 @@ class BeamSearch:
                 break
             if decoder.drops_rows:
                 running = [search for search in running if not search.done]
-            beams, tokens, sums = (torch.tensor(x, device=ids.device)
-                                   for x in zip(*chosen, strict=True))
+            beams, tokens, sums = (
+                torch.tensor(x, device=ids.device) for x in zip(*chosen, strict=True)
+            )
             sums = sums.view(-1, self.num_beams)
             ids, starts = ids[beams], starts[beams]
             ids[:, length] = tokens
@@ -120,20 +128,24 @@ class BeamSearch:
                 search.add(ids[i * self.num_beams + beam, :length], float(sums[i, beam]))
         return self._best(searches, max_length)
 
-    def _step(self, running: list[Search], scores: Tensor, ids: Tensor,
-              rows: int) -> list[tuple[int, int, float]]:
+    def _step(
+        self, running: list[Search], scores: Tensor, ids: Tensor, rows: int
+    ) -> list[tuple[int, int, float]]:
         """Every search's next beams, from scores [R, K, V] of all continuations."""
         vocabulary = scores.shape[-1]
         order = torch.tensor([search.row for search in running], device=scores.device)
         sums, places = self._candidates(scores, order, rows)
         beams = places // vocabulary + self.num_beams * torch.arange(
-            len(running), device=scores.device).unsqueeze(1)
+            len(running), device=scores.device
+        ).unsqueeze(1)
         candidates = [x.tolist() for x in (sums, beams, places % vocabulary)]
         chosen = []
         for i, (search, *candidate) in enumerate(zip(running, *candidates, strict=True)):
             if search.done:  # kept in the batch, without effect
-                chosen += [(i * self.num_beams + beam, self.decoder.pad, 0.0)
-                           for beam in range(self.num_beams)]
+                chosen += [
+                    (i * self.num_beams + beam, self.decoder.pad, 0.0)
+                    for beam in range(self.num_beams)
+                ]
                 continue
             going_on = search.step(*candidate, ids, self.decoder.ends)
             if not (search.done and self.decoder.drops_rows):
@@ -154,7 +166,8 @@ class BeamSearch:
             raise ValueError(
                 f"with beams, temperature {sampling.temperature:g} divides the sums of "
                 "log-probabilities again at every step, as officially, and they have left "
-                "float32's range; use temperature 1, num_beams 1 or fewer tokens")
+                "float32's range; use temperature 1, num_beams 1 or fewer tokens"
+            )
         places = sampling.draw(warped, candidates, order, rows)
         sums, descending = warped.gather(1, places).sort(-1, descending=True)
         return sums, places.gather(1, descending)
@@ -163,9 +176,10 @@ class BeamSearch:
         """Every search's best text, an end token behind it where there is room."""
         best, ends = [search.best[-1] for search in searches], self.decoder.ends
         longest = max(len(text.ids) for text in best)
-        sequences = best[0].ids.new_full((len(best), min(longest + 1, max_length)),
-                                         self.decoder.pad)
+        sequences = best[0].ids.new_full(
+            (len(best), min(longest + 1, max_length)), self.decoder.pad
+        )
         for row, text in zip(sequences, best, strict=True):
-            row[:len(text.ids)] = text.ids
-            row[len(text.ids):len(text.ids) + 1] = ends[0] if ends else self.decoder.pad
+            row[: len(text.ids)] = text.ids
+            row[len(text.ids) : len(text.ids) + 1] = ends[0] if ends else self.decoder.pad
         return BeamOutput(sequences, torch.tensor([text.score for text in best]))

@@ -28,8 +28,10 @@ class KeyValueCache:
         self.longest = 0
         self._encoder = model.prefix_encoder
         # Kernels would round the float32 prefix to the model's dtype at every step.
-        self._prefix = [tuple(None if x is None else x.to(model.dtype) for x in segment)
-                        for segment in model.prefix()]
+        self._prefix = [
+            tuple(None if x is None else x.to(model.dtype) for x in segment)
+            for segment in model.prefix()
+        ]
         self._layers: list[Tensor] = []  # [2, rows, room, G, C], keys and values
 
     def belongs_to(self, model: ChatGLM) -> bool:
@@ -48,8 +50,16 @@ class KeyValueCache:
 
         def attend(layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return kernels.prefix_attention_fwd(
-                q, k, v, *self._prefix[layer.index], batch.cu_seqlens, batch.sequence_ids, None,
-                layer.channels ** -0.5, 0.0)[0]
+                q,
+                k,
+                v,
+                *self._prefix[layer.index],
+                batch.cu_seqlens,
+                batch.sequence_ids,
+                None,
+                layer.channels**-0.5,
+                0.0,
+            )[0]
 
         hidden = self._run(batch.input_ids, batch.positions, slots, attend)
         self.lens, self.longest = lens, longest
@@ -67,8 +77,13 @@ class KeyValueCache:
 
         def attend(layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             out = kernels.prefix_attention_decode_fwd(
-                q.unflatten(0, (rows, new)), *self._layers[layer.index], lens,
-                *self._prefix[layer.index], queries, layer.channels ** -0.5)
+                q.unflatten(0, (rows, new)),
+                *self._layers[layer.index],
+                lens,
+                *self._prefix[layer.index],
+                queries,
+                layer.channels**-0.5,
+            )
             return out.flatten(0, 1)
 
         hidden = self._run(input_ids.flatten(), positions, slots, attend)
@@ -98,7 +113,7 @@ class KeyValueCache:
         for _ in range(config.num_layers):
             grown = torch.zeros(shape, dtype=self.model.dtype, device=self.model.device)
             if old:
-                grown[:, :, :self.longest] = old.pop(0)[:, :, :self.longest]
+                grown[:, :, : self.longest] = old.pop(0)[:, :, : self.longest]
             self._layers.append(grown)
 
     def _run(self, input_ids: Tensor, positions: Tensor, slots: Tensor, attend) -> Tensor:

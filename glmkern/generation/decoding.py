@@ -15,9 +15,17 @@ from glmkern.model.chatglm import ChatGLM
 from glmkern.model.packing import unpad
 
 
-def generate(model: ChatGLM, input_ids: Tensor, attention_mask: Tensor | None = None, *,
-             num_beams: int = 1, length_penalty: float = 1.0, max_length: int | None = None,
-             max_new_tokens: int | None = None, **options: Any) -> Tensor:
+def generate(
+    model: ChatGLM,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    num_beams: int = 1,
+    length_penalty: float = 1.0,
+    max_length: int | None = None,
+    max_new_tokens: int | None = None,
+    **options: Any,
+) -> Tensor:
     """Continues every row of a batch of prompts until an end token or the length limit.
 
     A row's greedy text does not depend on the rows beside it. Rows that have ended cost nothing,
@@ -53,10 +61,16 @@ def generate(model: ChatGLM, input_ids: Tensor, attention_mask: Tensor | None = 
     return sequences
 
 
-def stream_generate(model: ChatGLM, input_ids: Tensor, attention_mask: Tensor | None = None, *,
-                    max_length: int | None = None, max_new_tokens: int | None = None,
-                    past_key_values: KeyValueCache | None = None,
-                    **options: Any) -> Iterator[Tensor]:
+def stream_generate(
+    model: ChatGLM,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    max_length: int | None = None,
+    max_new_tokens: int | None = None,
+    past_key_values: KeyValueCache | None = None,
+    **options: Any,
+) -> Iterator[Tensor]:
     """generate() one step after another, without beams.
 
     Args:
@@ -83,12 +97,20 @@ def stream_generate(model: ChatGLM, input_ids: Tensor, attention_mask: Tensor | 
         yield sequences.clone()
 
 
-def make_decoder(model: ChatGLM, cache: KeyValueCache, *, do_sample: bool = False,
-                 top_p: float = 1.0, top_k: int = 50, temperature: float = 1.0,
-                 repetition_penalty: float = 1.0,
-                 logits_processor: Sequence[LogitsProcessor] | None = None,
-                 eos_token_id: int | Sequence[int] | None = None, pad_token_id: int | None = None,
-                 generator: torch.Generator | None = None) -> Decoder:
+def make_decoder(
+    model: ChatGLM,
+    cache: KeyValueCache,
+    *,
+    do_sample: bool = False,
+    top_p: float = 1.0,
+    top_k: int = 50,
+    temperature: float = 1.0,
+    repetition_penalty: float = 1.0,
+    logits_processor: Sequence[LogitsProcessor] | None = None,
+    eos_token_id: int | Sequence[int] | None = None,
+    pad_token_id: int | None = None,
+    generator: torch.Generator | None = None,
+) -> Decoder:
     """How tokens are chosen.
 
     Args:
@@ -116,32 +138,46 @@ def make_decoder(model: ChatGLM, cache: KeyValueCache, *, do_sample: bool = Fals
     ends = model.config.eos_token_id if eos_token_id is None else eos_token_id
     ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
     pad = next(x for x in (pad_token_id, model.config.pad_token_id, 0) if x is not None)
-    return Decoder(model, cache, sampling, repetition_penalty, logits_processor or (), ends, pad,
-                   drops_rows=not logits_processor)
+    return Decoder(
+        model,
+        cache,
+        sampling,
+        repetition_penalty,
+        logits_processor or (),
+        ends,
+        pad,
+        drops_rows=not logits_processor,
+    )
 
 
-def _limit(model: ChatGLM, input_ids: Tensor, max_length: int | None,
-           max_new_tokens: int | None) -> int:
+def _limit(
+    model: ChatGLM, input_ids: Tensor, max_length: int | None, max_new_tokens: int | None
+) -> int:
     if max_new_tokens is not None:
         return input_ids.shape[-1] + max_new_tokens
     return model.config.max_length if max_length is None else max_length
 
 
-def read_prompts(cache: KeyValueCache, input_ids: Tensor, attention_mask: Tensor | None,
-                 max_length: int) -> Prompts:
+def read_prompts(
+    cache: KeyValueCache, input_ids: Tensor, attention_mask: Tensor | None, max_length: int
+) -> Prompts:
     """Checks prompts [B, S] and has the cache read them; the arguments are those of generate()."""
     model = cache.model
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
     if input_ids.dim() != 2 or input_ids.numel() == 0 or attention_mask.shape != input_ids.shape:
-        raise ValueError("input_ids and attention_mask must be [B, S] and not empty, not "
-                         f"{list(input_ids.shape)} and {list(attention_mask.shape)}")
+        raise ValueError(
+            "input_ids and attention_mask must be [B, S] and not empty, not "
+            f"{list(input_ids.shape)} and {list(attention_mask.shape)}"
+        )
     if not bool(attention_mask[:, -1].all()):
         raise ValueError("a prompt ends in padding; pad prompts on the left")
     prompt, positions = input_ids.shape[1], model.config.seq_length - cache.longest
     if not prompt < max_length <= positions:
-        raise ValueError(f"max_length {max_length} counts the prompt, which has {prompt} tokens, "
-                         f"and the model has {positions} positions; choose a number between")
+        raise ValueError(
+            f"max_length {max_length} counts the prompt, which has {prompt} tokens, "
+            f"and the model has {positions} positions; choose a number between"
+        )
     real = attention_mask.bool()
     batch, _ = unpad(input_ids, attention_mask, (real.cumsum(1) - 1).clamp(min=0))
     model.check_inputs(batch.input_ids, batch.positions)
@@ -150,8 +186,10 @@ def read_prompts(cache: KeyValueCache, input_ids: Tensor, attention_mask: Tensor
         hidden = cache.read_prompts(batch.to(model.device))
         return Prompts(input_ids.to(model.device), starts, hidden)
     if not bool(real.all()) or len(input_ids) != len(cache.lens):
-        raise ValueError(f"past_key_values has {len(cache.lens)} rows, so input_ids must have as "
-                         f"many, without padding, not {list(input_ids.shape)} with "
-                         f"{int((~real).sum())} masked")
+        raise ValueError(
+            f"past_key_values has {len(cache.lens)} rows, so input_ids must have as "
+            f"many, without padding, not {list(input_ids.shape)} with "
+            f"{int((~real).sum())} masked"
+        )
     input_ids = input_ids.to(model.device)
     return Prompts(input_ids, starts, cache.read(input_ids))

@@ -27,8 +27,10 @@ class Sampling:
     def check(self) -> None:
         """Raises ValueError for values out of range."""
         if self.do_sample and (self.temperature <= 0 or not 0 < self.top_p <= 1 or self.top_k < 0):
-            raise ValueError("temperature must be above 0, top_p in (0, 1] and top_k at least 0, "
-                             f"not {self.temperature}, {self.top_p} and {self.top_k}")
+            raise ValueError(
+                "temperature must be above 0, top_p in (0, 1] and top_k at least 0, "
+                f"not {self.temperature}, {self.top_p} and {self.top_k}"
+            )
 
     def warp(self, scores: Tensor, keep: int = 1) -> Tensor:
         """Temperature, then the top_k largest, then the smallest set whose probability exceeds
@@ -64,8 +66,9 @@ class Sampling:
         return self.draw(self.warp(scores), 1, rows, total).squeeze(1)
 
 
-def penalize_repetition(scores: Tensor, input_ids: Tensor, starts: Tensor,
-                        penalty: float) -> Tensor:
+def penalize_repetition(
+    scores: Tensor, input_ids: Tensor, starts: Tensor, penalty: float
+) -> Tensor:
     """Divides the positive scores [B, V] of the tokens that input_ids [B, S] have from their column
     starts [B] on by `penalty`, and multiplies the negative ones by it (Keskar et al., 2019)."""
     first = input_ids.gather(1, starts.unsqueeze(1))

@@ -43,9 +43,15 @@ class ChatGLM(PrefixSwitch, nn.Module):
         label_smoothing: of `loss`; see ops.linear_cross_entropy.
     """
 
-    def __init__(self, config: ChatGLMConfig, *, pre_seq_len: int | None = None,
-                 prefix_projection: bool = False, rope_precision: str = "float32",
-                 offload_embedding: bool = False):
+    def __init__(
+        self,
+        config: ChatGLMConfig,
+        *,
+        pre_seq_len: int | None = None,
+        prefix_projection: bool = False,
+        rope_precision: str = "float32",
+        offload_embedding: bool = False,
+    ):
         """Builds the modules without weights; from_pretrained and load_base fill them."""
         super().__init__()
         # The copy checks the configuration together with the prefix.
@@ -63,12 +69,20 @@ class ChatGLM(PrefixSwitch, nn.Module):
         self.register_buffer("cos_sin", None, persistent=False)
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, device: torch.device | str | None = None,
-                        dtype: torch.dtype | None = None, quantization_bit: int | None = None,
-                        pre_seq_len: int | None = None, prefix_projection: bool = False,
-                        prefix_checkpoint: str | Path | None = None,
-                        rope_precision: str = "float32", output_layer_bit: int | None = None,
-                        offload_embedding: bool = False, mapped: bool = False) -> "ChatGLM":
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        quantization_bit: int | None = None,
+        pre_seq_len: int | None = None,
+        prefix_projection: bool = False,
+        prefix_checkpoint: str | Path | None = None,
+        rope_precision: str = "float32",
+        output_layer_bit: int | None = None,
+        offload_embedding: bool = False,
+        mapped: bool = False,
+    ) -> "ChatGLM":
         """Reads a model in the official or the native layout, tensor by tensor.
 
         Args:
@@ -105,6 +119,7 @@ class ChatGLM(PrefixSwitch, nn.Module):
             read_prefix,
             resolve_folder,
         )
+
         folder = resolve_folder(path)
         config = ChatGLMConfig.from_pretrained(folder)
         if quantization_bit:
@@ -125,8 +140,13 @@ class ChatGLM(PrefixSwitch, nn.Module):
             if pre_seq_len is None:
                 pre_seq_len = len(prefix_state["embedding.weight"])
             check_prefix(prefix_state, config, pre_seq_len, prefix_projection, prefix_checkpoint)
-        model = cls(config, pre_seq_len=pre_seq_len, prefix_projection=prefix_projection,
-                    rope_precision=rope_precision, offload_embedding=offload_embedding)
+        model = cls(
+            config,
+            pre_seq_len=pre_seq_len,
+            prefix_projection=prefix_projection,
+            rope_precision=rope_precision,
+            offload_embedding=offload_embedding,
+        )
         if output_layer_bit not in (None, 0, 8):
             raise ValueError(f"output_layer_bit must be 8 or None, not {output_layer_bit}")
         tensors = quantize_stream(read_base(folder, config), quantization_bit, output_layer_bit)
@@ -135,8 +155,13 @@ class ChatGLM(PrefixSwitch, nn.Module):
             model.prefix_encoder.load_state_dict(prefix_state)
         return model
 
-    def load_base(self, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype,
-                  device: torch.device | str, copy: bool = True) -> None:
+    def load_base(
+        self,
+        tensors: Iterable[tuple[str, Tensor]],
+        dtype: torch.dtype,
+        device: torch.device | str,
+        copy: bool = True,
+    ) -> None:
         """Fills the frozen weights from (official name, tensor) pairs, converted one at a time;
         codes and scales of quantised linears stay as they are. A tensor mapped from a file dies
         with the file, so each is copied, or with `copy` False only those that are converted."""
@@ -169,15 +194,22 @@ class ChatGLM(PrefixSwitch, nn.Module):
         if bits not in (4, 8):
             raise ValueError(f"quantize: bits must be 4 or 8, not {bits}")
         layers = self.transformer.encoder.layers
-        linears = {name: module for name, module in layers.named_modules(prefix=_LAYERS)
-                   if isinstance(module, FrozenLinear)}
+        linears = {
+            name: module
+            for name, module in layers.named_modules(prefix=_LAYERS)
+            if isinstance(module, FrozenLinear)
+        }
         for name, linear in linears.items():
             if linear.weight is None:
-                raise ValueError(f"this model is quantised already, to {linear.bits} bits; load "
-                                 "the base again to quantise it differently")
+                raise ValueError(
+                    f"this model is quantised already, to {linear.bits} bits; load "
+                    "the base again to quantise it differently"
+                )
             if bits == 4 and linear.weight.shape[1] % 2:
-                raise ValueError(f"4 bits pack two columns in a byte, but {name} has "
-                                 f"{linear.weight.shape[1]} columns; use 8 bits")
+                raise ValueError(
+                    f"4 bits pack two columns in a byte, but {name} has "
+                    f"{linear.weight.shape[1]} columns; use 8 bits"
+                )
         for linear in linears.values():
             linear.quantize_(bits)
         self.config = replace(self.config, quantization_bit=bits)
@@ -193,8 +225,13 @@ class ChatGLM(PrefixSwitch, nn.Module):
         """Where the weights are."""
         return self.transformer.encoder.layers[0].input_layernorm.weight.device
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None,
-                position_ids: Tensor | None = None, labels: Tensor | None = None) -> ModelOutput:
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> ModelOutput:
         """The official call on a padded batch; `loss` below is the lean one for training.
 
         Args:
@@ -246,14 +283,20 @@ class ChatGLM(PrefixSwitch, nn.Module):
         with torch.autocast(self.device.type, enabled=False):
             hidden = self._hidden(batch, dropout_offset, seed)
             return ops.linear_cross_entropy(
-                hidden, self.transformer.output_layer.matrix, batch.labels,
-                token_weight=batch.token_weight, ignore_index=IGNORE_INDEX,
-                label_smoothing=self.label_smoothing)
+                hidden,
+                self.transformer.output_layer.matrix,
+                batch.labels,
+                token_weight=batch.token_weight,
+                ignore_index=IGNORE_INDEX,
+                label_smoothing=self.label_smoothing,
+            )
 
-    def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None,
-                 **options) -> Tensor:
+    def generate(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **options
+    ) -> Tensor:
         """Continues a left-padded batch of prompts; see glmkern.generation.generate."""
         from glmkern.generation import generate
+
         return generate(self, input_ids, attention_mask, **options)
 
     def _placed(self, batch: PackedBatch) -> PackedBatch:
@@ -261,39 +304,55 @@ class ChatGLM(PrefixSwitch, nn.Module):
         place = self.transformer.embedding.word_embeddings.weight.device
         return replace(batch.to(self.device), input_ids=batch.input_ids.to(place))
 
-    def stream_generate(self, input_ids: Tensor, attention_mask: Tensor | None = None,
-                        **options) -> Iterator[Tensor]:
+    def stream_generate(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **options
+    ) -> Iterator[Tensor]:
         """The ids so far after every step; see glmkern.generation.stream_generate."""
         from glmkern.generation import stream_generate
+
         return stream_generate(self, input_ids, attention_mask, **options)
 
-    def chat(self, tokenizer: "ChatGLMTokenizer", query: str, history: "History | None" = None,
-             **options) -> tuple[str, list[tuple[str, str]]]:
+    def chat(
+        self, tokenizer: "ChatGLMTokenizer", query: str, history: "History | None" = None, **options
+    ) -> tuple[str, list[tuple[str, str]]]:
         """The reply to `query` and the history with this round; see glmkern.chat.chat."""
         from glmkern.chat import chat
+
         return chat(self, tokenizer, query, history, **options)
 
-    def stream_chat(self, tokenizer: "ChatGLMTokenizer", query: str,
-                    history: "History | None" = None,
-                    past_key_values: "KeyValueCache | None" = None,
-                    **options) -> Iterator[tuple]:
+    def stream_chat(
+        self,
+        tokenizer: "ChatGLMTokenizer",
+        query: str,
+        history: "History | None" = None,
+        past_key_values: "KeyValueCache | None" = None,
+        **options,
+    ) -> Iterator[tuple]:
         """chat() as the reply grows; see glmkern.chat.stream_chat."""
         from glmkern.chat import stream_chat
+
         return stream_chat(self, tokenizer, query, history, past_key_values, **options)
 
     def _hidden(self, batch: PackedBatch, dropout_offset: int, seed: int) -> Tensor:
         """[T, H] behind the final norm, in training mode with dropout."""
         if self.recompute not in RECOMPUTE:
-            raise ValueError(f"recompute must be one of {', '.join(RECOMPUTE)}, not "
-                             f"{self.recompute!r}")
+            raise ValueError(
+                f"recompute must be one of {', '.join(RECOMPUTE)}, not {self.recompute!r}"
+            )
         drops_prefix = self.training and self.prefix_encoder is not None
         seeds = None
         if self.training:
             seeds = dropout_seeds(seed, dropout_offset, self.config.num_layers, self.device)
-        run = Pass(self.cos_sin, batch.positions, batch.cu_seqlens, batch.sequence_ids, seeds,
-                   recompute=self.recompute,
-                   prefix_dropout=self.prefix_dropout if drops_prefix else 0.0,
-                   hidden_dropout=self.config.hidden_dropout if self.training else 0.0)
+        run = Pass(
+            self.cos_sin,
+            batch.positions,
+            batch.cu_seqlens,
+            batch.sequence_ids,
+            seeds,
+            recompute=self.recompute,
+            prefix_dropout=self.prefix_dropout if drops_prefix else 0.0,
+            hidden_dropout=self.config.hidden_dropout if self.training else 0.0,
+        )
         prefix = self.prefix()
         return self.encode(batch.input_ids, lambda layer, x: layer(x, *prefix[layer.index], run))
 
@@ -328,16 +387,19 @@ class ChatGLM(PrefixSwitch, nn.Module):
         if labelled:
             labels = batch.labels[batch.labels != IGNORE_INDEX]
             if len(labels) == 0:
-                raise ValueError(f"no token carries a label (all are {IGNORE_INDEX}), so there is "
-                                 "no loss; leave such batches out")
+                raise ValueError(
+                    f"no token carries a label (all are {IGNORE_INDEX}), so there is "
+                    "no loss; leave such batches out"
+                )
             _check_range("labels", labels, self.config.padded_vocab_size)
 
 
 def _check_range(name: str, x: Tensor, end: int) -> None:
     low, high = x.aminmax()
     if low < 0 or high >= end:
-        raise ValueError(f"{name} run from {int(low)} to {int(high)}, but this model has 0 to "
-                         f"{end - 1}")
+        raise ValueError(
+            f"{name} run from {int(low)} to {int(high)}, but this model has 0 to {end - 1}"
+        )
 
 
 class _Embedding(nn.Module):
@@ -347,7 +409,8 @@ class _Embedding(nn.Module):
         super().__init__()
         # Not nn.Embedding(): its random start would import much of torch for a meta tensor.
         self.word_embeddings = nn.Embedding.from_pretrained(
-            torch.empty(config.padded_vocab_size, config.hidden_size, device="meta"))
+            torch.empty(config.padded_vocab_size, config.hidden_size, device="meta")
+        )
 
 
 class _Encoder(nn.Module):

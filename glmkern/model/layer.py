@@ -58,8 +58,9 @@ class Attention(nn.Module):
 
     def __init__(self, config: ChatGLMConfig):
         super().__init__()
-        self.query_key_value = FrozenLinear(config.hidden_size, config.qkv_size,
-                                            config.add_bias_linear or config.add_qkv_bias)
+        self.query_key_value = FrozenLinear(
+            config.hidden_size, config.qkv_size, config.add_bias_linear or config.add_qkv_bias
+        )
         self.dense = FrozenLinear(config.query_size, config.hidden_size, config.add_bias_linear)
 
 
@@ -68,10 +69,12 @@ class MLP(nn.Module):
 
     def __init__(self, config: ChatGLMConfig):
         super().__init__()
-        self.dense_h_to_4h = FrozenLinear(config.hidden_size, 2 * config.ffn_hidden_size,
-                                          config.add_bias_linear)
-        self.dense_4h_to_h = FrozenLinear(config.ffn_hidden_size, config.hidden_size,
-                                          config.add_bias_linear)
+        self.dense_h_to_4h = FrozenLinear(
+            config.hidden_size, 2 * config.ffn_hidden_size, config.add_bias_linear
+        )
+        self.dense_4h_to_h = FrozenLinear(
+            config.ffn_hidden_size, config.hidden_size, config.add_bias_linear
+        )
 
 
 class Layer(nn.Module):
@@ -89,8 +92,9 @@ class Layer(nn.Module):
         self.post_attention_layernorm = FrozenNorm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None,
-                run: Pass) -> Tensor:
+    def forward(
+        self, x: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None, run: Pass
+    ) -> Tensor:
         """x [T, H] -> [T, H]; prefix_k, prefix_v: float32 [P, G, C] or None."""
         return _LayerFunction.apply(x, prefix_k, prefix_v, self, run)
 
@@ -102,9 +106,15 @@ class Layer(nn.Module):
     def _rotated(self, normalised: Tensor, run: Pass) -> tuple[Tensor, Tensor, Tensor]:
         """q [T, N, C] and k [T, G, C], rotated, and v [T, G, C]."""
         linear = self.self_attention.query_key_value
-        return kernels.qkv_rope_fwd(linear.project(normalised, with_bias=False), linear.bias,
-                                    run.cos_sin, run.positions, self.heads, self.groups,
-                                    self.interleaved)
+        return kernels.qkv_rope_fwd(
+            linear.project(normalised, with_bias=False),
+            linear.bias,
+            run.cos_sin,
+            run.positions,
+            self.heads,
+            self.groups,
+            self.interleaved,
+        )
 
     def _qkv_gradient(self, dq: Tensor, dk: Tensor, dv: Tensor, run: Pass) -> Tensor:
         """The gradient of query_key_value's output from those of the rotated q, k and of v."""
@@ -126,7 +136,6 @@ class _Saved(NamedTuple):
 
 
 class _LayerFunction(torch.autograd.Function):
-
     @staticmethod
     def forward(ctx, x, prefix_k, prefix_v, layer, run):
         ctx.layer, ctx.run = layer, run
@@ -156,9 +165,22 @@ def _run_backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
     da = _dropout_backward(layer, dh, run, site=ATTENTION_SITE)
     dout = layer.self_attention.dense.project_back(da).view_as(saved.out)
     dq, dk, dv, dprefix_k, dprefix_v = kernels.prefix_attention_bwd(
-        dout, saved.q, saved.k, saved.v, prefix_k, prefix_v, saved.out, saved.lse,
-        run.cu_seqlens, run.sequence_ids, _seed(layer, run, PREFIX_SITE), _scale(layer),
-        run.prefix_dropout, token_grad, prefix_grad)
+        dout,
+        saved.q,
+        saved.k,
+        saved.v,
+        prefix_k,
+        prefix_v,
+        saved.out,
+        saved.lse,
+        run.cu_seqlens,
+        run.sequence_ids,
+        _seed(layer, run, PREFIX_SITE),
+        _scale(layer),
+        run.prefix_dropout,
+        token_grad,
+        prefix_grad,
+    )
     dx = None
     if token_grad:
         dqkv = layer._qkv_gradient(dq, dk, dv, run)
@@ -169,18 +191,34 @@ def _run_backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
     return dx, dprefix_k, dprefix_v, None, None
 
 
-def _run_forward(layer: Layer, x: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None,
-                 run: Pass, until_gate_up: bool = False) -> tuple[Tensor | None, _Saved]:
+def _run_forward(
+    layer: Layer,
+    x: Tensor,
+    prefix_k: Tensor | None,
+    prefix_v: Tensor | None,
+    run: Pass,
+    until_gate_up: bool = False,
+) -> tuple[Tensor | None, _Saved]:
     def attend(q, k, v):
         return kernels.prefix_attention_fwd(
-            q, k, v, prefix_k, prefix_v, run.cu_seqlens, run.sequence_ids,
-            _seed(layer, run, PREFIX_SITE), _scale(layer), run.prefix_dropout)
+            q,
+            k,
+            v,
+            prefix_k,
+            prefix_v,
+            run.cu_seqlens,
+            run.sequence_ids,
+            _seed(layer, run, PREFIX_SITE),
+            _scale(layer),
+            run.prefix_dropout,
+        )
 
     return _run_block(layer, x, run, attend, until_gate_up)
 
 
-def _run_block(layer: Layer, x: Tensor, run: Pass, attend: Callable,
-               until_gate_up: bool = False) -> tuple[Tensor | None, _Saved]:
+def _run_block(
+    layer: Layer, x: Tensor, run: Pass, attend: Callable, until_gate_up: bool = False
+) -> tuple[Tensor | None, _Saved]:
     """The block's formula; `attend(q, k, v)` returns the attention's output and log-sum-exp."""
     normalised, stats1 = layer.input_layernorm.run(x)
     q, k, v = layer._rotated(normalised, run)
@@ -196,8 +234,14 @@ def _run_block(layer: Layer, x: Tensor, run: Pass, attend: Callable,
     saved = _Saved(stats1, q, k, v, out, lse, h, stats2, gate_up)
     if until_gate_up:
         return None, saved
-    y = _add_projected(layer, layer.mlp.dense_4h_to_h, kernels.swiglu_fwd(gate_up),
-                       normalised if layer.residual_after_norm else h, run, site=MLP_SITE)
+    y = _add_projected(
+        layer,
+        layer.mlp.dense_4h_to_h,
+        kernels.swiglu_fwd(gate_up),
+        normalised if layer.residual_after_norm else h,
+        run,
+        site=MLP_SITE,
+    )
     return y, saved
 
 
@@ -209,33 +253,42 @@ def _mlp_backward(layer: Layer, dy: Tensor, saved: _Saved, run: Pass) -> Tensor:
     dm = _dropout_backward(layer, dy, run, site=MLP_SITE)
     dgate_up = kernels.swiglu_bwd(layer.mlp.dense_4h_to_h.project_back(dm), gate_up)
     dnormalised = layer.mlp.dense_h_to_4h.project_back(dgate_up)
-    return _norm_backward(layer, layer.post_attention_layernorm, dnormalised, dy, saved.h,
-                          saved.stats2)
+    return _norm_backward(
+        layer, layer.post_attention_layernorm, dnormalised, dy, saved.h, saved.stats2
+    )
 
 
-def _norm_backward(layer: Layer, norm: FrozenNorm, dnormalised: Tensor, dresidual: Tensor,
-                   x: Tensor, stats: Tensor) -> Tensor:
+def _norm_backward(
+    layer: Layer, norm: FrozenNorm, dnormalised: Tensor, dresidual: Tensor, x: Tensor, stats: Tensor
+) -> Tensor:
     """The gradient of a norm's input x; the residual left either before or after the norm."""
     if layer.residual_after_norm:
         return norm.run_back(dnormalised + dresidual, x, stats, None)
     return norm.run_back(dnormalised, x, stats, dresidual)
 
 
-def _add_projected(layer: Layer, linear: FrozenLinear, x: Tensor, residual: Tensor, run: Pass,
-                   site: int) -> Tensor:
+def _add_projected(
+    layer: Layer, linear: FrozenLinear, x: Tensor, residual: Tensor, run: Pass, site: int
+) -> Tensor:
     """dropout(linear(x)) + residual, the bias added with the residual."""
     p = run.hidden_dropout
     return kernels.bias_dropout_add_fwd(
-        linear.project(x, with_bias=False), linear.bias, residual, p,
-        _seed(layer, run, site), run.cu_seqlens, run.sequence_ids)
+        linear.project(x, with_bias=False),
+        linear.bias,
+        residual,
+        p,
+        _seed(layer, run, site),
+        run.cu_seqlens,
+        run.sequence_ids,
+    )
 
 
 def _dropout_backward(layer: Layer, dy: Tensor, run: Pass, site: int) -> Tensor:
     if run.hidden_dropout == 0:
         return dy
     return kernels.bias_dropout_add_bwd(
-        dy, run.hidden_dropout, _seed(layer, run, site), run.cu_seqlens,
-        run.sequence_ids, False)[0]
+        dy, run.hidden_dropout, _seed(layer, run, site), run.cu_seqlens, run.sequence_ids, False
+    )[0]
 
 
 def _seed(layer: Layer, run: Pass, site: int) -> Tensor | None:
@@ -244,4 +297,4 @@ def _seed(layer: Layer, run: Pass, site: int) -> Tensor | None:
 
 
 def _scale(layer: Layer) -> float:
-    return layer.channels ** -0.5
+    return layer.channels**-0.5

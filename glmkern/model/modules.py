@@ -25,8 +25,9 @@ class FrozenLinear(nn.Module):
         self.register_buffer("scale", None)
         self.bits = None
 
-    def load_(self, name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device,
-              copy: bool = True) -> None:
+    def load_(
+        self, name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device, copy: bool = True
+    ) -> None:
         """Takes one tensor of a checkpoint: "weight", dense or int8 codes, "weight_scale", which
         keeps its own dtype, or "bias"; itself where `copy` is False and nothing is to be
         converted."""
@@ -92,8 +93,9 @@ class FrozenNorm(nn.Module):
         """x [T, H] -> normalised [T, H], and the row statistics that run_back needs."""
         if self.bias is None:
             return kernels.rms_norm_fwd(x, self.weight, self.eps)
-        y, mean, rstd = torch.native_layer_norm(x, self.weight.shape, self.weight, self.bias,
-                                                self.eps)
+        y, mean, rstd = torch.native_layer_norm(
+            x, self.weight.shape, self.weight, self.bias, self.eps
+        )
         return y, torch.stack([mean, rstd])
 
     def run_added(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -110,7 +112,8 @@ class FrozenNorm(nn.Module):
             return kernels.rms_norm_bwd(dy, x, self.weight, stats, dresidual, False)[0]
         mean, rstd = stats
         dx, _, _ = torch.ops.aten.native_layer_norm_backward(
-            dy, x, self.weight.shape, mean, rstd, self.weight, self.bias, [True, False, False])
+            dy, x, self.weight.shape, mean, rstd, self.weight, self.bias, [True, False, False]
+        )
         return dx if dresidual is None else dx + dresidual
 
     def forward(self, x: Tensor) -> Tensor:

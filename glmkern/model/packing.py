@@ -43,8 +43,11 @@ class PackedBatch:
         return PackedBatch(*(None if x is None else x.to(device) for x in vars(self).values()))
 
 
-def pack_rows(rows: Sequence[Row], sequence_ids: Sequence[int] | None = None,
-              token_weight_per_row: Sequence[float] | None = None) -> PackedBatch:
+def pack_rows(
+    rows: Sequence[Row],
+    sequence_ids: Sequence[int] | None = None,
+    token_weight_per_row: Sequence[float] | None = None,
+) -> PackedBatch:
     """Lays rows end to end, each with positions from 0.
 
     Args:
@@ -58,13 +61,18 @@ def pack_rows(rows: Sequence[Row], sequence_ids: Sequence[int] | None = None,
     """
     lengths = [len(row.input_ids) for row in rows]
     if not lengths or 0 in lengths:
-        raise ValueError("a batch needs at least one row and no empty rows, but the lengths are "
-                         f"{lengths}")
+        raise ValueError(
+            f"a batch needs at least one row and no empty rows, but the lengths are {lengths}"
+        )
     if lengths != (labels := [len(row.labels) for row in rows]):
-        raise ValueError("every row needs a label for each token, but the rows have "
-                         f"{lengths} tokens and {labels} labels")
-    for name, values in (("sequence_ids", sequence_ids),
-                         ("token_weight_per_row", token_weight_per_row)):
+        raise ValueError(
+            "every row needs a label for each token, but the rows have "
+            f"{lengths} tokens and {labels} labels"
+        )
+    for name, values in (
+        ("sequence_ids", sequence_ids),
+        ("token_weight_per_row", token_weight_per_row),
+    ):
         if values is not None and len(values) != len(rows):
             raise ValueError(f"{name} must have one value a row, {len(rows)}, not {len(values)}")
     # Shifted: the last token of a row has nothing to predict.
@@ -79,13 +87,18 @@ def pack_rows(rows: Sequence[Row], sequence_ids: Sequence[int] | None = None,
         cu_seqlens=_cumulative(torch.tensor(lengths)),
         labels=torch.tensor(labels),
         token_weight=token_weight,
-        sequence_ids=torch.arange(len(rows)) if sequence_ids is None else
-        torch.tensor(sequence_ids))
+        sequence_ids=torch.arange(len(rows))
+        if sequence_ids is None
+        else torch.tensor(sequence_ids),
+    )
 
 
-def unpad(input_ids: Tensor, attention_mask: Tensor | None = None,
-          position_ids: Tensor | None = None,
-          labels: Tensor | None = None) -> tuple[PackedBatch, Tensor]:
+def unpad(
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    labels: Tensor | None = None,
+) -> tuple[PackedBatch, Tensor]:
     """Drops the masked tokens of a padded batch, whichever side they are on.
 
     A label whose predecessor is padding is dropped with it: there is no context to predict it from.
@@ -104,19 +117,25 @@ def unpad(input_ids: Tensor, attention_mask: Tensor | None = None,
     """
     if input_ids.dim() != 2 or input_ids.numel() == 0:
         raise ValueError(f"input_ids must be [B, S] and not empty, not {list(input_ids.shape)}")
-    for name, x in (("attention_mask", attention_mask), ("position_ids", position_ids),
-                    ("labels", labels)):
+    for name, x in (
+        ("attention_mask", attention_mask),
+        ("position_ids", position_ids),
+        ("labels", labels),
+    ):
         if x is not None and x.shape != input_ids.shape:
-            raise ValueError(f"{name} must have input_ids' shape {list(input_ids.shape)}, not "
-                             f"{list(x.shape)}")
+            raise ValueError(
+                f"{name} must have input_ids' shape {list(input_ids.shape)}, not {list(x.shape)}"
+            )
     device = input_ids.device
     keep = torch.ones_like(input_ids, dtype=torch.bool)
     if attention_mask is not None:
         keep = attention_mask.to(device).bool()
     lengths = keep.sum(1)
     if not bool((lengths > 0).all()):
-        raise ValueError(f"row {int((lengths == 0).nonzero()[0])} of attention_mask is all zero; "
-                         "leave empty rows out of the batch")
+        raise ValueError(
+            f"row {int((lengths == 0).nonzero()[0])} of attention_mask is all zero; "
+            "leave empty rows out of the batch"
+        )
     places = keep.flatten().nonzero().squeeze(1)
     shifted = torch.full_like(input_ids, IGNORE_INDEX, dtype=torch.int64)
     if labels is not None:
@@ -124,9 +143,13 @@ def unpad(input_ids: Tensor, attention_mask: Tensor | None = None,
     if position_ids is None:
         position_ids = torch.arange(input_ids.shape[1], device=device).expand_as(input_ids)
     batch = PackedBatch(
-        input_ids=input_ids.flatten()[places], positions=position_ids.flatten()[places],
-        cu_seqlens=_cumulative(lengths), labels=shifted.flatten()[places], token_weight=None,
-        sequence_ids=torch.arange(len(lengths), device=device))
+        input_ids=input_ids.flatten()[places],
+        positions=position_ids.flatten()[places],
+        cu_seqlens=_cumulative(lengths),
+        labels=shifted.flatten()[places],
+        token_weight=None,
+        sequence_ids=torch.arange(len(lengths), device=device),
+    )
     return batch, places
 
 

@@ -25,10 +25,15 @@ class PrefixEncoder(nn.Module):
         self.layers = config.num_layers
         self.groups, self.channels = config.multi_query_group_num, config.kv_channels
         self.embedding = nn.Embedding(pre_seq_len, config.kv_size, dtype=torch.float32)
-        self.trans = nn.Sequential(
-            nn.Linear(config.kv_size, config.hidden_size, dtype=torch.float32), nn.Tanh(),
-            nn.Linear(config.hidden_size, config.kv_size, dtype=torch.float32),
-        ) if projection else None
+        self.trans = (
+            nn.Sequential(
+                nn.Linear(config.kv_size, config.hidden_size, dtype=torch.float32),
+                nn.Tanh(),
+                nn.Linear(config.hidden_size, config.kv_size, dtype=torch.float32),
+            )
+            if projection
+            else None
+        )
 
     def forward(self) -> list[tuple[Tensor, Tensor]]:
         """(keys, values) of every layer, each float32 [P, G, C] and contiguous."""
@@ -72,6 +77,7 @@ class PrefixSwitch:
             InputError: the prefix is missing, broken, or of another base or family.
         """
         from glmkern.checkpoint import check_family, check_prefix, describe_prefix, read_prefix
+
         state = read_prefix(path, self.config)
         check_family(path, self.config)
         length, _, projection = describe_prefix(state)
@@ -95,6 +101,8 @@ class PrefixSwitch:
             raise InputError(f"there is no prefix {name!r}; loaded: {loaded}")
         encoder = None if name is None else self._prefixes[name].to(self.device)
         self.config = replace(
-            self.config, pre_seq_len=None if encoder is None else len(encoder.embedding.weight),
-            prefix_projection=encoder is not None and encoder.trans is not None)
+            self.config,
+            pre_seq_len=None if encoder is None else len(encoder.embedding.weight),
+            prefix_projection=encoder is not None and encoder.trans is not None,
+        )
         self.transformer.prefix_encoder = encoder

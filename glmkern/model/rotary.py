@@ -9,8 +9,12 @@ BASE = 10000
 PRECISIONS = ("float32", "model")
 
 
-def rotary_table(config: ChatGLMConfig, dtype: torch.dtype, precision: str = "float32",
-                 device: torch.device | str | None = None) -> Tensor:
+def rotary_table(
+    config: ChatGLMConfig,
+    dtype: torch.dtype,
+    precision: str = "float32",
+    device: torch.device | str | None = None,
+) -> Tensor:
     """cos and sin of position / rope_ratio * BASE^(-2i / R'), R' = kv_channels / 2.
 
     Args:
@@ -26,8 +30,9 @@ def rotary_table(config: ChatGLMConfig, dtype: torch.dtype, precision: str = "fl
         [seq_length, kv_channels / 4, 2]: cosine and sine.
     """
     if precision not in PRECISIONS:
-        raise ValueError(f"rope_precision must be one of {', '.join(PRECISIONS)}, not "
-                         f"{precision!r}")
+        raise ValueError(
+            f"rope_precision must be one of {', '.join(PRECISIONS)}, not {precision!r}"
+        )
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     table_dtype = dtype if precision == "model" else wide
     angle_dtype = wide if config.family == "chatglm3-6b" else table_dtype

@@ -9,7 +9,16 @@ from glmkern.ops.rope import rope
 from glmkern.ops.swiglu import swiglu
 
 __all__ = [
-    "QuantizedWeight", "add_rms_norm", "bias_dropout_add", "dequantize", "linear_cross_entropy",
-    "prefix_attention", "prefix_attention_decode", "quant_linear", "quantize", "rms_norm", "rope",
+    "QuantizedWeight",
+    "add_rms_norm",
+    "bias_dropout_add",
+    "dequantize",
+    "linear_cross_entropy",
+    "prefix_attention",
+    "prefix_attention_decode",
+    "quant_linear",
+    "quantize",
+    "rms_norm",
+    "rope",
     "swiglu",
 ]

@@ -1,6 +1,6 @@
 """dropout(x + bias) + residual in one pass; the mask is drawn again in the backward pass.
 
-    y = keep * (x + bias) / (1 - p) + residual        keep: see philox.py, i = row * H + channel
+y = keep * (x + bias) / (1 - p) + residual        keep: see philox.py, i = row * H + channel
 """
 
 import torch
@@ -12,10 +12,17 @@ from glmkern.ops.philox import check_dropout, keep_mask
 from glmkern.ops.sequences import complete_sequences, spans
 
 
-def bias_dropout_add(x: Tensor, bias: Tensor | None, residual: Tensor, p: float,
-                     seed: Tensor | None, training: bool = True, *,
-                     cu_seqlens: Tensor | None = None,
-                     sequence_ids: Tensor | None = None) -> Tensor:
+def bias_dropout_add(
+    x: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    p: float,
+    seed: Tensor | None,
+    training: bool = True,
+    *,
+    cu_seqlens: Tensor | None = None,
+    sequence_ids: Tensor | None = None,
+) -> Tensor:
     """Adds a bias, drops, scales by 1 / (1 - p) and adds a residual.
 
     Args:
@@ -38,34 +45,50 @@ def bias_dropout_add(x: Tensor, bias: Tensor | None, residual: Tensor, p: float,
     op = "bias_dropout_add"
     check_floating(op, "x", x)
     check_same(op, "residual", residual, "x", x)
-    check(x.dim() >= 1 and x.shape[-1] > 0,
-          lambda: f"{op}: x needs a last dimension that is not empty, not {tuple(x.shape)}")
-    check(residual.shape == x.shape, lambda: f"{op}: residual must have x's shape "
-          f"{tuple(x.shape)}, not {tuple(residual.shape)}")
+    check(
+        x.dim() >= 1 and x.shape[-1] > 0,
+        lambda: f"{op}: x needs a last dimension that is not empty, not {tuple(x.shape)}",
+    )
+    check(
+        residual.shape == x.shape,
+        lambda: f"{op}: residual must have x's shape {tuple(x.shape)}, not {tuple(residual.shape)}",
+    )
     if bias is not None:
         check_same(op, "bias", bias, "x", x)
-        check(bias.shape == x.shape[-1:], lambda: f"{op}: bias must have shape [{x.shape[-1]}], "
-              f"x's last dimension, not {list(bias.shape)}")
+        check(
+            bias.shape == x.shape[-1:],
+            lambda: (
+                f"{op}: bias must have shape [{x.shape[-1]}], "
+                f"x's last dimension, not {list(bias.shape)}"
+            ),
+        )
     p = p if training else 0.0
     check_dropout(op, x, p, seed)
     if p == 0:
         seed = cu_seqlens = sequence_ids = None
     else:
-        check(cu_seqlens is None or x.dim() == 2, lambda: f"{op}: with cu_seqlens x must be "
-              f"[T, H], not {tuple(x.shape)}")
+        check(
+            cu_seqlens is None or x.dim() == 2,
+            lambda: f"{op}: with cu_seqlens x must be [T, H], not {tuple(x.shape)}",
+        )
         rows = x.reshape(-1, x.shape[-1])
         cu_seqlens, sequence_ids = complete_sequences(op, rows, cu_seqlens, sequence_ids)
     return torch.ops.glmkern.bias_dropout_add_fwd(
-        x.contiguous(), bias, residual.contiguous(), p, seed, cu_seqlens, sequence_ids)
+        x.contiguous(), bias, residual.contiguous(), p, seed, cu_seqlens, sequence_ids
+    )
 
 
-def _scale_of_kept(x: Tensor, p: float, seed: Tensor, cu_seqlens: Tensor,
-                   sequence_ids: Tensor) -> Tensor:
+def _scale_of_kept(
+    x: Tensor, p: float, seed: Tensor, cu_seqlens: Tensor, sequence_ids: Tensor
+) -> Tensor:
     """0 where an element is dropped, 1 / (1 - p) where it is kept; x's shape."""
     channels, acc = x.shape[-1], accumulate_dtype(x)
-    keep = [keep_mask(seed, sequence_ids[b:b + 1], (end - start) * channels, p).flatten()
-            for b, (start, end) in enumerate(spans("bias_dropout_add", cu_seqlens,
-                                                   x.numel() // channels))]
+    keep = [
+        keep_mask(seed, sequence_ids[b : b + 1], (end - start) * channels, p).flatten()
+        for b, (start, end) in enumerate(
+            spans("bias_dropout_add", cu_seqlens, x.numel() // channels)
+        )
+    ]
     return torch.cat(keep).view(x.shape).to(acc) / (1 - p)
 
 
@@ -79,8 +102,9 @@ def bias_dropout_add_fwd_reference(x, bias, residual, p, seed, cu_seqlens, seque
     return (y + residual).to(x.dtype)
 
 
-def bias_dropout_add_bwd_reference(dy, p, seed, cu_seqlens, sequence_ids,
-                                   bias_grad) -> tuple[Tensor, Tensor]:
+def bias_dropout_add_bwd_reference(
+    dy, p, seed, cu_seqlens, sequence_ids, bias_grad
+) -> tuple[Tensor, Tensor]:
     dx = dy * _scale_of_kept(dy, p, seed, cu_seqlens, sequence_ids)
     dbias = dx.view(-1, dy.shape[-1]).sum(0).to(dy.dtype) if bias_grad else dy.new_empty(0)
     return dx.to(dy.dtype), dbias
@@ -95,10 +119,15 @@ def _bwd_fake(dy, p, seed, cu_seqlens, sequence_ids, bias_grad):
 
 
 # Only for p > 0: with p = 0 the gradient of x is dy itself.
-define_op("bias_dropout_add_bwd", "(Tensor dy, float p, Tensor seed, Tensor cu_seqlens,"
-          " Tensor sequence_ids, bool bias_grad) -> (Tensor dx, Tensor dbias)",
-          module="bias_dropout", reference=bias_dropout_add_bwd_reference, fake=_bwd_fake,
-          supports=supports_dtype)
+define_op(
+    "bias_dropout_add_bwd",
+    "(Tensor dy, float p, Tensor seed, Tensor cu_seqlens,"
+    " Tensor sequence_ids, bool bias_grad) -> (Tensor dx, Tensor dbias)",
+    module="bias_dropout",
+    reference=bias_dropout_add_bwd_reference,
+    fake=_bwd_fake,
+    supports=supports_dtype,
+)
 
 
 def _setup_context(ctx, inputs, output):
@@ -110,13 +139,21 @@ def _backward(ctx, dy):
     bias_grad = ctx.needs_input_grad[1]
     if ctx.p > 0:
         dx, dbias = torch.ops.glmkern.bias_dropout_add_bwd(
-            dy.contiguous(), ctx.p, *ctx.saved_tensors, bias_grad)
+            dy.contiguous(), ctx.p, *ctx.saved_tensors, bias_grad
+        )
     else:
         dx, dbias = dy, dy.reshape(-1, dy.shape[-1]).sum(0) if bias_grad else None
     return dx, dbias if bias_grad else None, dy, None, None, None, None
 
 
-define_op("bias_dropout_add_fwd", "(Tensor x, Tensor? bias, Tensor residual, float p, Tensor? seed,"
-          " Tensor? cu_seqlens, Tensor? sequence_ids) -> Tensor", module="bias_dropout",
-          reference=bias_dropout_add_fwd_reference, fake=_fwd_fake, supports=supports_dtype,
-          setup_context=_setup_context, backward=_backward)
+define_op(
+    "bias_dropout_add_fwd",
+    "(Tensor x, Tensor? bias, Tensor residual, float p, Tensor? seed,"
+    " Tensor? cu_seqlens, Tensor? sequence_ids) -> Tensor",
+    module="bias_dropout",
+    reference=bias_dropout_add_fwd_reference,
+    fake=_fwd_fake,
+    supports=supports_dtype,
+    setup_context=_setup_context,
+    backward=_backward,
+)

@@ -15,29 +15,50 @@ def check(condition: bool, message: Callable[[], str]) -> None:
 
 
 def check_floating(op: str, name: str, tensor: Tensor) -> None:
-    check(tensor.dtype in (*KERNEL_DTYPES, torch.float64), lambda: f"{op}: {name} must be float32, "
-          f"float16, bfloat16 or float64, not {_plain(tensor.dtype)}")
+    check(
+        tensor.dtype in (*KERNEL_DTYPES, torch.float64),
+        lambda: (
+            f"{op}: {name} must be float32, "
+            f"float16, bfloat16 or float64, not {_plain(tensor.dtype)}"
+        ),
+    )
 
 
 def check_same(op: str, name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
     """The two tensors have one dtype and one device."""
     check_device(op, name, tensor, like_name, like)
-    check(tensor.dtype == like.dtype, lambda: f"{op}: {name} is {_plain(tensor.dtype)} but "
-          f"{like_name} is {_plain(like.dtype)}; convert one with .to()")
+    check(
+        tensor.dtype == like.dtype,
+        lambda: (
+            f"{op}: {name} is {_plain(tensor.dtype)} but "
+            f"{like_name} is {_plain(like.dtype)}; convert one with .to()"
+        ),
+    )
 
 
 def check_device(op: str, name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
-    check(tensor.device == like.device, lambda: f"{op}: {name} is on {tensor.device} but "
-          f"{like_name} is on {like.device}; move one with .to()")
+    check(
+        tensor.device == like.device,
+        lambda: (
+            f"{op}: {name} is on {tensor.device} but "
+            f"{like_name} is on {like.device}; move one with .to()"
+        ),
+    )
 
 
 def check_weight(op: str, weight: Tensor, x_name: str, x: Tensor) -> None:
     """A dense frozen weight: x's dtype, or one that x's holds exactly."""
-    check(not weight.requires_grad, lambda: f"{op}: the weight is frozen here and gets no gradient;"
-          " pass weight.detach()")
-    check(weight.is_floating_point() and torch.promote_types(weight.dtype, x.dtype) == x.dtype,
-          lambda: f"{op}: a dense weight must have {x_name}'s dtype or a narrower one, but it is "
-          f"{_plain(weight.dtype)} and {x_name} is {_plain(x.dtype)}")
+    check(
+        not weight.requires_grad,
+        lambda: f"{op}: the weight is frozen here and gets no gradient; pass weight.detach()",
+    )
+    check(
+        weight.is_floating_point() and torch.promote_types(weight.dtype, x.dtype) == x.dtype,
+        lambda: (
+            f"{op}: a dense weight must have {x_name}'s dtype or a narrower one, but it is "
+            f"{_plain(weight.dtype)} and {x_name} is {_plain(x.dtype)}"
+        ),
+    )
 
 
 def supports_dtype(x: Tensor, *_) -> str | None:

@@ -11,13 +11,7 @@ import torch
 from torch import Tensor
 
 from glmkern.dispatch import define_op
-from glmkern.ops.checks import (
-    accumulate_dtype,
-    check,
-    check_device,
-    check_floating,
-    supports_dtype,
-)
+from glmkern.ops.checks import accumulate_dtype, check, check_device, check_floating, supports_dtype
 from glmkern.ops.quant_linear import QuantizedWeight, dense_weight, stored
 from glmkern.ops.sequences import values_are_checked
 
@@ -26,9 +20,15 @@ CHUNK_ELEMENTS = 1 << 22
 LEAST_CHUNK_ROWS = 256
 
 
-def linear_cross_entropy(hidden: Tensor, weight: QuantizedWeight | Tensor, labels: Tensor, *,
-                         token_weight: Tensor | None = None, ignore_index: int = -100,
-                         label_smoothing: float = 0.0) -> Tensor:
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: QuantizedWeight | Tensor,
+    labels: Tensor,
+    *,
+    token_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+) -> Tensor:
     """Weighted sum of the labelled rows' negative log-likelihoods.
 
     Args:
@@ -52,35 +52,57 @@ def linear_cross_entropy(hidden: Tensor, weight: QuantizedWeight | Tensor, label
     op = "linear_cross_entropy"
     check_floating(op, "hidden", hidden)
     weight = stored(op, weight, "hidden", hidden)
-    check(hidden.dim() == 2 and hidden.shape[1] == weight.shape[1],
-          lambda: f"{op}: hidden must be [T, H] and weight [V, H], not {tuple(hidden.shape)} and "
-          f"{tuple(weight.shape)}")
-    check(0 <= label_smoothing <= 1, lambda: f"{op}: label_smoothing must be in [0, 1], not "
-          f"{label_smoothing}")
-    check(labels.shape == hidden.shape[:1] and labels.dtype == torch.int64, lambda: f"{op}: labels "
-          f"must be int64 [{hidden.shape[0]}], not {labels.dtype} {list(labels.shape)}")
+    check(
+        hidden.dim() == 2 and hidden.shape[1] == weight.shape[1],
+        lambda: (
+            f"{op}: hidden must be [T, H] and weight [V, H], not {tuple(hidden.shape)} and "
+            f"{tuple(weight.shape)}"
+        ),
+    )
+    check(
+        0 <= label_smoothing <= 1,
+        lambda: f"{op}: label_smoothing must be in [0, 1], not {label_smoothing}",
+    )
+    check(
+        labels.shape == hidden.shape[:1] and labels.dtype == torch.int64,
+        lambda: (
+            f"{op}: labels "
+            f"must be int64 [{hidden.shape[0]}], not {labels.dtype} {list(labels.shape)}"
+        ),
+    )
     check_device(op, "labels", labels, "hidden", hidden)
     if token_weight is not None:
-        check(token_weight.shape == labels.shape and token_weight.dtype == torch.float32,
-              lambda: f"{op}: token_weight must be float32 [{hidden.shape[0]}], not "
-              f"{token_weight.dtype} {list(token_weight.shape)}")
+        check(
+            token_weight.shape == labels.shape and token_weight.dtype == torch.float32,
+            lambda: (
+                f"{op}: token_weight must be float32 [{hidden.shape[0]}], not "
+                f"{token_weight.dtype} {list(token_weight.shape)}"
+            ),
+        )
         check_device(op, "token_weight", token_weight, "hidden", hidden)
         token_weight = token_weight.contiguous()
     hidden_grad = hidden.requires_grad and torch.is_grad_enabled()
     return torch.ops.glmkern.linear_cross_entropy_fwd(
-        hidden.contiguous(), *weight, labels.contiguous(), token_weight, ignore_index,
-        label_smoothing, hidden_grad)[0]
+        hidden.contiguous(),
+        *weight,
+        labels.contiguous(),
+        token_weight,
+        ignore_index,
+        label_smoothing,
+        hidden_grad,
+    )[0]
 
 
-def linear_cross_entropy_fwd_reference(hidden, packed, scale, bits, labels, token_weight,
-                                       ignore_index, label_smoothing,
-                                       hidden_grad) -> tuple[Tensor, Tensor]:
+def linear_cross_entropy_fwd_reference(
+    hidden, packed, scale, bits, labels, token_weight, ignore_index, label_smoothing, hidden_grad
+) -> tuple[Tensor, Tensor]:
     acc, weight = accumulate_dtype(hidden), dense_weight(packed, scale, bits, hidden.dtype)
     labelled = (labels != ignore_index).nonzero().squeeze(1)  # [L]
     check_labels(labels[labelled], weight.shape[0], ignore_index)
     if token_weight is None:
-        row_weight = torch.full((len(labelled),), 1 / max(len(labelled), 1), dtype=acc,
-                                device=hidden.device)
+        row_weight = torch.full(
+            (len(labelled),), 1 / max(len(labelled), 1), dtype=acc, device=hidden.device
+        )
     else:
         row_weight = token_weight[labelled].to(acc)
     loss = torch.zeros((), dtype=torch.float64, device=hidden.device)
@@ -110,27 +132,44 @@ def check_labels(labels: Tensor, classes: int, ignore_index: int) -> None:
     """Raises ValueError for labels of no class, or none at all, where values are checked."""
     if not values_are_checked(labels):
         return
-    check(len(labels) > 0, lambda: "linear_cross_entropy: no row carries a label (all are "
-          f"{ignore_index}), so there is no loss; leave such rows out")
+    check(
+        len(labels) > 0,
+        lambda: (
+            "linear_cross_entropy: no row carries a label (all are "
+            f"{ignore_index}), so there is no loss; leave such rows out"
+        ),
+    )
     low, high = int(labels.min()), int(labels.max())
-    check(0 <= low and high < classes, lambda: f"linear_cross_entropy: labels run from {low} to "
-          f"{high}, but the classes are 0 to {classes - 1}")
+    check(
+        0 <= low and high < classes,
+        lambda: (
+            f"linear_cross_entropy: labels run from {low} to "
+            f"{high}, but the classes are 0 to {classes - 1}"
+        ),
+    )
 
 
-def _fwd_fake(hidden, packed, scale, bits, labels, token_weight, ignore_index, label_smoothing,
-              hidden_grad):
+def _fwd_fake(
+    hidden, packed, scale, bits, labels, token_weight, ignore_index, label_smoothing, hidden_grad
+):
     acc = accumulate_dtype(hidden)
-    return hidden.new_empty((), dtype=acc), hidden.new_empty(hidden.shape if hidden_grad else 0,
-                                                             dtype=acc)
+    return hidden.new_empty((), dtype=acc), hidden.new_empty(
+        hidden.shape if hidden_grad else 0, dtype=acc
+    )
 
 
 def _bwd_fake(dloss, dhidden, dtype):
     return torch.empty_like(dhidden, dtype=dtype)
 
 
-define_op("linear_cross_entropy_bwd", "(Tensor dloss, Tensor dhidden, ScalarType dtype) -> Tensor",
-          module="linear_cross_entropy", reference=linear_cross_entropy_bwd_reference,
-          fake=_bwd_fake, supports=supports_dtype)
+define_op(
+    "linear_cross_entropy_bwd",
+    "(Tensor dloss, Tensor dhidden, ScalarType dtype) -> Tensor",
+    module="linear_cross_entropy",
+    reference=linear_cross_entropy_bwd_reference,
+    fake=_bwd_fake,
+    supports=supports_dtype,
+)
 
 
 def _setup_context(ctx, inputs, output):
@@ -147,8 +186,15 @@ def _backward(ctx, dloss, _ddhidden):
 
 # dhidden, the gradient of the loss, stays in float32 until it is multiplied by the incoming
 # gradient, so that a loss scale acts before the rounding to half; empty unless hidden_grad.
-define_op("linear_cross_entropy_fwd", "(Tensor hidden, Tensor packed, Tensor? scale, int bits,"
-          " Tensor labels, Tensor? token_weight, int ignore_index, float label_smoothing,"
-          " bool hidden_grad) -> (Tensor loss, Tensor dhidden)", module="linear_cross_entropy",
-          reference=linear_cross_entropy_fwd_reference, fake=_fwd_fake, supports=supports_dtype,
-          setup_context=_setup_context, backward=_backward)
+define_op(
+    "linear_cross_entropy_fwd",
+    "(Tensor hidden, Tensor packed, Tensor? scale, int bits,"
+    " Tensor labels, Tensor? token_weight, int ignore_index, float label_smoothing,"
+    " bool hidden_grad) -> (Tensor loss, Tensor dhidden)",
+    module="linear_cross_entropy",
+    reference=linear_cross_entropy_fwd_reference,
+    fake=_fwd_fake,
+    supports=supports_dtype,
+    setup_context=_setup_context,
+    backward=_backward,
+)

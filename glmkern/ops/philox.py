@@ -59,7 +59,11 @@ def check_dropout(op: str, x: Tensor, p: float, seed: Tensor | None) -> None:
     x's device."""
     check(0 <= p < 1, lambda: f"{op}: the dropout probability must be in [0, 1), not {p}")
     if p > 0:
-        check(seed is not None and seed.shape == (2,) and seed.dtype == torch.int64,
-              lambda: f"{op}: dropout needs seed, an int64 tensor [2] = (seed, offset), not "
-              f"{'None' if seed is None else f'{seed.dtype} {list(seed.shape)}'}")
+        check(
+            seed is not None and seed.shape == (2,) and seed.dtype == torch.int64,
+            lambda: (
+                f"{op}: dropout needs seed, an int64 tensor [2] = (seed, offset), not "
+                f"{'None' if seed is None else f'{seed.dtype} {list(seed.shape)}'}"
+            ),
+        )
         check_device(op, "seed", seed, "the input", x)

@@ -26,11 +26,20 @@ from glmkern.ops.philox import check_dropout, keep_mask
 from glmkern.ops.sequences import complete_sequences, spans
 
 
-def prefix_attention(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None = None,
-                     prefix_v: Tensor | None = None, *, cu_seqlens: Tensor | None = None,
-                     scale: float | None = None, prefix_dropout: float = 0.0,
-                     seed: Tensor | None = None, sequence_ids: Tensor | None = None,
-                     return_lse: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+def prefix_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_k: Tensor | None = None,
+    prefix_v: Tensor | None = None,
+    *,
+    cu_seqlens: Tensor | None = None,
+    scale: float | None = None,
+    prefix_dropout: float = 0.0,
+    seed: Tensor | None = None,
+    sequence_ids: Tensor | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Attention over prefix and tokens, causal within each sequence.
 
     Args:
@@ -55,21 +64,43 @@ def prefix_attention(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None = 
     """
     op = "prefix_attention"
     _check_heads(op, q, k, v, prefix_k, prefix_v)
-    check(q.shape[0] == k.shape[0] and q.shape[0] > 0, lambda: f"{op}: q has {q.shape[0]} tokens "
-          f"and k {k.shape[0]}; both must have the same number, at least one")
+    check(
+        q.shape[0] == k.shape[0] and q.shape[0] > 0,
+        lambda: (
+            f"{op}: q has {q.shape[0]} tokens "
+            f"and k {k.shape[0]}; both must have the same number, at least one"
+        ),
+    )
     check_dropout(op, q, prefix_dropout, seed)
     cu_seqlens, sequence_ids = complete_sequences(op, q, cu_seqlens, sequence_ids)
     if prefix_k is not None:
         prefix_k, prefix_v = prefix_k.contiguous(), prefix_v.contiguous()
     out, lse = torch.ops.glmkern.prefix_attention_fwd(
-        q.contiguous(), k.contiguous(), v.contiguous(), prefix_k, prefix_v, cu_seqlens,
-        sequence_ids, seed, _default_scale(q, scale), prefix_dropout)
+        q.contiguous(),
+        k.contiguous(),
+        v.contiguous(),
+        prefix_k,
+        prefix_v,
+        cu_seqlens,
+        sequence_ids,
+        seed,
+        _default_scale(q, scale),
+        prefix_dropout,
+    )
     return (out, lse) if return_lse else out
 
 
-def prefix_attention_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_lens: Tensor,
-                            prefix_k: Tensor | None = None, prefix_v: Tensor | None = None, *,
-                            q_lens: Tensor | None = None, scale: float | None = None) -> Tensor:
+def prefix_attention_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_lens: Tensor,
+    prefix_k: Tensor | None = None,
+    prefix_v: Tensor | None = None,
+    *,
+    q_lens: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
     """Attention of new tokens over a cache that already holds their keys and values.
 
     Bottom-right causal: the last query of a row sees its whole cache, the one before it all but the
@@ -91,49 +122,87 @@ def prefix_attention_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_l
         not fit.
     """
     op = "prefix_attention_decode"
-    check(q.dim() == 4 and k_cache.dim() == 4 and q.shape[0] == k_cache.shape[0] > 0
-          and k_cache.shape == v_cache.shape, lambda: f"{op}: q must be [B, S, N, C] and the "
-          f"caches [B, L, G, C], not {tuple(q.shape)}, {tuple(k_cache.shape)} and "
-          f"{tuple(v_cache.shape)}")
+    check(
+        q.dim() == 4
+        and k_cache.dim() == 4
+        and q.shape[0] == k_cache.shape[0] > 0
+        and k_cache.shape == v_cache.shape,
+        lambda: (
+            f"{op}: q must be [B, S, N, C] and the "
+            f"caches [B, L, G, C], not {tuple(q.shape)}, {tuple(k_cache.shape)} and "
+            f"{tuple(v_cache.shape)}"
+        ),
+    )
     _check_heads(op, q[0], k_cache[0], v_cache[0], prefix_k, prefix_v)
     if q_lens is None:
         q_lens = torch.full_like(cache_lens, q.shape[1])
     for name, lens in (("cache_lens", cache_lens), ("q_lens", q_lens)):
         check_device(op, name, lens, "q", q)
-        check(lens.shape == q.shape[:1] and lens.dtype == torch.int64, lambda name=name, lens=lens:
-              f"{op}: {name} must be int64 [{q.shape[0]}], one a row, not {lens.dtype} "
-              f"{list(lens.shape)}")
+        check(
+            lens.shape == q.shape[:1] and lens.dtype == torch.int64,
+            lambda name=name, lens=lens: (
+                f"{op}: {name} must be int64 [{q.shape[0]}], one a row, not {lens.dtype} "
+                f"{list(lens.shape)}"
+            ),
+        )
     return torch.ops.glmkern.prefix_attention_decode_fwd(
-        q.contiguous(), k_cache, v_cache, cache_lens, prefix_k, prefix_v, q_lens,
-        _default_scale(q, scale))
+        q.contiguous(),
+        k_cache,
+        v_cache,
+        cache_lens,
+        prefix_k,
+        prefix_v,
+        q_lens,
+        _default_scale(q, scale),
+    )
 
 
 def _default_scale(q: Tensor, scale: float | None) -> float:
     return q.shape[-1] ** -0.5 if scale is None else scale
 
 
-def _check_heads(op: str, q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None,
-                 prefix_v: Tensor | None) -> None:
+def _check_heads(
+    op: str, q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None
+) -> None:
     check_floating(op, "q", q)
     check_same(op, "k", k, "q", q)
     check_same(op, "v", v, "q", q)
-    check(q.dim() == 3 and k.dim() == 3 and k.shape == v.shape and k.shape[2] == q.shape[2],
-          lambda: f"{op}: q must be [T, N, C] and k, v [T, G, C], not {tuple(q.shape)}, "
-          f"{tuple(k.shape)} and {tuple(v.shape)}")
-    check(k.shape[1] > 0 and q.shape[1] % k.shape[1] == 0, lambda: f"{op}: the number of query "
-          f"heads, {q.shape[1]}, must be a multiple of the number of groups, {k.shape[1]}")
-    check((prefix_k is None) == (prefix_v is None),
-          lambda: f"{op}: give both prefix_k and prefix_v, or neither")
+    check(
+        q.dim() == 3 and k.dim() == 3 and k.shape == v.shape and k.shape[2] == q.shape[2],
+        lambda: (
+            f"{op}: q must be [T, N, C] and k, v [T, G, C], not {tuple(q.shape)}, "
+            f"{tuple(k.shape)} and {tuple(v.shape)}"
+        ),
+    )
+    check(
+        k.shape[1] > 0 and q.shape[1] % k.shape[1] == 0,
+        lambda: (
+            f"{op}: the number of query "
+            f"heads, {q.shape[1]}, must be a multiple of the number of groups, {k.shape[1]}"
+        ),
+    )
+    check(
+        (prefix_k is None) == (prefix_v is None),
+        lambda: f"{op}: give both prefix_k and prefix_v, or neither",
+    )
     if prefix_k is None:
         return
-    check(prefix_k.dim() == 3 and prefix_k.shape == prefix_v.shape
-          and prefix_k.shape[1:] == k.shape[1:], lambda: f"{op}: prefix_k and prefix_v must be "
-          f"[P, {k.shape[1]}, {k.shape[2]}], not {tuple(prefix_k.shape)} and "
-          f"{tuple(prefix_v.shape)}")
+    check(
+        prefix_k.dim() == 3
+        and prefix_k.shape == prefix_v.shape
+        and prefix_k.shape[1:] == k.shape[1:],
+        lambda: (
+            f"{op}: prefix_k and prefix_v must be "
+            f"[P, {k.shape[1]}, {k.shape[2]}], not {tuple(prefix_k.shape)} and "
+            f"{tuple(prefix_v.shape)}"
+        ),
+    )
     check_same(op, "prefix_v", prefix_v, "prefix_k", prefix_k)
     check_device(op, "prefix_k", prefix_k, "q", q)
-    check(prefix_k.dtype in (q.dtype, torch.float32), lambda: f"{op}: the prefix must be float32 "
-          f"or q's {q.dtype}, not {prefix_k.dtype}")
+    check(
+        prefix_k.dtype in (q.dtype, torch.float32),
+        lambda: f"{op}: the prefix must be float32 or q's {q.dtype}, not {prefix_k.dtype}",
+    )
 
 
 def _by_group(x: Tensor, groups: int) -> Tensor:
@@ -164,7 +233,8 @@ class _Prefix:
     def __init__(self, q, prefix_k, prefix_v, seed, p):
         acc = accumulate_dtype(q)
         self.keys, self.values = (  # [G, P, C]
-            x.to(q.dtype).to(acc).transpose(0, 1) for x in (prefix_k, prefix_v))
+            x.to(q.dtype).to(acc).transpose(0, 1) for x in (prefix_k, prefix_v)
+        )
         self.seed, self.p, self.shape, self.dtype = seed, p, prefix_k.shape, q.dtype
 
     def of(self, sequence_id: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -174,8 +244,10 @@ class _Prefix:
         prefix, groups, channels = self.shape
         keep = keep_mask(self.seed, sequence_id, 2 * prefix * groups * channels, self.p)
         factor = keep.view(2, prefix, groups, channels).transpose(1, 2).to(self.keys) / (1 - self.p)
-        return tuple((x * f).to(self.dtype).to(x.dtype)
-                     for x, f in zip((self.keys, self.values), factor, strict=True)) + (factor,)
+        return tuple(
+            (x * f).to(self.dtype).to(x.dtype)
+            for x, f in zip((self.keys, self.values), factor, strict=True)
+        ) + (factor,)
 
 
 class _Sequence:
@@ -200,13 +272,15 @@ class _Sequence:
         self.weights = self.scores.softmax(-1)
 
 
-def prefix_attention_fwd_reference(q, k, v, prefix_k, prefix_v, cu_seqlens, sequence_ids, seed,
-                                   scale, p) -> tuple[Tensor, Tensor]:
+def prefix_attention_fwd_reference(
+    q, k, v, prefix_k, prefix_v, cu_seqlens, sequence_ids, seed, scale, p
+) -> tuple[Tensor, Tensor]:
     out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=accumulate_dtype(q))
     prefix = None if prefix_k is None else _Prefix(q, prefix_k, prefix_v, seed, p)
     for b, (start, end) in enumerate(spans("prefix_attention", cu_seqlens, len(q))):
-        one = _Sequence(q[start:end], k[start:end], v[start:end], scale, prefix,
-                        sequence_ids[b:b + 1])
+        one = _Sequence(
+            q[start:end], k[start:end], v[start:end], scale, prefix, sequence_ids[b : b + 1]
+        )
         out[start:end] = _by_token(one.weights @ one.values, end - start)
         # The largest weight is exp(largest score - lse).
         row_lse = one.scores.amax(-1) - one.weights.amax(-1).log()
@@ -214,28 +288,43 @@ def prefix_attention_fwd_reference(q, k, v, prefix_k, prefix_v, cu_seqlens, sequ
     return out, lse
 
 
-def prefix_attention_bwd_reference(dout, q, k, v, prefix_k, prefix_v, out, lse, cu_seqlens,
-                                   sequence_ids, seed, scale, p, token_grad,
-                                   prefix_grad) -> tuple[Tensor, ...]:
+def prefix_attention_bwd_reference(
+    dout,
+    q,
+    k,
+    v,
+    prefix_k,
+    prefix_v,
+    out,
+    lse,
+    cu_seqlens,
+    sequence_ids,
+    seed,
+    scale,
+    p,
+    token_grad,
+    prefix_grad,
+) -> tuple[Tensor, ...]:
     acc = accumulate_dtype(q)
     dq, dk, dv = (x.new_empty(x.shape if token_grad else 0) for x in (q, k, v))
     prefix = None if prefix_k is None else _Prefix(q, prefix_k, prefix_v, seed, p)
     prefix_grad = prefix_grad and prefix is not None
     dprefix = [torch.zeros_like(x) for x in (prefix.keys, prefix.values)] if prefix_grad else []
     for b, (start, end) in enumerate(spans("prefix_attention", cu_seqlens, len(q))):
-        one = _Sequence(q[start:end], k[start:end], v[start:end], scale, prefix,
-                        sequence_ids[b:b + 1])
+        one = _Sequence(
+            q[start:end], k[start:end], v[start:end], scale, prefix, sequence_ids[b : b + 1]
+        )
         dos = _by_group(dout[start:end].to(acc), k.shape[1])
         dweights = dos @ one.values.mT
         dscores = torch.ops.aten._softmax_backward_data(dweights, one.weights, -1, acc)
         dkeys, dvalues = dscores.mT @ one.queries, one.weights.mT @ dos  # [G, P + S, C]
         for i, grad in enumerate((dkeys, dvalues) if prefix_grad else ()):
-            grad = grad[:, :one.prefix_length]
+            grad = grad[:, : one.prefix_length]
             dprefix[i] += grad if one.factor is None else grad * one.factor[i]
         if token_grad:
             dq[start:end] = _by_token(dscores @ one.keys * scale, end - start)
-            dk[start:end] = dkeys[:, one.prefix_length:].transpose(0, 1)
-            dv[start:end] = dvalues[:, one.prefix_length:].transpose(0, 1)
+            dk[start:end] = dkeys[:, one.prefix_length :].transpose(0, 1)
+            dv[start:end] = dvalues[:, one.prefix_length :].transpose(0, 1)
     if prefix_grad:
         dprefix = [x.transpose(0, 1).to(prefix_k.dtype).contiguous() for x in dprefix]
     else:
@@ -243,8 +332,9 @@ def prefix_attention_bwd_reference(dout, q, k, v, prefix_k, prefix_v, out, lse, 
     return dq, dk, dv, *dprefix
 
 
-def prefix_attention_decode_reference(q, k_cache, v_cache, cache_lens, prefix_k, prefix_v, q_lens,
-                                      scale) -> Tensor:
+def prefix_attention_decode_reference(
+    q, k_cache, v_cache, cache_lens, prefix_k, prefix_v, q_lens, scale
+) -> Tensor:
     out = torch.zeros_like(q)
     prefix = None if prefix_k is None else _Prefix(q, prefix_k, prefix_v, None, 0.0)
     check_lens(cache_lens, q_lens, q.shape[1], k_cache.shape[1])
@@ -258,18 +348,36 @@ def check_lens(cache_lens: Tensor, q_lens: Tensor, queries: int, entries: int) -
     """Raises ValueError where a row's lengths do not fit its queries or its cache; reads the values
     back from the device."""
     for b, (new, length) in enumerate(zip(q_lens.tolist(), cache_lens.tolist(), strict=True)):
-        check(0 < new <= min(length, queries) and length <= entries,
-              lambda b=b, new=new, length=length: f"prefix_attention_decode: row {b} has {new} of "
-              f"{queries} queries and {length} of {entries} cache entries; 1 <= queries <= entries"
-              " must hold")
+        check(
+            0 < new <= min(length, queries) and length <= entries,
+            lambda b=b, new=new, length=length: (
+                f"prefix_attention_decode: row {b} has {new} of {queries} queries and {length} of "
+                f"{entries} cache entries; 1 <= queries <= entries must hold"
+            ),
+        )
 
 
 def _fwd_fake(q, k, v, prefix_k, prefix_v, cu_seqlens, sequence_ids, seed, scale, p):
     return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=accumulate_dtype(q))
 
 
-def _bwd_fake(dout, q, k, v, prefix_k, prefix_v, out, lse, cu_seqlens, sequence_ids, seed, scale, p,
-              token_grad, prefix_grad):
+def _bwd_fake(
+    dout,
+    q,
+    k,
+    v,
+    prefix_k,
+    prefix_v,
+    out,
+    lse,
+    cu_seqlens,
+    sequence_ids,
+    seed,
+    scale,
+    p,
+    token_grad,
+    prefix_grad,
+):
     tokens = [x.new_empty(x.shape if token_grad else 0) for x in (q, k, v)]
     if prefix_grad and prefix_k is not None:
         return *tokens, prefix_k.new_empty(prefix_k.shape), prefix_v.new_empty(prefix_v.shape)
@@ -282,16 +390,27 @@ def _decode_fake(q, k_cache, v_cache, cache_lens, prefix_k, prefix_v, q_lens, sc
 
 # The token gradients are empty unless token_grad (the first layer needs none), the prefix's
 # unless prefix_grad.
-define_op("prefix_attention_bwd", "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor? prefix_k,"
-          " Tensor? prefix_v, Tensor out, Tensor lse, Tensor cu_seqlens, Tensor sequence_ids,"
-          " Tensor? seed, float scale, float p, bool token_grad, bool prefix_grad)"
-          " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dprefix_k, Tensor dprefix_v)",
-          module="prefix_attention", reference=prefix_attention_bwd_reference, fake=_bwd_fake,
-          supports=supports_dtype)
-define_op("prefix_attention_decode_fwd", "(Tensor q, Tensor k_cache, Tensor v_cache,"
-          " Tensor cache_lens, Tensor? prefix_k, Tensor? prefix_v, Tensor q_lens, float scale)"
-          " -> Tensor", module="prefix_attention", reference=prefix_attention_decode_reference,
-          fake=_decode_fake, supports=supports_dtype)
+define_op(
+    "prefix_attention_bwd",
+    "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor? prefix_k,"
+    " Tensor? prefix_v, Tensor out, Tensor lse, Tensor cu_seqlens, Tensor sequence_ids,"
+    " Tensor? seed, float scale, float p, bool token_grad, bool prefix_grad)"
+    " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dprefix_k, Tensor dprefix_v)",
+    module="prefix_attention",
+    reference=prefix_attention_bwd_reference,
+    fake=_bwd_fake,
+    supports=supports_dtype,
+)
+define_op(
+    "prefix_attention_decode_fwd",
+    "(Tensor q, Tensor k_cache, Tensor v_cache,"
+    " Tensor cache_lens, Tensor? prefix_k, Tensor? prefix_v, Tensor q_lens, float scale)"
+    " -> Tensor",
+    module="prefix_attention",
+    reference=prefix_attention_decode_reference,
+    fake=_decode_fake,
+    supports=supports_dtype,
+)
 
 
 def _setup_context(ctx, inputs, output):
@@ -304,7 +423,8 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, dout, _dlse):
     token_grad, prefix_grad = any(ctx.needs_input_grad[:3]), any(ctx.needs_input_grad[3:5])
     grads = torch.ops.glmkern.prefix_attention_bwd(
-        dout.contiguous(), *ctx.saved_tensors, ctx.scale, ctx.p, token_grad, prefix_grad)
+        dout.contiguous(), *ctx.saved_tensors, ctx.scale, ctx.p, token_grad, prefix_grad
+    )
     tokens = grads[:3] if token_grad else (None,) * 3
     prefix = grads[3:] if prefix_grad else (None,) * 2
     return *tokens, *prefix, None, None, None, None, None
@@ -312,8 +432,15 @@ def _backward(ctx, dout, _dlse):
 
 # q, k, v (and dout) may be slices of one wider row: heads and channels are contiguous, tokens may
 # be further apart.
-define_op("prefix_attention_fwd", "(Tensor q, Tensor k, Tensor v, Tensor? prefix_k,"
-          " Tensor? prefix_v, Tensor cu_seqlens, Tensor sequence_ids, Tensor? seed, float scale,"
-          " float p) -> (Tensor out, Tensor lse)", module="prefix_attention",
-          reference=prefix_attention_fwd_reference, fake=_fwd_fake, supports=supports_dtype,
-          setup_context=_setup_context, backward=_backward)
+define_op(
+    "prefix_attention_fwd",
+    "(Tensor q, Tensor k, Tensor v, Tensor? prefix_k,"
+    " Tensor? prefix_v, Tensor cu_seqlens, Tensor sequence_ids, Tensor? seed, float scale,"
+    " float p) -> (Tensor out, Tensor lse)",
+    module="prefix_attention",
+    reference=prefix_attention_fwd_reference,
+    fake=_fwd_fake,
+    supports=supports_dtype,
+    setup_context=_setup_context,
+    backward=_backward,
+)

@@ -59,15 +59,26 @@ def quantize(weight: Tensor, bits: int = 4) -> QuantizedWeight:
         ValueError: bits, shape, dtype, or a value that is not finite.
     """
     check(bits in (4, 8), lambda: f"quantize: bits must be 4 or 8, not {bits}")
-    check(weight.dim() == 2 and weight.shape[1] > 0,
-          lambda: f"quantize: weight must be [N, K] with K > 0, not {tuple(weight.shape)}")
+    check(
+        weight.dim() == 2 and weight.shape[1] > 0,
+        lambda: f"quantize: weight must be [N, K] with K > 0, not {tuple(weight.shape)}",
+    )
     check_floating("quantize", "weight", weight)
-    check(bits == 8 or weight.shape[1] % 2 == 0, lambda: "quantize: 4 bits pack two columns in a "
-          f"byte, so K must be even, not {weight.shape[1]}")
+    check(
+        bits == 8 or weight.shape[1] % 2 == 0,
+        lambda: (
+            f"quantize: 4 bits pack two columns in a byte, so K must be even, not {weight.shape[1]}"
+        ),
+    )
     largest = torch.maximum(weight.amax(1), -weight.amin(1)).abs()  # zero, never minus zero
-    check(bool(torch.isfinite(largest).all()), lambda: "quantize: row "
-          f"{int(torch.isfinite(largest).logical_not().nonzero()[0])} of the weight holds NaN or "
-          "infinity")
+    check(
+        bool(torch.isfinite(largest).all()),
+        lambda: (
+            "quantize: row "
+            f"{int(torch.isfinite(largest).logical_not().nonzero()[0])} of the weight holds NaN or "
+            "infinity"
+        ),
+    )
     most = 2 ** (bits - 1) - 1
     scale = largest / most
     # A zero scale would divide 0 by 0; any other divisor gives the code 0 that belongs there.
@@ -95,8 +106,9 @@ def dequantize(qweight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
     return (_codes(packed, bits).to(wide) * scale.to(wide).unsqueeze(1)).to(dtype)
 
 
-def quant_linear(x: Tensor, qweight: QuantizedWeight | Tensor,
-                 bias: Tensor | None = None) -> Tensor:
+def quant_linear(
+    x: Tensor, qweight: QuantizedWeight | Tensor, bias: Tensor | None = None
+) -> Tensor:
     """x @ weight.T + bias over a quantised weight.
 
     Args:
@@ -115,22 +127,32 @@ def quant_linear(x: Tensor, qweight: QuantizedWeight | Tensor,
     check_floating(op, "x", x)
     qweight = stored(op, qweight, "x", x)
     rows, columns = qweight.shape
-    check(x.dim() >= 1 and x.shape[-1] == columns, lambda: f"{op}: x's last dimension must be the "
-          f"weight's K = {columns}, but x is {tuple(x.shape)}")
+    check(
+        x.dim() >= 1 and x.shape[-1] == columns,
+        lambda: (
+            f"{op}: x's last dimension must be the "
+            f"weight's K = {columns}, but x is {tuple(x.shape)}"
+        ),
+    )
     if bias is not None:
         check_same(op, "bias", bias, "x", x)
-        check(bias.shape == (rows,), lambda: f"{op}: bias must have shape [{rows}], not "
-              f"{list(bias.shape)}")
+        check(
+            bias.shape == (rows,),
+            lambda: f"{op}: bias must have shape [{rows}], not {list(bias.shape)}",
+        )
     return torch.ops.glmkern.quant_linear_fwd(
-        x.contiguous(), *qweight, None if bias is None else bias.contiguous())
+        x.contiguous(), *qweight, None if bias is None else bias.contiguous()
+    )
 
 
 def stored(op: str, weight: QuantizedWeight | Tensor, x_name: str, x: Tensor) -> QuantizedWeight:
     """The weight as the registered ops take it: a dense one has no scale, and the bits of its
     elements. Raises ValueError where it is malformed or does not go with x."""
     if isinstance(weight, Tensor):
-        check(weight.dim() == 2, lambda: f"{op}: a dense weight must be [N, K], not "
-              f"{list(weight.shape)}")
+        check(
+            weight.dim() == 2,
+            lambda: f"{op}: a dense weight must be [N, K], not {list(weight.shape)}",
+        )
         check_weight(op, weight, x_name, x)
         weight = QuantizedWeight(weight.contiguous(), None, 8 * weight.element_size())
     else:
@@ -143,13 +165,27 @@ def stored(op: str, weight: QuantizedWeight | Tensor, x_name: str, x: Tensor) ->
 def _check_qweight(op: str, qweight: QuantizedWeight) -> None:
     packed, scale, bits = qweight
     check(bits in (4, 8), lambda: f"{op}: bits must be 4 or 8, not {bits}")
-    check(packed.dtype == torch.int8 and packed.dim() == 2, lambda: f"{op}: packed must be int8 "
-          f"[N, bytes of a row], not {packed.dtype} {list(packed.shape)}")
+    check(
+        packed.dtype == torch.int8 and packed.dim() == 2,
+        lambda: (
+            f"{op}: packed must be int8 "
+            f"[N, bytes of a row], not {packed.dtype} {list(packed.shape)}"
+        ),
+    )
     check_floating(op, "scale", scale)
-    check(scale.dim() != 2, lambda: f"{op}: grouped scales {list(scale.shape)} are not supported, "
-          f"only one scale a row, [{packed.shape[0]}]")
-    check(scale.shape == packed.shape[:1], lambda: f"{op}: scale must have shape "
-          f"[{packed.shape[0]}], one a row, not {list(scale.shape)}")
+    check(
+        scale.dim() != 2,
+        lambda: (
+            f"{op}: grouped scales {list(scale.shape)} are not supported, "
+            f"only one scale a row, [{packed.shape[0]}]"
+        ),
+    )
+    check(
+        scale.shape == packed.shape[:1],
+        lambda: (
+            f"{op}: scale must have shape [{packed.shape[0]}], one a row, not {list(scale.shape)}"
+        ),
+    )
     check_device(op, "scale", scale, "packed", packed)
 
 
@@ -193,9 +229,14 @@ def _bwd_fake(dy, packed, scale, bits):
     return dy.new_empty(*dy.shape[:-1], packed.shape[1] * (2 if bits == 4 else 1))
 
 
-define_op("quant_linear_bwd", "(Tensor dy, Tensor packed, Tensor? scale, int bits) -> Tensor",
-          module="quant_linear", reference=quant_linear_bwd_reference, fake=_bwd_fake,
-          supports=_supports)
+define_op(
+    "quant_linear_bwd",
+    "(Tensor dy, Tensor packed, Tensor? scale, int bits) -> Tensor",
+    module="quant_linear",
+    reference=quant_linear_bwd_reference,
+    fake=_bwd_fake,
+    supports=_supports,
+)
 
 
 def _setup_context(ctx, inputs, output):
@@ -213,7 +254,13 @@ def _backward(ctx, dy):
 
 
 # bits counts those of a stored weight: 16 or 32 for a dense one, which has no scale.
-define_op("quant_linear_fwd", "(Tensor x, Tensor packed, Tensor? scale, int bits, Tensor? bias)"
-          " -> Tensor", module="quant_linear", reference=quant_linear_fwd_reference,
-          fake=_fwd_fake, supports=_supports,
-          setup_context=_setup_context, backward=_backward)
+define_op(
+    "quant_linear_fwd",
+    "(Tensor x, Tensor packed, Tensor? scale, int bits, Tensor? bias) -> Tensor",
+    module="quant_linear",
+    reference=quant_linear_fwd_reference,
+    fake=_fwd_fake,
+    supports=_supports,
+    setup_context=_setup_context,
+    backward=_backward,
+)

@@ -32,8 +32,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
     return torch.ops.glmkern.rms_norm_fwd(x.contiguous(), weight.contiguous(), eps)[0]
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor,
-                 eps: float = 1e-5) -> tuple[Tensor, Tensor]:
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-5
+) -> tuple[Tensor, Tensor]:
     """Adds a residual and normalises the sum: `h = x + residual`, `y = rms_norm(h, weight, eps)`.
 
     Args:
@@ -50,17 +51,28 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor,
     """
     _check_norm("add_rms_norm", x, weight, eps)
     check_same("add_rms_norm", "residual", residual, "x", x)
-    check(residual.shape == x.shape, lambda: f"add_rms_norm: residual must have x's shape "
-          f"{tuple(x.shape)}, not {tuple(residual.shape)}")
+    check(
+        residual.shape == x.shape,
+        lambda: (
+            f"add_rms_norm: residual must have x's shape "
+            f"{tuple(x.shape)}, not {tuple(residual.shape)}"
+        ),
+    )
     y, h, _ = torch.ops.glmkern.add_rms_norm_fwd(
-        x.contiguous(), residual.contiguous(), weight.contiguous(), eps)
+        x.contiguous(), residual.contiguous(), weight.contiguous(), eps
+    )
     return y, h
 
 
 def _check_norm(op: str, x: Tensor, weight: Tensor, eps: float) -> None:
     check_floating(op, "x", x)
-    check(x.dim() >= 1 and weight.shape == x.shape[-1:], lambda: f"{op}: weight must have shape "
-          f"[{x.shape[-1] if x.dim() else 'H'}], x's last dimension, not {list(weight.shape)}")
+    check(
+        x.dim() >= 1 and weight.shape == x.shape[-1:],
+        lambda: (
+            f"{op}: weight must have shape "
+            f"[{x.shape[-1] if x.dim() else 'H'}], x's last dimension, not {list(weight.shape)}"
+        ),
+    )
     check(x.shape[-1] > 0, lambda: f"{op}: x's last dimension is empty, x is {tuple(x.shape)}")
     check_same(op, "weight", weight, "x", x)
     check(eps > 0, lambda: f"{op}: eps must be positive, not {eps}")
@@ -73,15 +85,17 @@ def rms_norm_fwd_reference(x: Tensor, weight: Tensor, eps: float) -> tuple[Tenso
     return y.to(x.dtype), rstd
 
 
-def add_rms_norm_fwd_reference(x: Tensor, residual: Tensor, weight: Tensor,
-                               eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def add_rms_norm_fwd_reference(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
     h = x + residual
     y, rstd = rms_norm_fwd_reference(h, weight, eps)
     return y, h, rstd
 
 
-def rms_norm_bwd_reference(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor,
-                           dresidual: Tensor | None, weight_grad: bool) -> tuple[Tensor, Tensor]:
+def rms_norm_bwd_reference(
+    dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, dresidual: Tensor | None, weight_grad: bool
+) -> tuple[Tensor, Tensor]:
     acc = accumulate_dtype(x)
     h, g, r = x.to(acc), dy.to(acc), rstd.unsqueeze(-1)
     normalised = h * r
@@ -110,9 +124,15 @@ def _bwd_fake(dy, x, weight, rstd, dresidual, weight_grad):
 
 # dresidual, a gradient that reaches x by another way, is added before the one rounding;
 # dweight is empty unless weight_grad.
-define_op("rms_norm_bwd", "(Tensor dy, Tensor x, Tensor weight, Tensor rstd, Tensor? dresidual,"
-          " bool weight_grad) -> (Tensor dx, Tensor dweight)", module="rms_norm",
-          reference=rms_norm_bwd_reference, fake=_bwd_fake, supports=supports_dtype)
+define_op(
+    "rms_norm_bwd",
+    "(Tensor dy, Tensor x, Tensor weight, Tensor rstd, Tensor? dresidual,"
+    " bool weight_grad) -> (Tensor dx, Tensor dweight)",
+    module="rms_norm",
+    reference=rms_norm_bwd_reference,
+    fake=_bwd_fake,
+    supports=supports_dtype,
+)
 
 
 def _setup_context(ctx, inputs, output):
@@ -125,7 +145,8 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, dy, _drstd):
     x, weight, rstd = ctx.saved_tensors
     dx, dweight = torch.ops.glmkern.rms_norm_bwd(
-        dy.contiguous(), x, weight, rstd, None, ctx.needs_input_grad[1])
+        dy.contiguous(), x, weight, rstd, None, ctx.needs_input_grad[1]
+    )
     return dx, dweight if ctx.needs_input_grad[1] else None, None
 
 
@@ -138,14 +159,28 @@ def _add_setup_context(ctx, inputs, output):
 def _add_backward(ctx, dy, dh, _drstd):
     h, weight, rstd = ctx.saved_tensors
     dx, dweight = torch.ops.glmkern.rms_norm_bwd(
-        dy.contiguous(), h, weight, rstd, dh.contiguous(), ctx.needs_input_grad[2])
+        dy.contiguous(), h, weight, rstd, dh.contiguous(), ctx.needs_input_grad[2]
+    )
     return dx, dx, dweight if ctx.needs_input_grad[2] else None, None
 
 
-define_op("rms_norm_fwd", "(Tensor x, Tensor weight, float eps) -> (Tensor y, Tensor rstd)",
-          module="rms_norm", reference=rms_norm_fwd_reference, fake=_fwd_fake,
-          supports=supports_dtype, setup_context=_setup_context, backward=_backward)
-define_op("add_rms_norm_fwd", "(Tensor x, Tensor residual, Tensor weight, float eps)"
-          " -> (Tensor y, Tensor h, Tensor rstd)", module="rms_norm",
-          reference=add_rms_norm_fwd_reference, fake=_add_fwd_fake, supports=supports_dtype,
-          setup_context=_add_setup_context, backward=_add_backward)
+define_op(
+    "rms_norm_fwd",
+    "(Tensor x, Tensor weight, float eps) -> (Tensor y, Tensor rstd)",
+    module="rms_norm",
+    reference=rms_norm_fwd_reference,
+    fake=_fwd_fake,
+    supports=supports_dtype,
+    setup_context=_setup_context,
+    backward=_backward,
+)
+define_op(
+    "add_rms_norm_fwd",
+    "(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor y, Tensor h, Tensor rstd)",
+    module="rms_norm",
+    reference=add_rms_norm_fwd_reference,
+    fake=_add_fwd_fake,
+    supports=supports_dtype,
+    setup_context=_add_setup_context,
+    backward=_add_backward,
+)

@@ -34,12 +34,21 @@ def rope(x: Tensor, cos_sin: Tensor, positions: Tensor) -> Tensor:
     check_device("rope", "cos_sin", cos_sin, "x", x)
     check_device("rope", "positions", positions, "x", x)
     check(x.dim() == 3, lambda: f"rope: x must be [T, heads, C], not {tuple(x.shape)}")
-    check(cos_sin.dim() == 3 and cos_sin.shape[2] == 2 and 2 * cos_sin.shape[1] <= x.shape[2],
-          lambda: f"rope: cos_sin must be [positions, R, 2] with 2R <= {x.shape[2]}, the channels "
-          f"of x, not {tuple(cos_sin.shape)}")
-    check(positions.shape == x.shape[:1] and positions.dtype == torch.int64, lambda: "rope: "
-          f"positions must be int64 [{x.shape[0]}], one a token, not {positions.dtype} "
-          f"{list(positions.shape)}")
+    check(
+        cos_sin.dim() == 3 and cos_sin.shape[2] == 2 and 2 * cos_sin.shape[1] <= x.shape[2],
+        lambda: (
+            f"rope: cos_sin must be [positions, R, 2] with 2R <= {x.shape[2]}, the channels "
+            f"of x, not {tuple(cos_sin.shape)}"
+        ),
+    )
+    check(
+        positions.shape == x.shape[:1] and positions.dtype == torch.int64,
+        lambda: (
+            "rope: "
+            f"positions must be int64 [{x.shape[0]}], one a token, not {positions.dtype} "
+            f"{list(positions.shape)}"
+        ),
+    )
     return torch.ops.glmkern.rope_fwd(x, cos_sin, positions)
 
 
@@ -54,21 +63,30 @@ def rope_bwd_reference(dy: Tensor, cos_sin: Tensor, positions: Tensor) -> Tensor
     return _rotate(dy, dy.new_empty(dy.shape), cos, -sin)
 
 
-def qkv_rope_fwd_reference(qkv: Tensor, bias: Tensor | None, cos_sin: Tensor, positions: Tensor,
-                           heads: int, groups: int,
-                           interleaved: bool) -> tuple[Tensor, Tensor, Tensor]:
+def qkv_rope_fwd_reference(
+    qkv: Tensor,
+    bias: Tensor | None,
+    cos_sin: Tensor,
+    positions: Tensor,
+    heads: int,
+    groups: int,
+    interleaved: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     check_positions(positions, cos_sin)
     wide = qkv.to(accumulate_dtype(qkv))
     if bias is not None:
         wide = wide + bias
     q, k, v = _split_qkv(wide, heads, groups, interleaved)
     angles = _angles(qkv, cos_sin, positions)
-    return (*(_rotate(x, x.new_empty(x.shape, dtype=qkv.dtype), *angles) for x in (q, k)),
-            v.to(qkv.dtype, copy=True, memory_format=torch.contiguous_format))
+    return (
+        *(_rotate(x, x.new_empty(x.shape, dtype=qkv.dtype), *angles) for x in (q, k)),
+        v.to(qkv.dtype, copy=True, memory_format=torch.contiguous_format),
+    )
 
 
-def qkv_rope_bwd_reference(dq: Tensor, dk: Tensor, dv: Tensor, cos_sin: Tensor, positions: Tensor,
-                           interleaved: bool) -> Tensor:
+def qkv_rope_bwd_reference(
+    dq: Tensor, dk: Tensor, dv: Tensor, cos_sin: Tensor, positions: Tensor, interleaved: bool
+) -> Tensor:
     check_positions(positions, cos_sin)
     heads, groups = dq.shape[1], dk.shape[1]
     dqkv = dq.new_empty(dq.shape[0], (heads + 2 * groups) * dq.shape[2])
@@ -80,8 +98,9 @@ def qkv_rope_bwd_reference(dq: Tensor, dk: Tensor, dv: Tensor, cos_sin: Tensor, 
     return dqkv
 
 
-def _split_qkv(qkv: Tensor, heads: int, groups: int,
-               interleaved: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _split_qkv(
+    qkv: Tensor, heads: int, groups: int, interleaved: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """Views q [T, heads, C], k and v [T, groups, C] of qkv [T, (heads + 2 groups) * C]; where
     `interleaved`, q, k and v of one head lie side by side."""
     if interleaved:
@@ -111,8 +130,13 @@ def check_positions(positions: Tensor, cos_sin: Tensor) -> None:
     if not values_are_checked(positions) or positions.numel() == 0:
         return
     low, high = int(positions.min()), int(positions.max())
-    check(0 <= low and high < cos_sin.shape[0], lambda: f"rope: positions run from {low} to {high}"
-          f", but the table holds positions 0 to {cos_sin.shape[0] - 1}")
+    check(
+        0 <= low and high < cos_sin.shape[0],
+        lambda: (
+            f"rope: positions run from {low} to {high}"
+            f", but the table holds positions 0 to {cos_sin.shape[0] - 1}"
+        ),
+    )
 
 
 def _fake(x, cos_sin, positions):
@@ -132,8 +156,14 @@ def _supports(x, cos_sin, *_):
     return supports_dtype(x) or supports_dtype(cos_sin)
 
 
-define_op("rope_bwd", "(Tensor dy, Tensor cos_sin, Tensor positions) -> Tensor", module="rope",
-          reference=rope_bwd_reference, fake=_fake, supports=_supports)
+define_op(
+    "rope_bwd",
+    "(Tensor dy, Tensor cos_sin, Tensor positions) -> Tensor",
+    module="rope",
+    reference=rope_bwd_reference,
+    fake=_fake,
+    supports=_supports,
+)
 
 
 def _setup_context(ctx, inputs, output):
@@ -144,18 +174,36 @@ def _backward(ctx, dy):
     return torch.ops.glmkern.rope_bwd(dy, *ctx.saved_tensors), None, None
 
 
-define_op("rope_fwd", "(Tensor x, Tensor cos_sin, Tensor positions) -> Tensor", module="rope",
-          reference=rope_fwd_reference, fake=_fake, supports=_supports,
-          setup_context=_setup_context, backward=_backward)
+define_op(
+    "rope_fwd",
+    "(Tensor x, Tensor cos_sin, Tensor positions) -> Tensor",
+    module="rope",
+    reference=rope_fwd_reference,
+    fake=_fake,
+    supports=_supports,
+    setup_context=_setup_context,
+    backward=_backward,
+)
 
 # For a layer's own backward: what follows and precedes the product with query_key_value's weight,
 # in one pass. qkv [T, (heads + 2 groups) * C], whose rows may be slices of wider ones, plus bias
 # becomes rotated q [T, heads, C] and k and a copy of v [T, groups, C]; the backward makes the
 # gradient of qkv from theirs. `interleaved`: see _split_qkv.
-define_op("qkv_rope_bwd", "(Tensor dq, Tensor dk, Tensor dv, Tensor cos_sin, Tensor positions,"
-          " bool interleaved) -> Tensor", module="rope", reference=qkv_rope_bwd_reference,
-          fake=_qkv_bwd_fake, supports=lambda dq, dk, dv, cos_sin, *_: _supports(dq, cos_sin))
-define_op("qkv_rope_fwd", "(Tensor qkv, Tensor? bias, Tensor cos_sin, Tensor positions, int heads,"
-          " int groups, bool interleaved) -> (Tensor q, Tensor k, Tensor v)", module="rope",
-          reference=qkv_rope_fwd_reference, fake=_qkv_fwd_fake,
-          supports=lambda qkv, bias, cos_sin, *_: _supports(qkv, cos_sin))
+define_op(
+    "qkv_rope_bwd",
+    "(Tensor dq, Tensor dk, Tensor dv, Tensor cos_sin, Tensor positions,"
+    " bool interleaved) -> Tensor",
+    module="rope",
+    reference=qkv_rope_bwd_reference,
+    fake=_qkv_bwd_fake,
+    supports=lambda dq, dk, dv, cos_sin, *_: _supports(dq, cos_sin),
+)
+define_op(
+    "qkv_rope_fwd",
+    "(Tensor qkv, Tensor? bias, Tensor cos_sin, Tensor positions, int heads,"
+    " int groups, bool interleaved) -> (Tensor q, Tensor k, Tensor v)",
+    module="rope",
+    reference=qkv_rope_fwd_reference,
+    fake=_qkv_fwd_fake,
+    supports=lambda qkv, bias, cos_sin, *_: _supports(qkv, cos_sin),
+)

@@ -25,8 +25,13 @@ def swiglu(x: Tensor) -> Tensor:
         ValueError: x has no last dimension of even size, or another dtype.
     """
     check_floating("swiglu", "x", x)
-    check(x.dim() >= 1 and x.shape[-1] % 2 == 0, lambda: "swiglu: x's last dimension must hold "
-          f"gate and up, two halves of one size, not {tuple(x.shape)}")
+    check(
+        x.dim() >= 1 and x.shape[-1] % 2 == 0,
+        lambda: (
+            "swiglu: x's last dimension must hold "
+            f"gate and up, two halves of one size, not {tuple(x.shape)}"
+        ),
+    )
     return torch.ops.glmkern.swiglu_fwd(x.contiguous())
 
 
@@ -58,8 +63,14 @@ def _bwd_fake(dy, x):
     return torch.empty_like(x)
 
 
-define_op("swiglu_bwd", "(Tensor dy, Tensor x) -> Tensor", module="swiglu",
-          reference=swiglu_bwd_reference, fake=_bwd_fake, supports=supports_dtype)
+define_op(
+    "swiglu_bwd",
+    "(Tensor dy, Tensor x) -> Tensor",
+    module="swiglu",
+    reference=swiglu_bwd_reference,
+    fake=_bwd_fake,
+    supports=supports_dtype,
+)
 
 
 def _setup_context(ctx, inputs, output):
@@ -70,6 +81,13 @@ def _backward(ctx, dy):
     return torch.ops.glmkern.swiglu_bwd(dy.contiguous(), *ctx.saved_tensors)
 
 
-define_op("swiglu_fwd", "(Tensor x) -> Tensor", module="swiglu", reference=swiglu_fwd_reference,
-          fake=_fwd_fake, supports=supports_dtype,
-          setup_context=_setup_context, backward=_backward)
+define_op(
+    "swiglu_fwd",
+    "(Tensor x) -> Tensor",
+    module="swiglu",
+    reference=swiglu_fwd_reference,
+    fake=_fwd_fake,
+    supports=supports_dtype,
+    setup_context=_setup_context,
+    backward=_backward,
+)

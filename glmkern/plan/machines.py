@@ -37,27 +37,30 @@ class DataSheet(NamedTuple):
     capability: int
 
 
-GPUS = {each.name: each for each in (
-    DataSheet("V100 16GB", 16, 125, 15.7, 900, 70),
-    DataSheet("V100 32GB", 32, 125, 15.7, 900, 70),
-    DataSheet("T4", 15, 65, 8.1, 320, 75),
-    DataSheet("RTX 2080 Ti", 11, 53.8, 13.4, 616, 75),
-    DataSheet("RTX 3060 12GB", 12, 25.5, 12.7, 360, 86),
-    DataSheet("RTX 3080 10GB", 10, 59.5, 29.8, 760, 86),
-    DataSheet("RTX 3090", 24, 71, 35.6, 936, 86),
-    DataSheet("RTX 4060 Ti 16GB", 16, 44.1, 22.1, 288, 89),
-    DataSheet("RTX 4070", 12, 58.3, 29.1, 504, 89),
-    DataSheet("RTX 4080", 16, 97.5, 48.7, 717, 89),
-    DataSheet("RTX 4090", 24, 165.2, 82.6, 1008, 89),
-    DataSheet("RTX 5090", 32, 209.5, 104.8, 1792, 120),
-    DataSheet("A10", 22.5, 125, 31.2, 600, 86),
-    DataSheet("A100 40GB", 40, 312, 19.5, 1555, 80),
-    DataSheet("A100 80GB", 80, 312, 19.5, 2039, 80),
-    DataSheet("L4", 22.5, 121, 30.3, 300, 89),
-    DataSheet("L40S", 45, 362, 91.6, 864, 89),
-    DataSheet("H100", 80, 989, 67, 3350, 90),
-    DataSheet("H200", 140, 989, 67, 4800, 90),
-)}
+GPUS = {
+    each.name: each
+    for each in (
+        DataSheet("V100 16GB", 16, 125, 15.7, 900, 70),
+        DataSheet("V100 32GB", 32, 125, 15.7, 900, 70),
+        DataSheet("T4", 15, 65, 8.1, 320, 75),
+        DataSheet("RTX 2080 Ti", 11, 53.8, 13.4, 616, 75),
+        DataSheet("RTX 3060 12GB", 12, 25.5, 12.7, 360, 86),
+        DataSheet("RTX 3080 10GB", 10, 59.5, 29.8, 760, 86),
+        DataSheet("RTX 3090", 24, 71, 35.6, 936, 86),
+        DataSheet("RTX 4060 Ti 16GB", 16, 44.1, 22.1, 288, 89),
+        DataSheet("RTX 4070", 12, 58.3, 29.1, 504, 89),
+        DataSheet("RTX 4080", 16, 97.5, 48.7, 717, 89),
+        DataSheet("RTX 4090", 24, 165.2, 82.6, 1008, 89),
+        DataSheet("RTX 5090", 32, 209.5, 104.8, 1792, 120),
+        DataSheet("A10", 22.5, 125, 31.2, 600, 86),
+        DataSheet("A100 40GB", 40, 312, 19.5, 1555, 80),
+        DataSheet("A100 80GB", 80, 312, 19.5, 2039, 80),
+        DataSheet("L4", 22.5, 121, 30.3, 300, 89),
+        DataSheet("L40S", 45, 362, 91.6, 864, 89),
+        DataSheet("H100", 80, 989, 67, 3350, 90),
+        DataSheet("H200", 140, 989, 67, 4800, 90),
+    )
+}
 
 
 @dataclass(frozen=True)
@@ -97,14 +100,26 @@ def named_gpu(name: str, dtype: str) -> Machine:
     old = sheet.capability < 80
     single = dtype == "float32" or (dtype == "bfloat16" and old)
     rate = sheet.single if single else sheet.half
-    note = (f"sm_{sheet.capability}: the Triton kernels need sm_80, so PyTorch's own ops run, "
-            "slower and with more memory than predicted") if old else ""
+    note = (
+        (
+            f"sm_{sheet.capability}: the Triton kernels need sm_80, so PyTorch's own ops run, "
+            "slower and with more memory than predicted"
+        )
+        if old
+        else ""
+    )
     return Machine(
         f"{sheet.name} (data sheet: {sheet.gib:g} GiB, {rate:g} TFLOP/s in {dtype}, "
-        f"{sheet.bandwidth:g} GB/s)", "cuda", int(sheet.gib * GIB), GPU_CONTEXT,
-        rate * 1e12 * GPU_SHARE_OF_DATA_SHEET, sheet.bandwidth * 1e9 * GPU_SHARE_OF_BANDWIDTH,
+        f"{sheet.bandwidth:g} GB/s)",
+        "cuda",
+        int(sheet.gib * GIB),
+        GPU_CONTEXT,
+        rate * 1e12 * GPU_SHARE_OF_DATA_SHEET,
+        sheet.bandwidth * 1e9 * GPU_SHARE_OF_BANDWIDTH,
         f"{GPU_SHARE_OF_DATA_SHEET:.0%} of the data sheet's rate, "
-        f"{GPU_SHARE_OF_BANDWIDTH:.0%} of its bandwidth", note)
+        f"{GPU_SHARE_OF_BANDWIDTH:.0%} of its bandwidth",
+        note,
+    )
 
 
 def _plain(name: str) -> str:
@@ -137,8 +152,14 @@ def this_machine(device: str, dtype: str, sharing: int = 1) -> Machine:
             words += f" for each of {sharing} processes"
     return Machine(
         f"{name} (measured: {words}, {rate / 1e9:,.0f} GFLOP/s in {dtype} products, "
-        f"{bandwidth / 1e9:.0f} GB/s read)", kind, memory, overhead, rate * share, bandwidth,
-        f"{share:.0%} of the measured rate of products")
+        f"{bandwidth / 1e9:.0f} GB/s read)",
+        kind,
+        memory,
+        overhead,
+        rate * share,
+        bandwidth,
+        f"{share:.0%} of the measured rate of products",
+    )
 
 
 def _product_rate(device: str, kind: str, dtype: str) -> float:

@@ -22,8 +22,12 @@ PREFIX_COPIES, SEGMENT_COPIES = 4, 2
 GPU_WORK = 64 * 2**20
 
 
-def base_bytes(config: ChatGLMConfig, precision: Precision, output_layer_bit: int = 0,
-               offload_embedding: bool = False) -> int:
+def base_bytes(
+    config: ChatGLMConfig,
+    precision: Precision,
+    output_layer_bit: int = 0,
+    offload_embedding: bool = False,
+) -> int:
     """The frozen weights and the rotary table; config.quantization_bit is as they are computed."""
     weights, small = DTYPE_BYTES[precision.weights], DTYPE_BYTES[precision.activations]
     total = config.seq_length * config.kv_channels // 2 * DTYPE_BYTES[precision.rope]
@@ -44,8 +48,11 @@ def base_bytes(config: ChatGLMConfig, precision: Precision, output_layer_bit: in
 
 def mapped_bytes(config: ChatGLMConfig, precision: Precision) -> int:
     """Pages of the weights' files that are resident while a CPU reads them: some, and a tensor."""
-    tensor = config.hidden_size * DTYPE_BYTES[precision.weights] * max(
-        config.padded_vocab_size, 2 * config.ffn_hidden_size)
+    tensor = (
+        config.hidden_size
+        * DTYPE_BYTES[precision.weights]
+        * max(config.padded_vocab_size, 2 * config.ffn_hidden_size)
+    )
     return min(MAPPED_BYTES + tensor, base_bytes(config, precision))
 
 
@@ -59,8 +66,10 @@ def prefix_parameters(config: ChatGLMConfig, pre_seq_len: int) -> int:
 
 def prefix_bytes(config: ChatGLMConfig, pre_seq_len: int) -> int:
     """Prefix, gradient and optimiser, and the keys and values made of it; all in float32."""
-    return 4 * (PREFIX_COPIES * prefix_parameters(config, pre_seq_len)
-                + SEGMENT_COPIES * pre_seq_len * config.kv_size)
+    return 4 * (
+        PREFIX_COPIES * prefix_parameters(config, pre_seq_len)
+        + SEGMENT_COPIES * pre_seq_len * config.kv_size
+    )
 
 
 def saved_bytes_per_token(config: ChatGLMConfig, dtype: str, recompute: str) -> int:
@@ -94,4 +103,3 @@ def work_bytes(config: ChatGLMConfig, pack: RowLength, dtype: str, recompute: st
     logits = rows * config.padded_vocab_size * 4
     # The final norm's output, and its gradient in float32.
     return max(pack.tokens * layer, logits + pack.tokens * hidden * (size + 4))
-

@@ -25,13 +25,22 @@ class Precision:
     rope: str = "float32"
 
     @classmethod
-    def of(cls, config: ChatGLMConfig, dtype: torch.dtype, device: torch.device,
-           rope_precision: str = "float32") -> "Precision":
+    def of(
+        cls,
+        config: ChatGLMConfig,
+        dtype: torch.dtype,
+        device: torch.device,
+        rope_precision: str = "float32",
+    ) -> "Precision":
         """Of a model that is loaded in `dtype` from a folder with this configuration."""
         stored = torch.empty(0, dtype=config.dtype, device="meta")
         activations = _name(dtype)
-        return cls(activations, _name(kept_dtype(stored, dtype, device)), _name(config.dtype),
-                   activations if rope_precision == "model" else "float32")
+        return cls(
+            activations,
+            _name(kept_dtype(stored, dtype, device)),
+            _name(config.dtype),
+            activations if rope_precision == "model" else "float32",
+        )
 
     def lines(self, bits: int) -> list[str]:
         """Two lines for the start of a run; `bits` of a quantised base, or 0."""

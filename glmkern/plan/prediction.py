@@ -62,13 +62,23 @@ class Job:
     offload_embedding: bool = False
 
     @classmethod
-    def of(cls, arguments: Arguments, config: ChatGLMConfig, precision: Precision,
-           rows: Sequence[Row] | None = None, processes: int = 1) -> "Job":
+    def of(
+        cls,
+        arguments: Arguments,
+        config: ChatGLMConfig,
+        precision: Precision,
+        rows: Sequence[Row] | None = None,
+        processes: int = 1,
+    ) -> "Job":
         """The run of these flags; without rows, all are as long as the flags let them be."""
         model, data, training = arguments.model, arguments.data, arguments.training
         bits = model.quantization_bit or config.quantization_bit
-        config = replace(config, quantization_bit=bits, pre_seq_len=model.pre_seq_len,
-                         prefix_projection=model.prefix_projection)
+        config = replace(
+            config,
+            quantization_bit=bits,
+            pre_seq_len=model.pre_seq_len,
+            prefix_projection=model.prefix_projection,
+        )
         batch = training.per_device_train_batch_size
         accumulation = -(-training.gradient_accumulation_steps // processes)
         if rows is None:
@@ -78,9 +88,18 @@ class Job:
         else:
             lengths = [RowLength(len(row.input_ids), labelled_tokens(row)) for row in rows]
             steps = Plan.of(len(lengths), training).max_steps
-        return cls(config, precision, lengths, batch, accumulation,
-                   token_budget(training.tokens_per_pack), model.recompute, steps,
-                   model.output_layer_bit or 0, model.offload_embedding)
+        return cls(
+            config,
+            precision,
+            lengths,
+            batch,
+            accumulation,
+            token_budget(training.tokens_per_pack),
+            model.recompute,
+            steps,
+            model.output_layer_bit or 0,
+            model.offload_embedding,
+        )
 
     @property
     def longest_row(self) -> int:
@@ -97,14 +116,17 @@ class Job:
         random.Random(0).shuffle(rows)
         count = min(self.micro_batch * self.accumulation, len(rows))
         starts = range(0, len(rows) - count + 1, count)[:SAMPLED_STEPS]
-        return [rows[start:start + count] for start in starts]
+        return [rows[start : start + count] for start in starts]
 
     def packs(self, step: Sequence[RowLength]) -> list[RowLength]:
         """A step's rows as they are computed at once (training/batching.py), added up."""
         packs = [RowLength(0, 0)]
         for place, row in enumerate(step):
-            full = packs[-1].tokens + row.tokens > self.budget if self.budget else \
-                place % self.micro_batch == 0
+            full = (
+                packs[-1].tokens + row.tokens > self.budget
+                if self.budget
+                else place % self.micro_batch == 0
+            )
             if full and packs[-1].tokens:
                 packs.append(RowLength(0, 0))
             packs[-1] = _sum([packs[-1], row])
@@ -146,8 +168,10 @@ class Prediction:
             f"predicted for {self.machine.name}, assuming {self.machine.assumption}",
         ]
         if not self.fits:
-            lines.append(f"predicted to need more than the {self.machine.memory / GIB:.1f} GiB "
-                         f"there are: {self.cure()}")
+            lines.append(
+                f"predicted to need more than the {self.machine.memory / GIB:.1f} GiB "
+                f"there are: {self.cure()}"
+            )
         return lines
 
     def table(self) -> list[str]:
@@ -176,14 +200,17 @@ class Prediction:
     def cure(self) -> str:
         """The least change of the flags that is predicted to fit."""
         job, row = self.job, self.job.longest_row
-        later = RECOMPUTE[RECOMPUTE.index(job.recompute) + 1:]
+        later = RECOMPUTE[RECOMPUTE.index(job.recompute) + 1 :]
         changes: list[tuple[str, dict[str, Any]]] = [
             *((f"--recompute {each}", {"recompute": each}) for each in later),
-            (f"--recompute layer --tokens_per_pack {row}", {"recompute": "layer", "budget": row})]
+            (f"--recompute layer --tokens_per_pack {row}", {"recompute": "layer", "budget": row}),
+        ]
         if not job.config.quantization_bit:
             four = {"config": replace(job.config, quantization_bit=4)}
-            changes += [(f"--quantization_bit 4 {flags}".strip(), {**change, **four})
-                        for flags, change in [("", {}), *changes]]
+            changes += [
+                (f"--quantization_bit 4 {flags}".strip(), {**change, **four})
+                for flags, change in [("", {}), *changes]
+            ]
         for flags, change in changes:
             if predict(replace(job, **change), self.machine).fits:
                 return f"pass {flags}"
@@ -199,16 +226,20 @@ class Prediction:
         """A line of what another --recompute would need, and the largest pack that fits then."""
         other, row = replace(self.job, recompute=recompute), self.job.longest_row
         predicted = predict(other, self.machine)
-        line = (f"  {recompute:<5}  {predicted.total / GIB:6.2f} GiB, "
-                f"{as_seconds(predicted.seconds)} a step")
+        line = (
+            f"  {recompute:<5}  {predicted.total / GIB:6.2f} GiB, "
+            f"{as_seconds(predicted.seconds)} a step"
+        )
         if not self.machine.memory:
             return line
         tokens = tokens_that_fit(other, self.machine)
         if tokens < row:
             return f"{line}; not one row of {row:,} tokens fits"
         at_least = "at least " if tokens == LARGEST_PACK else ""
-        return (f"{line}; {at_least}{tokens:,} tokens fit at once, {tokens // row:,} rows of the "
-                f"longest, {row:,} tokens")
+        return (
+            f"{line}; {at_least}{tokens:,} tokens fit at once, {tokens // row:,} rows of the "
+            f"longest, {row:,} tokens"
+        )
 
 
 def as_seconds(seconds: float) -> str:
@@ -227,8 +258,11 @@ def fitted(job: Job, machine: Machine) -> Job:
     """The job with the tokens a pack of `--tokens_per_pack auto`: halved until the run is predicted
     to fit with a margin, or a pack is as small as the longest row. Halved, so that a machine with a
     little more or less memory free gives the same packs."""
-    while (job.budget > job.longest_row and machine.memory
-           and MARGIN * predict(job, machine).total > machine.memory):
+    while (
+        job.budget > job.longest_row
+        and machine.memory
+        and MARGIN * predict(job, machine).total > machine.memory
+    ):
         job = replace(job, budget=max(job.budget // 2, job.longest_row))
     return job
 
@@ -247,8 +281,9 @@ def predict(job: Job, machine: Machine) -> Prediction:
         flops += step / len(steps)
         seconds += max(step / machine.flops, read / machine.bandwidth, calls) / len(steps)
     memory = memory_parts(job, machine, largest)
-    return Prediction(job, machine, largest, memory, reading_bytes(job, machine), tokens, flops,
-                      seconds)
+    return Prediction(
+        job, machine, largest, memory, reading_bytes(job, machine), tokens, flops, seconds
+    )
 
 
 def memory_parts(job: Job, machine: Machine, pack: RowLength) -> dict[str, int]:
@@ -256,8 +291,9 @@ def memory_parts(job: Job, machine: Machine, pack: RowLength) -> dict[str, int]:
     config, dtype, on_gpu = job.config, job.precision.activations, machine.device == "cuda"
     work = work_bytes(config, pack, dtype, job.recompute) + (GPU_WORK if on_gpu else 0)
     return {
-        "base weights": base_bytes(config, job.precision, job.output_layer_bit,
-                                   on_gpu and job.offload_embedding),
+        "base weights": base_bytes(
+            config, job.precision, job.output_layer_bit, on_gpu and job.offload_embedding
+        ),
         "prefix, gradient, optimiser": prefix_bytes(config, config.pre_seq_len),
         "kept for the backward pass": saved_bytes(config, pack, dtype, job.recompute),
         "work space": work,

@@ -17,14 +17,18 @@ from glmkern.training.progress import peak_memory
 COMPARED_STEPS = 3
 
 
-def predict_run(arguments: Arguments, config: ChatGLMConfig, rows: Sequence[Row],
-                device: torch.device, dtype: torch.dtype) -> tuple[Prediction, list[str]]:
+def predict_run(
+    arguments: Arguments,
+    config: ChatGLMConfig,
+    rows: Sequence[Row],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> tuple[Prediction, list[str]]:
     """The memory and time of this run on this machine, its job with the tokens a pack that
     --tokens_per_pack auto comes to, and the lines that tell them and which number has which
     precision; to be called before the base takes memory."""
     precision = Precision.of(config, dtype, device, arguments.model.rope_precision)
-    job = Job.of(arguments, config, precision, rows,
-                 processes=int(os.environ.get("WORLD_SIZE", 1)))
+    job = Job.of(arguments, config, precision, rows, processes=int(os.environ.get("WORLD_SIZE", 1)))
     sharing = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if device.type == "cpu" else 1
     machine = this_machine(str(device), precision.activations, sharing)
     if arguments.training.tokens_per_pack == "auto":
@@ -54,6 +58,8 @@ class FirstSteps:
     def _comparison(self, seconds: float) -> str:
         expected, memory = self.prediction.seconds, self.prediction.compared
         peak = peak_memory(self.device)
-        return (f"predicted {as_seconds(expected)} a step and {memory / GIB:.2f} GiB, in the first "
-                f"{COMPARED_STEPS} steps measured {as_seconds(seconds)} ({seconds / expected:.2f} "
-                f"times) and {peak / GIB:.2f} GiB ({peak / memory:.2f} times)")
+        return (
+            f"predicted {as_seconds(expected)} a step and {memory / GIB:.2f} GiB, in the first "
+            f"{COMPARED_STEPS} steps measured {as_seconds(seconds)} ({seconds / expected:.2f} "
+            f"times) and {peak / GIB:.2f} GiB ({peak / memory:.2f} times)"
+        )

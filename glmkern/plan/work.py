@@ -20,8 +20,13 @@ class RowLength(NamedTuple):
     labelled: int
 
 
-def step_flops(config: ChatGLMConfig, rows: Sequence[RowLength], pre_seq_len: int,
-               recompute: str = "none", packs: int = 1) -> int:
+def step_flops(
+    config: ChatGLMConfig,
+    rows: Sequence[RowLength],
+    pre_seq_len: int,
+    recompute: str = "none",
+    packs: int = 1,
+) -> int:
     """Floating point operations of the rows, forward and backward; a multiply-add is two.
 
     Args:
@@ -49,8 +54,11 @@ def linear_flops(config: ChatGLMConfig, tokens: int) -> int:
 
 def linear_weights(config: ChatGLMConfig) -> int:
     """Elements of the four linears' weights, all layers."""
-    return config.num_layers * config.hidden_size * (
-        config.qkv_size + config.query_size + 3 * config.ffn_hidden_size)
+    return (
+        config.num_layers
+        * config.hidden_size
+        * (config.qkv_size + config.query_size + 3 * config.ffn_hidden_size)
+    )
 
 
 def recomputed_weights(config: ChatGLMConfig, recompute: str) -> int:

@@ -35,12 +35,13 @@ class ModelArguments:
 
     model_name_or_path: str | None = _flag(None, "folder or cached name of the base model")
     ptuning_checkpoint: str | None = _flag(
-        None, "folder or file of a saved prefix: to evaluate, or to train on from with a fresh"
-        " optimiser"
+        None,
+        "folder or file of a saved prefix: to evaluate, or to train on from with a fresh optimiser",
     )
     quantization_bit: int | None = _flag(
-        None, "quantise the base's linears to 4 or 8 bits as it is read; a folder that is quantised"
-        " already needs no flag"
+        None,
+        "quantise the base's linears to 4 or 8 bits as it is read; a folder that is quantised"
+        " already needs no flag",
     )
     output_layer_bit: int | None = _flag(
         None, "8 quantises the output layer as it is read", own=True
@@ -86,8 +87,8 @@ class DataTrainingArguments:
     max_source_length: int = _flag(1024, "prompt tokens kept, special tokens included")
     max_target_length: int = _flag(128, "response tokens kept, the end token not included")
     val_max_target_length: int | None = _flag(
-        None, "response tokens kept in evaluation, [gMASK] and sop included; else"
-        " --max_target_length"
+        None,
+        "response tokens kept in evaluation, [gMASK] and sop included; else --max_target_length",
     )
     max_train_samples: int | None = _flag(None, "read only this many rows")
     max_eval_samples: int | None = _flag(None, "read only this many rows of --validation_file")
@@ -107,16 +108,19 @@ class TrainingArguments:
     do_eval: bool = _flag(False, "measure --validation_file, after training if there is any")
     do_predict: bool = _flag(False, "measure --test_file, after training if there is any")
     predict_with_generate: bool = _flag(
-        False, "answer the prompts and score the answers; --do_predict writes them to"
-        " generated_predictions.txt"
+        False,
+        "answer the prompts and score the answers; --do_predict writes them to"
+        " generated_predictions.txt",
     )
     greedy: bool = _flag(
-        False, "take the likeliest token instead of drawing with top_p 0.7 and temperature 0.95",
+        False,
+        "take the likeliest token instead of drawing with top_p 0.7 and temperature 0.95",
         own=True,
     )
     generation_max_length: int | None = _flag(
-        None, "tokens of a padded prompt and its answer; else --max_source_length +"
-        " --max_target_length + 1"
+        None,
+        "tokens of a padded prompt and its answer; else --max_source_length +"
+        " --max_target_length + 1",
     )
     generation_num_beams: int | None = _flag(None, "beams of generation; else 1")
     prediction_loss_only: bool = _flag(False, "no answers although --predict_with_generate")
@@ -183,17 +187,20 @@ class TrainingArguments:
     dataloader_drop_last: bool = _flag(False, "leave out an epoch's last, shorter micro-batch")
     disable_tqdm: bool | None = _flag(None, "no progress bar; the log lines stay")
     resume_from_checkpoint: str | None = _flag(
-        None, "go on with a stopped run: its checkpoint-N folder, or auto for the newest of"
-        " --output_dir (a fresh start where there is none)"
+        None,
+        "go on with a stopped run: its checkpoint-N folder, or auto for the newest of"
+        " --output_dir (a fresh start where there is none)",
     )
     group_by_length: bool = _flag(False, "rows of like length in a step, the longest ones first")
     ddp_timeout: int = _flag(1800, "seconds a process waits for the others")
     ddp_backend: str | None = _flag(
-        None, "how processes communicate; nccl on GPUs and gloo on CPUs without it",
-        ("nccl", "gloo")
+        None,
+        "how processes communicate; nccl on GPUs and gloo on CPUs without it",
+        ("nccl", "gloo"),
     )
     evaluation_strategy: str = _flag(
-        "no", "when to measure --validation_file during training; steps and epoch imply --do_eval",
+        "no",
+        "when to measure --validation_file during training; steps and epoch imply --do_eval",
         INTERVALS,
     )
     eval_steps: float | None = _flag(

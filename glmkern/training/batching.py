@@ -48,8 +48,13 @@ class _Member(NamedTuple):
     first: bool  # of its micro-batch
 
 
-def pack_step(rows: Sequence[Row], micro_batches: Sequence[Sequence[int]], budget: int,
-              rank: int = 0, ranks: int = 1) -> list[Pack]:
+def pack_step(
+    rows: Sequence[Row],
+    micro_batches: Sequence[Sequence[int]],
+    budget: int,
+    rank: int = 0,
+    ranks: int = 1,
+) -> list[Pack]:
     """A rank's rows of the step in order, in packs of at most `budget` tokens; a longer row goes
     alone. There may be none.
 
@@ -69,8 +74,9 @@ def pack_step(rows: Sequence[Row], micro_batches: Sequence[Sequence[int]], budge
     return [_pack(rows, group) for group in groups]
 
 
-def _members(rows: Sequence[Row], micro_batches: Sequence[Sequence[int]], rank: int,
-             ranks: int) -> Iterator[_Member]:
+def _members(
+    rows: Sequence[Row], micro_batches: Sequence[Sequence[int]], rank: int, ranks: int
+) -> Iterator[_Member]:
     place = 0
     for number, micro_batch in enumerate(micro_batches):
         if number % ranks == rank:
@@ -82,7 +88,9 @@ def _members(rows: Sequence[Row], micro_batches: Sequence[Sequence[int]], rank: 
 
 def _pack(rows: Sequence[Row], members: list[_Member]) -> Pack:
     indices = [member.index for member in members]
-    batch = pack_rows([rows[index] for index in indices],
-                      sequence_ids=[member.place for member in members],
-                      token_weight_per_row=[member.weight for member in members])
+    batch = pack_rows(
+        [rows[index] for index in indices],
+        sequence_ids=[member.place for member in members],
+        token_weight_per_row=[member.weight for member in members],
+    )
     return Pack(batch, indices)

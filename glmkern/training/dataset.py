@@ -46,9 +46,13 @@ class Examples(Sequence[Example]):
         return self.examples[index]
 
 
-def read_examples(path: str | Path, prompt_column: str, response_column: str,
-                  history_column: str | None = None,
-                  max_examples: int | None = None) -> Examples:
+def read_examples(
+    path: str | Path,
+    prompt_column: str,
+    response_column: str,
+    history_column: str | None = None,
+    max_examples: int | None = None,
+) -> Examples:
     """Reads a .json or .jsonl file (an object a line, or one array of objects) or a .csv file.
 
     Args:
@@ -77,13 +81,18 @@ def read_examples(path: str | Path, prompt_column: str, response_column: str,
         where = f"{path} {place}"
         prompt = _text(record[prompt_column], f"{where}: column {prompt_column!r}")
         response = _text(record[response_column], f"{where}: column {response_column!r}")
-        history = _history(record.get(history_column), f"{where}: column {history_column!r}",
-                           as_json=path.suffix.lower() == ".csv")
+        history = _history(
+            record.get(history_column),
+            f"{where}: column {history_column!r}",
+            as_json=path.suffix.lower() == ".csv",
+        )
         examples.append(Example(prompt, response, history, index))
     if not examples:
-        raise InputError(f"{path} has no row to use: of {len(records):,} rows none has both a "
-                         f"prompt (column {prompt_column!r}) and a response (column "
-                         f"{response_column!r}); fill them in")
+        raise InputError(
+            f"{path} has no row to use: of {len(records):,} rows none has both a "
+            f"prompt (column {prompt_column!r}) and a response (column "
+            f"{response_column!r}); fill them in"
+        )
     return Examples(examples, len(records) - len(examples))
 
 
@@ -92,8 +101,10 @@ def _read_records(path: Path) -> Iterator[tuple[str, dict]]:
     readers = {".json": _json_records, ".jsonl": _json_records, ".csv": _csv_records}
     reader = readers.get(path.suffix.lower())
     if reader is None:
-        raise InputError(f"{path} must end in .json or .jsonl (an object a line, or one array of "
-                         f"objects) or .csv; convert or rename it")
+        raise InputError(
+            f"{path} must end in .json or .jsonl (an object a line, or one array of "
+            f"objects) or .csv; convert or rename it"
+        )
     return reader(path, _read_text(path))
 
 
@@ -101,15 +112,17 @@ def _read_text(path: Path) -> str:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}; check the path given for the "
-                         f"data file") from None
+        raise InputError(
+            f"{path} cannot be read: {error.strerror}; check the path given for the data file"
+        ) from None
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
-        raise InputError(f"{path} line {line} is not UTF-8 (byte 0x{error.object[error.start]:02x})"
-                         f"; save the file as UTF-8, for example with `iconv -f GB18030 -t UTF-8`"
-                         ) from None
+        raise InputError(
+            f"{path} line {line} is not UTF-8 (byte 0x{error.object[error.start]:02x})"
+            f"; save the file as UTF-8, for example with `iconv -f GB18030 -t UTF-8`"
+        ) from None
 
 
 def _json_records(path: Path, text: str) -> Iterator[tuple[str, dict]]:
@@ -128,18 +141,24 @@ def _parse(path: Path, text: str, first_line: int) -> object:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise InputError(f"{path} line {first_line + error.lineno - 1}, column {error.colno} is "
-                         f"not JSON ({error.msg}); the file must hold an object a line, or one "
-                         f"array of objects") from None
+        raise InputError(
+            f"{path} line {first_line + error.lineno - 1}, column {error.colno} is "
+            f"not JSON ({error.msg}); the file must hold an object a line, or one "
+            f"array of objects"
+        ) from None
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} line {first_line} cannot be read as JSON ({error}); the file "
-                         f"must hold an object a line, or one array of objects") from None
+        raise InputError(
+            f"{path} line {first_line} cannot be read as JSON ({error}); the file "
+            f"must hold an object a line, or one array of objects"
+        ) from None
 
 
 def _object(item: object, where: str) -> dict:
     if not isinstance(item, dict):
-        raise InputError(f"{where} is {_describe(item)}, not an object; write each row as "
-                         f'{{"column": "text", ...}}')
+        raise InputError(
+            f"{where} is {_describe(item)}, not an object; write each row as "
+            f'{{"column": "text", ...}}'
+        )
     return item
 
 
@@ -152,14 +171,18 @@ def _csv_records(path: Path, text: str) -> Iterator[tuple[str, dict]]:
             raise InputError(f"{path} line 1 names the column {twice[0]!r} twice; rename one")
         for cells in reader:
             if len(cells) > len(header):
-                raise InputError(f"{path} line {reader.line_num} has {len(cells)} cells but the "
-                                 f"header has {len(header)}; put text with commas in quotation "
-                                 f"marks")
+                raise InputError(
+                    f"{path} line {reader.line_num} has {len(cells)} cells but the "
+                    f"header has {len(header)}; put text with commas in quotation "
+                    f"marks"
+                )
             if cells:
                 yield f"line {reader.line_num}", dict(zip_longest(header, cells))
     except csv.Error as error:
-        raise InputError(f"{path} line {reader.line_num} is not CSV ({error}); check its quotation "
-                         f"marks, each one inside a text doubled") from None
+        raise InputError(
+            f"{path} line {reader.line_num} is not CSV ({error}); check its quotation "
+            f"marks, each one inside a text doubled"
+        ) from None
 
 
 def _check_columns(path: Path, wanted: list[str], records: list[dict]) -> None:
@@ -176,8 +199,10 @@ def _text(value: object, where: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise InputError(f"{where} holds {value[error.start]!a}, half of a surrogate pair; remove "
-                         f"it or write the whole character") from None
+        raise InputError(
+            f"{where} holds {value[error.start]!a}, half of a surrogate pair; remove "
+            f"it or write the whole character"
+        ) from None
     return value
 
 
@@ -189,8 +214,10 @@ def _history(value: object, where: str, as_json: bool) -> tuple[tuple[str, str],
             value = json.loads(value)
     pairs = value if isinstance(value, list) else [value]
     if not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
-        raise InputError(f"{where} holds {_describe(value)}, not a list of [query, response] "
-                         f'pairs; write it as [["query", "response"], ...]')
+        raise InputError(
+            f"{where} holds {_describe(value)}, not a list of [query, response] "
+            f'pairs; write it as [["query", "response"], ...]'
+        )
     return tuple((_text(query, where), _text(response, where)) for query, response in pairs)
 
 
@@ -222,17 +249,25 @@ class RowStatistics:
         """The numbers in a sentence, with the flags that would keep what is cut; `target_flag` is
         the one that limits the responses."""
         used = self.rows_read - self.skipped
-        parts = [f"{self.rows_read:,} rows read, {self.skipped:,} of them left out (the prompt or "
-                 f"the response is empty)"]
+        parts = [
+            f"{self.rows_read:,} rows read, {self.skipped:,} of them left out (the prompt or "
+            f"the response is empty)"
+        ]
         if self.truncated_prompts:
-            parts.append(f"{self.truncated_prompts:,} of {used:,} prompts cut, which loses the end "
-                         f"of the question (--max_source_length {self.longest_prompt} keeps all)")
+            parts.append(
+                f"{self.truncated_prompts:,} of {used:,} prompts cut, which loses the end "
+                f"of the question (--max_source_length {self.longest_prompt} keeps all)"
+            )
         if self.truncated_responses:
-            parts.append(f"{self.truncated_responses:,} of {used:,} responses cut "
-                         f"(--{target_flag} {self.longest_response} keeps all)")
+            parts.append(
+                f"{self.truncated_responses:,} of {used:,} responses cut "
+                f"(--{target_flag} {self.longest_response} keeps all)"
+            )
         if len(parts) == 1:
-            parts.append(f"none cut (the longest prompt has {self.longest_prompt} tokens, the "
-                         f"longest response {self.longest_response})")
+            parts.append(
+                f"none cut (the longest prompt has {self.longest_prompt} tokens, the "
+                f"longest response {self.longest_response})"
+            )
         return "; ".join(parts)
 
 
@@ -251,9 +286,15 @@ class EvaluationRows(RowStatistics):
     labels: list[list[int]] = field(repr=False)
 
 
-def build_training_rows(examples: Sequence[Example], tokenizer: ChatGLMTokenizer, *,
-                        max_source_length: int, max_target_length: int, source_prefix: str = "",
-                        ignore_pad_token_for_loss: bool = True) -> TrainingRows:
+def build_training_rows(
+    examples: Sequence[Example],
+    tokenizer: ChatGLMTokenizer,
+    *,
+    max_source_length: int,
+    max_target_length: int,
+    source_prefix: str = "",
+    ignore_pad_token_for_loss: bool = True,
+) -> TrainingRows:
     """[gMASK] sop prompt, response, end of text; learned from the response on.
 
     Args:
@@ -281,12 +322,18 @@ def build_training_rows(examples: Sequence[Example], tokenizer: ChatGLMTokenizer
             padding = pad * (width - len(prompt) - len(learned))
             rows.append(Row(prompt + learned + padding, pad * len(prompt) + learned + padding))
     return TrainingRows(
-        rows=rows, **_statistics(examples, lengths, max_source_length, max_target_length))
+        rows=rows, **_statistics(examples, lengths, max_source_length, max_target_length)
+    )
 
 
-def build_evaluation_rows(examples: Sequence[Example], tokenizer: ChatGLMTokenizer, *,
-                          max_source_length: int, max_target_length: int,
-                          source_prefix: str = "") -> EvaluationRows:
+def build_evaluation_rows(
+    examples: Sequence[Example],
+    tokenizer: ChatGLMTokenizer,
+    *,
+    max_source_length: int,
+    max_target_length: int,
+    source_prefix: str = "",
+) -> EvaluationRows:
     """Prompts to answer, and the responses to compare the answers with.
 
     The labels start with [gMASK] and sop, which count in max_target_length and decode to nothing,
@@ -311,26 +358,37 @@ def build_evaluation_rows(examples: Sequence[Example], tokenizer: ChatGLMTokeniz
         for name, column in tokenizer.pad(group).items():
             columns[name] += column
     return EvaluationRows(
-        labels=labels, **columns,
-        **_statistics(examples, lengths, max_source_length, max_target_length))
+        labels=labels,
+        **columns,
+        **_statistics(examples, lengths, max_source_length, max_target_length),
+    )
 
 
 def _check_length(name: str, value: int, least: int) -> None:
     if value < least:
-        raise ValueError(f"{name} must be at least {least} to keep a token of the text, "
-                         f"not {value}")
+        raise ValueError(
+            f"{name} must be at least {least} to keep a token of the text, not {value}"
+        )
 
 
-def _encode(examples: Iterable[Example], tokenizer: ChatGLMTokenizer, source_prefix: str,
-            add_special_tokens: bool) -> Iterator[tuple[list[int], list[int]]]:
+def _encode(
+    examples: Iterable[Example],
+    tokenizer: ChatGLMTokenizer,
+    source_prefix: str,
+    add_special_tokens: bool,
+) -> Iterator[tuple[list[int], list[int]]]:
     """(prompt ids, response ids) of each example, uncut; the flag is about the response."""
     for each in examples:
         prompt = source_prefix + tokenizer.build_prompt(each.prompt, each.history)
         yield tokenizer.encode(prompt), tokenizer.encode(each.response, add_special_tokens)
 
 
-def _statistics(examples: Sequence[Example], lengths: list[tuple[int, int]],
-                max_source_length: int, max_target_length: int) -> dict[str, int]:
+def _statistics(
+    examples: Sequence[Example],
+    lengths: list[tuple[int, int]],
+    max_source_length: int,
+    max_target_length: int,
+) -> dict[str, int]:
     skipped = examples.skipped if isinstance(examples, Examples) else 0
     return {
         "rows_read": len(examples) + skipped,

@@ -81,8 +81,9 @@ class World:
         finally:
             self._watch.stopped.set()
 
-    def sum_gradients(self, parameters: Sequence[nn.Parameter],
-                      report: Sequence[float]) -> list[list[float]]:
+    def sum_gradients(
+        self, parameters: Sequence[nn.Parameter], report: Sequence[float]
+    ) -> list[list[float]]:
         """Add up the ranks' gradients, in place; returns what each rank reports, by rank.
 
         A parameter without a gradient counts as zero. Raises PeerFailure where a rank is gone.
@@ -122,7 +123,8 @@ class World:
             if other != values[0]:
                 raise InputError(
                     f"{what} is {values[0]} on rank 0, but {other} on rank {rank}; give all ranks "
-                    "the same files, and an --output_dir that they share")
+                    "the same files, and an --output_dir that they share"
+                )
 
     def wait_for_cause(self) -> PeerFailure:
         """The failure of a rank that is known to fail and about to say why."""
@@ -178,12 +180,16 @@ class World:
         missing = [rank for rank in range(self.size) if not self._store.check([answers[rank]])]
         if missing:
             names = ", ".join(map(str, missing))
-            message = (f"rank {names} died without a message (it was killed, or the machine ran "
-                       "out of memory)")
+            message = (
+                f"rank {names} died without a message (it was killed, or the machine ran "
+                "out of memory)"
+            )
         else:
             cause = symptom.strip().split("\n")[0] or "one reported a loss that is not finite"
-            message = (f"the ranks lost each other ({cause}); raise --ddp_timeout if one of them "
-                       "was only slow")
+            message = (
+                f"the ranks lost each other ({cause}); raise --ddp_timeout if one of them "
+                "was only slow"
+            )
         self._record_failure(missing, message)
 
     def _record_failure(self, ranks: list[int], message: str) -> None:
@@ -254,7 +260,8 @@ def join_world(args: TrainingArguments, device: torch.device) -> Iterator[World]
         if device.index >= torch.cuda.device_count():
             raise InputError(
                 f"rank {os.environ['RANK']} should use GPU {device.index}, but "
-                f"{torch.cuda.device_count()} are visible; lower --nproc-per-node")
+                f"{torch.cuda.device_count()} are visible; lower --nproc-per-node"
+            )
         torch.cuda.set_device(device)
     backend = args.ddp_backend or ("nccl" if device.type == "cuda" else "gloo")
     timeout = timedelta(seconds=args.ddp_timeout)
@@ -264,8 +271,10 @@ def join_world(args: TrainingArguments, device: torch.device) -> Iterator[World]
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise InputError(f"the {size} processes did not find each other ({reason}); start them "
-                         "with torchrun --standalone --nproc-per-node N") from error
+        raise InputError(
+            f"the {size} processes did not find each other ({reason}); start them "
+            "with torchrun --standalone --nproc-per-node N"
+        ) from error
     world = World(rank, size, store)
     with world.watched():
         yield world

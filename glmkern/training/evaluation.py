@@ -44,11 +44,15 @@ class EvaluationData:
     prompts: EvaluationRows
 
     @classmethod
-    def of(cls, examples: Sequence[Example], tokenizer: ChatGLMTokenizer,
-           **lengths) -> "EvaluationData":
+    def of(
+        cls, examples: Sequence[Example], tokenizer: ChatGLMTokenizer, **lengths
+    ) -> "EvaluationData":
         """`lengths`: max_source_length, max_target_length and source_prefix."""
-        return cls(examples, build_training_rows(examples, tokenizer, **lengths),
-                   build_evaluation_rows(examples, tokenizer, **lengths))
+        return cls(
+            examples,
+            build_training_rows(examples, tokenizer, **lengths),
+            build_evaluation_rows(examples, tokenizer, **lengths),
+        )
 
 
 @dataclass(frozen=True)
@@ -70,15 +74,20 @@ class Evaluation:
     show_bar: bool = False
 
     @classmethod
-    def of(cls, arguments: Arguments, model: ChatGLM, tokenizer: ChatGLMTokenizer,
-           data: EvaluationData) -> "Evaluation":
+    def of(
+        cls, arguments: Arguments, model: ChatGLM, tokenizer: ChatGLMTokenizer, data: EvaluationData
+    ) -> "Evaluation":
         """What --do_eval and --do_predict measure."""
         args = arguments.training
-        return cls(model, tokenizer, data,
-                   decoding=Decoding.of(arguments, model.config) if arguments.generates else None,
-                   batch_size=args.per_device_eval_batch_size,
-                   token_budget=token_budget(args.tokens_per_pack),
-                   show_bar=not args.disable_tqdm)
+        return cls(
+            model,
+            tokenizer,
+            data,
+            decoding=Decoding.of(arguments, model.config) if arguments.generates else None,
+            batch_size=args.per_device_eval_batch_size,
+            token_budget=token_budget(args.tokens_per_pack),
+            show_bar=not args.disable_tqdm,
+        )
 
     def greedy(self) -> "Evaluation":
         """The same without draws: what --evaluation_strategy measures while training, as
@@ -100,7 +109,8 @@ class Evaluation:
         no answers the loss."""
         return self._measured(
             "predict",
-            lambda: self._scores("predict", file) if self.decoding else {"loss": self.loss()})
+            lambda: self._scores("predict", file) if self.decoding else {"loss": self.loss()},
+        )
 
     def loss(self) -> float:
         """The mean over batches, weighted by their rows, of the mean over a batch's tokens.
@@ -118,10 +128,15 @@ class Evaluation:
     def _sum_of_losses(self, batches: list[range]) -> float:
         """The sum over batches of each one's mean over its labelled tokens."""
         with measuring(self.model):
-            return sum(self._loss(pack) for start in range(0, len(batches), BATCHES_PACKED_TOGETHER)
-                       for pack in pack_step(self.data.rows.rows,
-                                             batches[start:start + BATCHES_PACKED_TOGETHER],
-                                             self.token_budget))
+            return sum(
+                self._loss(pack)
+                for start in range(0, len(batches), BATCHES_PACKED_TOGETHER)
+                for pack in pack_step(
+                    self.data.rows.rows,
+                    batches[start : start + BATCHES_PACKED_TOGETHER],
+                    self.token_budget,
+                )
+            )
 
     def _loss(self, pack: Pack) -> float:
         names = [self.data.examples[index].index for index in pack.rows]
@@ -129,12 +144,15 @@ class Evaluation:
         try:
             loss = self.model.loss(pack.batch).item()
         except torch.OutOfMemoryError as error:
-            raise TrainingError(f"{where}: ran out of GPU memory; lower --tokens_per_pack (a pack "
-                                f"had {pack.tokens} tokens)") from error
+            raise TrainingError(
+                f"{where}: ran out of GPU memory; lower --tokens_per_pack (a pack "
+                f"had {pack.tokens} tokens)"
+            ) from error
         if not math.isfinite(loss):
             raise TrainingError(
                 f"{where}: the loss is {loss}; check these rows and the weights of the base and of "
-                "the prefix, or compute with --model_dtype bfloat16 or float32")
+                "the prefix, or compute with --model_dtype bfloat16 or float32"
+            )
         return loss
 
     def _scores(self, name: str, file: PredictionFile | None = None) -> dict[str, float]:
@@ -142,9 +160,17 @@ class Evaluation:
         if self.decoding is None:
             return {}
         scores, references = Scores(), iter(self.data.prompts.labels)
-        with (measuring(self.model), tqdm(
-                total=len(self.data.prompts.labels), desc=name, unit="row", dynamic_ncols=True,
-                disable=not self.show_bar, mininterval=0.1 if sys.stderr.isatty() else 10) as bar):
+        with (
+            measuring(self.model),
+            tqdm(
+                total=len(self.data.prompts.labels),
+                desc=name,
+                unit="row",
+                dynamic_ncols=True,
+                disable=not self.show_bar,
+                mininterval=0.1 if sys.stderr.isatty() else 10,
+            ) as bar,
+        ):
             for answers in answer(self.model, self.data.prompts, self.decoding):
                 for ids in answers:
                     predict = decode(self.tokenizer, ids)
@@ -153,8 +179,9 @@ class Evaluation:
                     if file is not None:
                         file.write(predict, labels)
                 means = scores.means().items()
-                bar.set_postfix_str(", ".join(f"{score} {mean:.2f}" for score, mean in means),
-                                    refresh=False)
+                bar.set_postfix_str(
+                    ", ".join(f"{score} {mean:.2f}" for score, mean in means), refresh=False
+                )
                 bar.update(len(answers))
         if scores.empty:
             print(f"{scores.empty:,} of {scores.count:,} answers are empty and score 0")

@@ -11,8 +11,10 @@ from glmkern.model.packing import PackedBatch
 
 LAYERS = "transformer.encoder.layers."
 # The trained parameters whose columns are the layers' keys and values, in order.
-PREFIX_COLUMNS = ("transformer.prefix_encoder.trans.2.bias",
-                  "transformer.prefix_encoder.embedding.weight")
+PREFIX_COLUMNS = (
+    "transformer.prefix_encoder.trans.2.bias",
+    "transformer.prefix_encoder.embedding.weight",
+)
 
 
 class StepFailure(Exception):
@@ -26,8 +28,9 @@ class StepFailure(Exception):
         everywhere: whether every rank fails in the same way, as the gradient is that of all.
     """
 
-    def __init__(self, what: str, rows: list[int], cure: str, where: str = "",
-                 everywhere: bool = False):
+    def __init__(
+        self, what: str, rows: list[int], cure: str, where: str = "", everywhere: bool = False
+    ):
         super().__init__(what)
         self.what, self.rows, self.cure = what, rows, cure
         self.where, self.everywhere = where, everywhere
@@ -42,8 +45,9 @@ class _Output(NamedTuple):
 
 
 @torch.no_grad()
-def where_the_loss_fails(model: nn.Module, batch: PackedBatch, dropout_offset: int,
-                         seed: int) -> str:
+def where_the_loss_fails(
+    model: nn.Module, batch: PackedBatch, dropout_offset: int, seed: int
+) -> str:
     """Computes the loss of `batch` again, watching what each part of the model returns."""
     with _watched(model) as outputs, suppress(torch.OutOfMemoryError):
         model.loss(batch, dropout_offset=dropout_offset, seed=seed)
@@ -67,8 +71,10 @@ def where_the_gradient_fails(model: nn.Module) -> str:
     failing = (~finite.all(-1).all(0)).nonzero().flatten().tolist()
     if not failing:
         return ""
-    return ("backwards, the first gradient that is not finite is that of layer "
-            f"{failing[-1] + 1} of {layers}")
+    return (
+        "backwards, the first gradient that is not finite is that of layer "
+        f"{failing[-1] + 1} of {layers}"
+    )
 
 
 @contextmanager
@@ -81,10 +87,14 @@ def _watched(model: nn.Module) -> Iterator[list[_Output]]:
             tensors = list(_tensors(output))
             finite = all(bool(torch.isfinite(each).all()) for each in tensors)
             outputs.append(_Output(part, finite, max(float(each.abs().max()) for each in tensors)))
+
         return hook
 
-    hooks = [module.register_forward_hook(watch(part)) for name, module in model.named_modules()
-             if (part := _part(name, model))]
+    hooks = [
+        module.register_forward_hook(watch(part))
+        for name, module in model.named_modules()
+        if (part := _part(name, model))
+    ]
     try:
         yield outputs
     finally:

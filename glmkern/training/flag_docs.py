@@ -36,15 +36,20 @@ def flags_markdown() -> str:
         rows = [_honoured_row(each, own) for each in fields]
         parts.append(_table(("flag", "default", "meaning"), rows))
     parts.append("`*` is not an official flag.\n")
-    parts.append("## Accepted without effect\n\nA value other than the default is answered with "
-                 "a note, and the run goes on.\n")
+    parts.append(
+        "## Accepted without effect\n\nA value other than the default is answered with "
+        "a note, and the run goes on.\n"
+    )
     parts.append(_table(("flag", "official default", "why"), _other_rows(ACCEPTED)))
-    parts.append("## Refused\n\nGiving the official default is fine; anything else ends the "
-                 "command with exit status 2.\n")
+    parts.append(
+        "## Refused\n\nGiving the official default is fine; anything else ends the "
+        "command with exit status 2.\n"
+    )
     parts.append(_table(("flag", "official default", "why"), _other_rows(REFUSED)))
     parts.append("## Second spellings\n")
-    parts.append(_table(("spelling", "flag"), [(f"`--{a}`", f"`--{b}`")
-                                               for a, b in sorted(ALIASES.items())]))
+    parts.append(
+        _table(("spelling", "flag"), [(f"`--{a}`", f"`--{b}`") for a, b in sorted(ALIASES.items())])
+    )
     return "\n".join(parts)
 
 

@@ -33,15 +33,21 @@ class StepGradient:
         loss_scale: of a float16 model; None for the others, which need none.
     """
 
-    def __init__(self, model: nn.Module, rows: Sequence[Row], args: TrainingArguments,
-                 world: World):
+    def __init__(
+        self, model: nn.Module, rows: Sequence[Row], args: TrainingArguments, world: World
+    ):
         self.model, self.rows, self.args, self.world = model, rows, args, world
         self.budget = token_budget(args.tokens_per_pack)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.loss_scale = LossScale() if model.dtype == torch.float16 else None
 
-    def compute(self, window: list[list[int]], step: int, stop: Callable[[], int],
-                notify: Callable[[str], None]) -> StepResult:
+    def compute(
+        self,
+        window: list[list[int]],
+        step: int,
+        stop: Callable[[], int],
+        notify: Callable[[str], None],
+    ) -> StepResult:
         """Compute the micro-batches of `window`, again with half the loss scale as long as the
         float16 gradient overflows.
 
@@ -61,13 +67,16 @@ class StepGradient:
             if self._unscale_and_clip():
                 break
             self._overflowed(window)
-            notify(f"step {step + 1}: the float16 gradient overflowed; repeated with loss scale "
-                   f"{self.loss_scale.value:g} ({self.loss_scale.overflows} times so far)")
+            notify(
+                f"step {step + 1}: the float16 gradient overflowed; repeated with loss scale "
+                f"{self.loss_scale.value:g} ({self.loss_scale.overflows} times so far)"
+            )
         if self.loss_scale is not None:
             self.loss_scale.succeeded()
         tokens = sum(len(self.rows[index].input_ids) for each in window for index in each)
-        return StepResult(sum(loss for loss, _ in reports), tokens,
-                          int(max(stop for _, stop in reports)))
+        return StepResult(
+            sum(loss for loss, _ in reports), tokens, int(max(stop for _, stop in reports))
+        )
 
     def _backward(self, packs: list[Pack], offset: int) -> list[float]:
         """Accumulate this rank's gradient; returns its packs' shares of the step's loss."""
@@ -81,13 +90,16 @@ class StepGradient:
                 losses.append(loss.detach())
         except torch.OutOfMemoryError as error:
             raise StepFailure(
-                "ran out of GPU memory", pack.rows,
+                "ran out of GPU memory",
+                pack.rows,
                 f"lower --tokens_per_pack (a pack had {pack.tokens} tokens) or pass "
-                "--recompute layer") from error
+                "--recompute layer",
+            ) from error
         return torch.stack(losses).tolist() if losses else []
 
-    def _require_finite_losses(self, reports: list[list[float]], losses: list[float],
-                               packs: list[Pack], offset: int) -> None:
+    def _require_finite_losses(
+        self, reports: list[list[float]], losses: list[float], packs: list[Pack], offset: int
+    ) -> None:
         for pack, loss in zip(packs, losses, strict=True):
             if not math.isfinite(loss):
                 where = where_the_loss_fails(self.model, pack.batch, offset, self.args.seed)
@@ -124,6 +136,8 @@ class StepGradient:
         cures = [f"lower --learning_rate (now {self.args.learning_rate:g})"]
         if self.model.dtype == torch.float16:
             cures.append("compute with --model_dtype bfloat16 or float32")
-        cures.append("check these rows, the weights of the base and, if there is one, of the "
-                     "--ptuning_checkpoint")
+        cures.append(
+            "check these rows, the weights of the base and, if there is one, of the "
+            "--ptuning_checkpoint"
+        )
         return " or ".join(cures)

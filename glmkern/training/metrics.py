@@ -15,7 +15,8 @@ def require_packages() -> None:
     if missing:
         raise InputError(
             f"--predict_with_generate needs {' and '.join(missing)} for its scores; "
-            "pip install 'glmkern[eval]'")
+            "pip install 'glmkern[eval]'"
+        )
 
 
 class Scores:
@@ -57,8 +58,10 @@ class Scores:
 
     def _score(self, answer: str, reference: str) -> dict[str, float]:
         rouge = self._rouge.get_scores(
-            " ".join(self._words(answer)), " ".join(self._words(reference)))[0]
+            " ".join(self._words(answer)), " ".join(self._words(reference))
+        )[0]
         scores = {name: rouge[name]["f"] for name in NAMES[:3]}
         scores["bleu-4"] = self._bleu(
-            [list(reference)], list(answer), smoothing_function=self._smoothing)
+            [list(reference)], list(answer), smoothing_function=self._smoothing
+        )
         return {name: round(100 * value, 4) for name, value in scores.items()}

@@ -25,8 +25,9 @@ class AdamWHF(AdamW):
     def step(self, closure: Callable | None = None):
         official = [(group["eps"], group["weight_decay"]) for group in self.param_groups]
         for group in self.param_groups:
-            step = 1 + max((int(self.state[p]["step"]) for p in group["params"] if p in self.state),
-                           default=0)
+            step = 1 + max(
+                (int(self.state[p]["step"]) for p in group["params"] if p in self.state), default=0
+            )
             group["eps"] /= math.sqrt(1 - group["betas"][1] ** step)
             group["weight_decay"] = 0.0
         try:

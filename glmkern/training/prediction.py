@@ -19,8 +19,18 @@ from glmkern.training.dataset import EvaluationRows
 # What the official script passes to generate; top_k is the default of transformers.
 TOP_P, TEMPERATURE, TOP_K = 0.7, 0.95, 50
 # English spacing as transformers' clean_up_tokenization_spaces mends it, in its order.
-SPACINGS = ((" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'"), (" n't", "n't"),
-            (" 'm", "'m"), (" 's", "'s"), (" 've", "'ve"), (" 're", "'re"))
+SPACINGS = (
+    (" .", "."),
+    (" ?", "?"),
+    (" !", "!"),
+    (" ,", ","),
+    (" ' ", "'"),
+    (" n't", "n't"),
+    (" 'm", "'m"),
+    (" 's", "'s"),
+    (" 've", "'ve"),
+    (" 're", "'re"),
+)
 
 
 @dataclass(frozen=True)
@@ -46,12 +56,16 @@ class Decoding:
     def of(cls, arguments: Arguments, config: ChatGLMConfig) -> "Decoding":
         """By the official flags and --greedy, within the positions of the base."""
         _, data, training, _ = arguments
-        longest = (training.generation_max_length
-                   or data.max_source_length + data.max_target_length + 1)
-        return cls(max_length=min(longest, config.seq_length),
-                   batch_size=training.per_device_eval_batch_size,
-                   num_beams=data.num_beams or training.generation_num_beams or 1,
-                   do_sample=not training.greedy, seed=training.seed)
+        longest = (
+            training.generation_max_length or data.max_source_length + data.max_target_length + 1
+        )
+        return cls(
+            max_length=min(longest, config.seq_length),
+            batch_size=training.per_device_eval_batch_size,
+            num_beams=data.num_beams or training.generation_num_beams or 1,
+            do_sample=not training.greedy,
+            seed=training.seed,
+        )
 
 
 def answer(model: ChatGLM, rows: EvaluationRows, decoding: Decoding) -> Iterator[list[list[int]]]:
@@ -64,8 +78,8 @@ def answer(model: ChatGLM, rows: EvaluationRows, decoding: Decoding) -> Iterator
     """
     generator = torch.Generator(model.device).manual_seed(decoding.seed)
     for batch in _batches(rows, decoding.batch_size):
-        prompts = torch.tensor(rows.input_ids[batch.start:batch.stop])
-        mask = torch.tensor(rows.attention_mask[batch.start:batch.stop])
+        prompts = torch.tensor(rows.input_ids[batch.start : batch.stop])
+        mask = torch.tensor(rows.attention_mask[batch.start : batch.stop])
         width = prompts.shape[1]
         if width >= decoding.max_length:
             yield [[] for _ in batch]
@@ -73,12 +87,21 @@ def answer(model: ChatGLM, rows: EvaluationRows, decoding: Decoding) -> Iterator
         options = {"num_beams": decoding.num_beams} if decoding.num_beams > 1 else {}
         try:
             output = model.generate(
-                prompts, mask, max_length=decoding.max_length, do_sample=decoding.do_sample,
-                top_p=TOP_P, top_k=TOP_K, temperature=TEMPERATURE, generator=generator, **options)
+                prompts,
+                mask,
+                max_length=decoding.max_length,
+                do_sample=decoding.do_sample,
+                top_p=TOP_P,
+                top_k=TOP_K,
+                temperature=TEMPERATURE,
+                generator=generator,
+                **options,
+            )
         except torch.OutOfMemoryError as error:
             raise TrainingError(
                 f"{_named(batch)}: ran out of GPU memory; lower --per_device_eval_batch_size (now "
-                f"{decoding.batch_size}) or --num_beams (now {decoding.num_beams})") from error
+                f"{decoding.batch_size}) or --num_beams (now {decoding.num_beams})"
+            ) from error
         except RuntimeError as error:
             if "probability tensor" not in str(error):
                 raise
@@ -94,8 +117,9 @@ def _batches(rows: EvaluationRows, size: int) -> Iterator[range]:
     start = 0
     while start < len(rows.input_ids):
         end = start + 1
-        while (end < min(start + size, len(rows.input_ids))
-               and len(rows.input_ids[end]) == len(rows.input_ids[start])):
+        while end < min(start + size, len(rows.input_ids)) and len(rows.input_ids[end]) == len(
+            rows.input_ids[start]
+        ):
             end += 1
         yield range(start, end)
         start = end
@@ -112,7 +136,8 @@ def decode(tokenizer: ChatGLMTokenizer, ids: Iterable[int]) -> str:
     silent = set(tokenizer.special_tokens.values())
     return tokenizer.decode(
         tokenizer.pad_token_id if token in silent or token >= tokenizer.vocab_size else token
-        for token in ids)
+        for token in ids
+    )
 
 
 def clean(text: str) -> str:
@@ -145,8 +170,10 @@ class PredictionFile:
                 self._file.truncate(end)
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
-            raise InputError(f"cannot write {self.path} ({error.strerror}); free some space or "
-                             "choose an --output_dir you may write to") from error
+            raise InputError(
+                f"cannot write {self.path} ({error.strerror}); free some space or "
+                "choose an --output_dir you may write to"
+            ) from error
 
     def __enter__(self) -> "PredictionFile":
         return self

@@ -26,15 +26,29 @@ class Progress:
     after the `steps`, `tokens` and `lines` of the log file of its earlier part.
     """
 
-    def __init__(self, max_steps: int, device: torch.device, *, show_bar: bool = True,
-                 log_file: Path | None = None, steps: int = 0, tokens: int = 0,
-                 lines: int = 0):
+    def __init__(
+        self,
+        max_steps: int,
+        device: torch.device,
+        *,
+        show_bar: bool = True,
+        log_file: Path | None = None,
+        steps: int = 0,
+        tokens: int = 0,
+        lines: int = 0,
+    ):
         self.device = device
         self.tokens, self.lines = tokens, lines
         self._earlier_steps, self._earlier_tokens = steps, tokens
         self._start = time.monotonic()
-        self._bar = tqdm(total=max_steps, initial=steps, disable=not show_bar, unit="step",
-                         dynamic_ncols=True, mininterval=0.1 if sys.stderr.isatty() else 10)
+        self._bar = tqdm(
+            total=max_steps,
+            initial=steps,
+            disable=not show_bar,
+            unit="step",
+            dynamic_ncols=True,
+            mininterval=0.1 if sys.stderr.isatty() else 10,
+        )
         self._log_file = log_file
         self._log = None  # opened with the first line: a run that fails before leaves no file
 
@@ -43,7 +57,9 @@ class Progress:
         self.tokens += tokens
         self._bar.set_postfix_str(
             f"loss {loss:.4f}, lr {learning_rate:.3g}, {self._tokens_per_second():,.0f} tok/s, "
-            f"{peak_memory(self.device) / GIB:.2f} GiB", refresh=False)
+            f"{peak_memory(self.device) / GIB:.2f} GiB",
+            refresh=False,
+        )
         self._bar.update()
 
     def write(self, line: str) -> None:
@@ -63,20 +79,28 @@ class Progress:
         steps = max(state.global_step - self._earlier_steps, 1)
         remaining = elapsed / steps * (state.max_steps - state.global_step)
         on_gpu = self.device.type == "cuda"
-        memory = {"vram_allocated" if on_gpu else "ram_allocated":
-                  round(peak_memory(self.device) / GIB, 2)}
-        line = json.dumps({
-            "current_steps": state.global_step,
-            "total_steps": state.max_steps,
-            **losses,
-            "epoch": logs["epoch"],
-            "percentage": round(100 * state.global_step / state.max_steps, 2),
-            "elapsed_time": _clock(elapsed),
-            "remaining_time": _clock(remaining),
-            "throughput": round(self._tokens_per_second(), 2),
-            "total_tokens": self.tokens,
-            **memory,
-        }) + "\n"
+        memory = {
+            "vram_allocated" if on_gpu else "ram_allocated": round(
+                peak_memory(self.device) / GIB, 2
+            )
+        }
+        line = (
+            json.dumps(
+                {
+                    "current_steps": state.global_step,
+                    "total_steps": state.max_steps,
+                    **losses,
+                    "epoch": logs["epoch"],
+                    "percentage": round(100 * state.global_step / state.max_steps, 2),
+                    "elapsed_time": _clock(elapsed),
+                    "remaining_time": _clock(remaining),
+                    "throughput": round(self._tokens_per_second(), 2),
+                    "total_tokens": self.tokens,
+                    **memory,
+                }
+            )
+            + "\n"
+        )
         with writing(self._log_file):
             if self._log is None:
                 self._log = self._log_file.open("a" if self.lines else "w", encoding="utf-8")

@@ -29,10 +29,12 @@ def check_reports(args: TrainingArguments) -> None:
     if unknown:
         raise InputError(
             f"--report_to {unknown[0]} is not available; choose {TENSORBOARD}, all or none "
-            "(other services read TensorBoard's event files or trainer_log.jsonl)")
+            "(other services read TensorBoard's event files or trainer_log.jsonl)"
+        )
     if len(names) > 1 and set(names) & set(ALONE):
-        raise InputError(f"--report_to {' '.join(names)} contradicts itself; none and all stand "
-                         "alone")
+        raise InputError(
+            f"--report_to {' '.join(names)} contradicts itself; none and all stand alone"
+        )
     if TENSORBOARD in names:
         _require("--report_to tensorboard", "tensorboard")
     if args.plot_loss:
@@ -41,8 +43,9 @@ def check_reports(args: TrainingArguments) -> None:
 
 def _require(flag: str, package: str) -> None:
     if not _is_installed(package):
-        raise InputError(f"{flag} needs the package {package}; install it with "
-                         f"`pip install {package}`")
+        raise InputError(
+            f"{flag} needs the package {package}; install it with `pip install {package}`"
+        )
 
 
 def _is_installed(package: str) -> bool:
@@ -62,8 +65,13 @@ class Reports:
         writes: False in all processes of a run but one.
     """
 
-    def __init__(self, args: TrainingArguments, history: Callable[[], LogHistory],
-                 flags: dict[str, Any] | None = None, writes: bool = True):
+    def __init__(
+        self,
+        args: TrainingArguments,
+        history: Callable[[], LogHistory],
+        flags: dict[str, Any] | None = None,
+        writes: bool = True,
+    ):
         self.args, self.history, self.flags = args, history, flags or {}
         names = args.report_to or ()
         asked = TENSORBOARD in names or ("all" in names and _is_installed(TENSORBOARD))
@@ -95,7 +103,7 @@ class Reports:
 
     def _report(self) -> None:
         history = self.history()
-        for entry in history[self._reported:]:
+        for entry in history[self._reported :]:
             if entry["step"] >= self._first_step:
                 self._add(entry)
         self._reported = len(history)

@@ -29,23 +29,57 @@ if TYPE_CHECKING:
 
 RESUME_FILE = "resume.json"
 FLAGS_FILE = "glmkern.json"
-NEEDED = ("pytorch_model.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth",
-          "trainer_state.json", RESUME_FILE)
+NEEDED = (
+    "pytorch_model.bin",
+    "optimizer.pt",
+    "scheduler.pt",
+    "rng_state.pth",
+    "trainer_state.json",
+    RESUME_FILE,
+)
 NEWEST = ("auto", "true")
 NONE = ("", "false", "none")  # what scripts pass for no value
 
 # The flags that decide the numbers of a run; the others may change from one part to the next.
 DECISIVE = (
-    "pre_seq_len", "prefix_projection", "prefix_dropout", "quantization_bit", "output_layer_bit",
-    "tf32", "rope_precision", "max_source_length", "max_target_length", "max_train_samples",
-    "ignore_pad_token_for_loss", "source_prefix", "per_device_train_batch_size",
-    "gradient_accumulation_steps", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2",
-    "adam_epsilon", "max_grad_norm", "optim", "lr_scheduler_type", "warmup_ratio", "warmup_steps",
-    "seed", "data_seed", "dataloader_drop_last", "group_by_length", "label_smoothing_factor")
+    "pre_seq_len",
+    "prefix_projection",
+    "prefix_dropout",
+    "quantization_bit",
+    "output_layer_bit",
+    "tf32",
+    "rope_precision",
+    "max_source_length",
+    "max_target_length",
+    "max_train_samples",
+    "ignore_pad_token_for_loss",
+    "source_prefix",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "learning_rate",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "max_grad_norm",
+    "optim",
+    "lr_scheduler_type",
+    "warmup_ratio",
+    "warmup_steps",
+    "seed",
+    "data_seed",
+    "dataloader_drop_last",
+    "group_by_length",
+    "label_smoothing_factor",
+)
 DECISIVE_FOR_A_DECAY = ("max_steps", "num_train_epochs")
 # The flags that decide which checkpoint is the best.
 DECISIVE_FOR_THE_BEST = (
-    "metric_for_best_model", "greater_is_better", "validation_file", "max_eval_samples")
+    "metric_for_best_model",
+    "greater_is_better",
+    "validation_file",
+    "max_eval_samples",
+)
 SCHEDULES_WITHOUT_END = ("constant", "constant_with_warmup", "inverse_sqrt")
 
 
@@ -86,17 +120,22 @@ def find_checkpoint(wanted: str | None, output_dir: Path) -> Path | None:
         return max(complete, key=_age, default=None)
     folder = Path(wanted).expanduser()
     if not folder.is_dir():
-        raise InputError(f"--resume_from_checkpoint {wanted} is not a folder; name a checkpoint-N "
-                         "folder, or auto for the newest of --output_dir")
+        raise InputError(
+            f"--resume_from_checkpoint {wanted} is not a folder; name a checkpoint-N "
+            "folder, or auto for the newest of --output_dir"
+        )
     # Only the flags' file is not the trainer's own: `auto` leaves it to read_flags.
     missing = _missing(folder, (*NEEDED, FLAGS_FILE))
     if missing and any(folder.glob("checkpoint-*")):
-        raise InputError(f"--resume_from_checkpoint {wanted} holds checkpoints but is none; name "
-                         "one of them, or pass auto with this --output_dir")
+        raise InputError(
+            f"--resume_from_checkpoint {wanted} holds checkpoints but is none; name "
+            "one of them, or pass auto with this --output_dir"
+        )
     if missing:
         raise InputError(
             f"--resume_from_checkpoint {wanted} lacks {', '.join(missing)}, so the run cannot go "
-            "on from there; --ptuning_checkpoint starts a new run from its prefix")
+            "on from there; --ptuning_checkpoint starts a new run from its prefix"
+        )
     return folder
 
 
@@ -111,7 +150,8 @@ def check_same_run(checkpoint: Path, flags: Mapping[str, Any]) -> None:
         raise InputError(
             "--resume_from_checkpoint goes on with a stopped run, prefix, optimiser and schedule "
             "included, and --ptuning_checkpoint starts a new run from a saved prefix; keep one of "
-            "them")
+            "them"
+        )
     decisive = DECISIVE
     warms_up_by_share = flags["warmup_ratio"] > 0 and not flags["warmup_steps"]
     if flags["lr_scheduler_type"] not in SCHEDULES_WITHOUT_END or warms_up_by_share:
@@ -121,7 +161,8 @@ def check_same_run(checkpoint: Path, flags: Mapping[str, Any]) -> None:
             same = "leave it out" if earlier[name] is None else f"pass --{name} {earlier[name]}"
             raise InputError(
                 f"--{name} is {flags[name]}, but {checkpoint} comes from a run with {earlier[name]}"
-                f"; {same}, or start a new run from its prefix with --ptuning_checkpoint")
+                f"; {same}, or start a new run from its prefix with --ptuning_checkpoint"
+            )
 
 
 def read_flags(checkpoint: Path) -> dict[str, Any]:
@@ -159,8 +200,11 @@ def write_training_state(folder: Path, trainer: "Trainer") -> None:
         write_torch(folder / "scaler.pt", trainer.loss_scale.state_dict())
     write_torch(folder / "rng_state.pth", rng_state())
     write_text(folder / "trainer_state.json", trainer.state.to_json())
-    position = {**asdict(trainer.position), "rows": trainer.fingerprint,
-                "dtype": _dtype_name(trainer)}
+    position = {
+        **asdict(trainer.position),
+        "rows": trainer.fingerprint,
+        "dtype": _dtype_name(trainer),
+    }
     write_text(folder / RESUME_FILE, json.dumps(position, indent=2) + "\n")
 
 
@@ -171,23 +215,31 @@ def read_training_state(folder: Path, trainer: "Trainer") -> None:
     """
     position = _read_json(folder / RESUME_FILE)
     if position.pop("rows", None) != trainer.fingerprint:
-        raise InputError(f"{folder} comes from a run over other rows; give it the --train_file, "
-                         "and the base's tokenizer, that it had")
+        raise InputError(
+            f"{folder} comes from a run over other rows; give it the --train_file, "
+            "and the base's tokenizer, that it had"
+        )
     dtype, now = position.pop("dtype", None), _dtype_name(trainer)
     if dtype is not None and dtype != now:
-        raise InputError(f"{folder} comes from a run in {dtype} and this one is in {now}; pass "
-                         f"--model_dtype {dtype}")
+        raise InputError(
+            f"{folder} comes from a run in {dtype} and this one is in {now}; pass "
+            f"--model_dtype {dtype}"
+        )
     try:
         trainer.position = Position(**position)
     except TypeError as error:
-        raise InputError(f"{folder / RESUME_FILE} is of another version; start a new run from its "
-                         "prefix with --ptuning_checkpoint") from error
+        raise InputError(
+            f"{folder / RESUME_FILE} is of another version; start a new run from its "
+            "prefix with --ptuning_checkpoint"
+        ) from error
     _check_types(trainer.position, folder / RESUME_FILE)
     state = TrainerState.from_dict(_read_json(folder / "trainer_state.json"))
     _check_types(state, folder / "trainer_state.json")
     if state.global_step > trainer.plan.max_steps:
-        raise InputError(f"{folder} has {state.global_step} steps, more than the "
-                         f"{trainer.plan.max_steps} of this run; raise --max_steps")
+        raise InputError(
+            f"{folder} has {state.global_step} steps, more than the "
+            f"{trainer.plan.max_steps} of this run; raise --max_steps"
+        )
     state.max_steps = trainer.plan.max_steps
     state.num_train_epochs = trainer.plan.num_train_epochs
     trainer.state = state
@@ -196,15 +248,18 @@ def read_training_state(folder: Path, trainer: "Trainer") -> None:
     _check_moments(trainer.optimizer, folder / "optimizer.pt")
     _load_into(trainer.scheduler.load_state_dict, folder / "scheduler.pt")
     if trainer.scheduler.last_epoch != state.global_step:
-        raise InputError(f"scheduler.pt of {folder} is of step {trainer.scheduler.last_epoch} and "
-                         f"trainer_state.json of {state.global_step}; resume from another "
-                         "checkpoint")
+        raise InputError(
+            f"scheduler.pt of {folder} is of step {trainer.scheduler.last_epoch} and "
+            f"trainer_state.json of {state.global_step}; resume from another "
+            "checkpoint"
+        )
     scaled = (folder / "scaler.pt").is_file()
     if scaled != (trainer.loss_scale is not None):
         raise InputError(
             f"{folder} has {'a' if scaled else 'no'} scaler.pt, which only a run in float16 saves,"
             f" and this one is in {now}; pass the --model_dtype that it had, or resume from "
-            "another checkpoint")
+            "another checkpoint"
+        )
     if scaled:
         _load_into(trainer.loss_scale.load_state_dict, folder / "scaler.pt")
     _load_into(set_rng_state, folder / "rng_state.pth")
@@ -224,8 +279,10 @@ def take_up_best(checkpoint: Path, state: TrainerState, flags: Mapping[str, Any]
         earlier = read_flags(checkpoint)
         for name in DECISIVE_FOR_THE_BEST:
             if name in earlier and name in flags and earlier[name] != flags[name]:
-                line = (f"--{name} was {earlier[name]} and is {flags[name]}: the best checkpoint "
-                        f"so far, {recorded} ({state.best_metric}), does not count any more")
+                line = (
+                    f"--{name} was {earlier[name]} and is {flags[name]}: the best checkpoint "
+                    f"so far, {recorded} ({state.best_metric}), does not count any more"
+                )
                 state.best_model_checkpoint = state.best_metric = None
                 return line
     beside = checkpoint.parent / recorded.name
@@ -235,7 +292,8 @@ def take_up_best(checkpoint: Path, state: TrainerState, flags: Mapping[str, Any]
     elif flags["load_best_model_at_end"]:
         raise InputError(
             f"--load_best_model_at_end would load {recorded}, the best checkpoint of the run so "
-            f"far, but it is neither there nor at {beside}; put it back, or leave out the flag")
+            f"far, but it is neither there nor at {beside}; put it back, or leave out the flag"
+        )
     return None
 
 
@@ -275,8 +333,10 @@ def _read_prefix_into(encoder: torch.nn.Module, folder: Path) -> None:
     for name in sorted(saved.keys() | wanted.keys()):
         shapes = [list(each[name].shape) if name in each else "absent" for each in (saved, wanted)]
         if shapes[0] != shapes[1]:
-            raise InputError(f"{name} of the prefix in {folder} is {shapes[0]} and in this run "
-                             f"{shapes[1]}; pass the base and the prefix flags that it had")
+            raise InputError(
+                f"{name} of the prefix in {folder} is {shapes[0]} and in this run "
+                f"{shapes[1]}; pass the base and the prefix flags that it had"
+            )
     encoder.load_state_dict(saved)
 
 
@@ -301,8 +361,17 @@ def _load_into(load_state: Callable[[Any], object], path: Path) -> None:
         load_state(torch.load(path, map_location="cpu", weights_only=True))
     except torch.OutOfMemoryError:
         raise
-    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, KeyError, TypeError,
-            ValueError, AttributeError, IndexError) as error:
+    except (
+        pickle.UnpicklingError,
+        RuntimeError,
+        OSError,
+        EOFError,
+        KeyError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        IndexError,
+    ) as error:
         raise InputError(_damaged(path)) from error
 
 
@@ -328,8 +397,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read ({error}); resume from another checkpoint"
-                         ) from error
+        raise InputError(
+            f"{path} cannot be read ({error}); resume from another checkpoint"
+        ) from error
     if not isinstance(values, dict):
         raise InputError(_damaged(path))
     return values

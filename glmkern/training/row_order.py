@@ -22,7 +22,9 @@ def create_sampler(rows: Sequence[Row], args: TrainingArguments) -> Sampler[int]
     if args.group_by_length:
         return LengthGroupedSampler(
             [len(row.input_ids) for row in rows],
-            args.per_device_train_batch_size * args.gradient_accumulation_steps, generator)
+            args.per_device_train_batch_size * args.gradient_accumulation_steps,
+            generator,
+        )
     return RandomSampler(rows, generator=generator)
 
 
@@ -47,9 +49,13 @@ class LengthGroupedSampler(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         order = torch.randperm(len(self), generator=self.generator).tolist()
         megabatches = [
-            sorted(order[start : start + self.rows_per_megabatch], key=self.lengths.__getitem__,
-                   reverse=True)
-            for start in range(0, len(order), self.rows_per_megabatch)]
+            sorted(
+                order[start : start + self.rows_per_megabatch],
+                key=self.lengths.__getitem__,
+                reverse=True,
+            )
+            for start in range(0, len(order), self.rows_per_megabatch)
+        ]
         longest = max(megabatches, key=lambda megabatch: self.lengths[megabatch[0]])
         megabatches[0][0], longest[0] = longest[0], megabatches[0][0]
         return iter([index for megabatch in megabatches for index in megabatch])

@@ -74,8 +74,9 @@ def _prepare_folder(arguments: Arguments) -> Path | None:
     return checkpoint
 
 
-def _run(arguments: Arguments, device: torch.device, world: World,
-         checkpoint: Path | None) -> dict[str, float]:
+def _run(
+    arguments: Arguments, device: torch.device, world: World, checkpoint: Path | None
+) -> dict[str, float]:
     training_args = arguments.training
     dtype = choose_dtype(arguments.model, training_args, device)
     for note in arguments.notes:
@@ -117,11 +118,13 @@ def _run(arguments: Arguments, device: torch.device, world: World,
     folder = RunFolder(training_args.output_dir, training_args.save_total_limit)
     results, epoch = {}, {}
     if data.train is not None:
-        metrics = _train(arguments, model, tokenizer, config, data, folder, world, checkpoint,
-                         prediction)
+        metrics = _train(
+            arguments, model, tokenizer, config, data, folder, world, checkpoint, prediction
+        )
         if world.is_first:
-            results |= _finish("train", metrics, arguments.data.max_train_samples, data.train,
-                               folder)
+            results |= _finish(
+                "train", metrics, arguments.data.max_train_samples, data.train, folder
+            )
         epoch = {"epoch": metrics["epoch"]}
     if not world.is_first:  # the first process alone measures and writes
         return results
@@ -129,32 +132,46 @@ def _run(arguments: Arguments, device: torch.device, world: World,
     if data.validation is not None:
         metrics = Evaluation.of(arguments, model, tokenizer, data.validation).evaluate() | epoch
         print(metrics)
-        results |= _finish("eval", metrics, arguments.data.max_eval_samples, data.validation,
-                           folder)
+        results |= _finish(
+            "eval", metrics, arguments.data.max_eval_samples, data.validation, folder
+        )
     if data.test is not None:
         with PredictionFile(folder.path / "generated_predictions.txt") as file:
             metrics = Evaluation.of(arguments, model, tokenizer, data.test).predict(file)
-        results |= _finish("predict", metrics, arguments.data.max_predict_samples, data.test,
-                           folder)
+        results |= _finish(
+            "predict", metrics, arguments.data.max_predict_samples, data.test, folder
+        )
     return results
 
 
-def _train(arguments: Arguments, model: ChatGLM, tokenizer: ChatGLMTokenizer,
-           config: ChatGLMConfig, data: RunData, folder: RunFolder, world: World,
-           checkpoint: Path | None, prediction: Prediction) -> dict[str, float]:
+def _train(
+    arguments: Arguments,
+    model: ChatGLM,
+    tokenizer: ChatGLMTokenizer,
+    config: ChatGLMConfig,
+    data: RunData,
+    folder: RunFolder,
+    world: World,
+    checkpoint: Path | None,
+    prediction: Prediction,
+) -> dict[str, float]:
     """Train the model's prefix; returns the metrics, and leaves checkpoints and state behind."""
     model_args, _, training_args, _ = arguments
     saved_config = replace(
-        config, pre_seq_len=model_args.pre_seq_len, prefix_projection=model_args.prefix_projection,
-        quantization_bit=model_args.quantization_bit or config.quantization_bit)
+        config,
+        pre_seq_len=model_args.pre_seq_len,
+        prefix_projection=model_args.prefix_projection,
+        quantization_bit=model_args.quantization_bit or config.quantization_bit,
+    )
     evaluate = on_save = None
     if training_args.evaluation_strategy != "no":
         evaluate = Evaluation.of(arguments, model, tokenizer, data.validation).greedy().evaluate
     if data.samples:
         on_save = SampleWriter.of(arguments, model, tokenizer, data.samples)
     first_steps = FirstSteps(prediction, model.device, write_line)
-    reports = Reports(training_args, lambda: trainer.state.log_history, arguments.to_dict(),
-                      writes=world.is_first)
+    reports = Reports(
+        training_args, lambda: trainer.state.log_history, arguments.to_dict(), writes=world.is_first
+    )
 
     def on_step(step: int) -> None:
         first_steps(step)
@@ -162,11 +179,20 @@ def _train(arguments: Arguments, model: ChatGLM, tokenizer: ChatGLMTokenizer,
 
     try:
         trainer = Trainer(
-            model, data.train.rows.rows, training_args, folder=folder,
+            model,
+            data.train.rows.rows,
+            training_args,
+            folder=folder,
             write_companions=lambda checkpoint: write_companions(
-                checkpoint, saved_config, tokenizer, arguments),
-            row_names=[example.index for example in data.train.examples], world=world,
-            evaluate=evaluate, on_save=on_save, on_step=on_step, flags=arguments.to_dict())
+                checkpoint, saved_config, tokenizer, arguments
+            ),
+            row_names=[example.index for example in data.train.examples],
+            world=world,
+            evaluate=evaluate,
+            on_save=on_save,
+            on_step=on_step,
+            flags=arguments.to_dict(),
+        )
     except ValueError as error:  # flags that do not go with the rows
         raise InputError(str(error)) from error
     world.require_same("the start of the run", "afresh" if checkpoint is None else checkpoint.name)
@@ -180,8 +206,13 @@ def _train(arguments: Arguments, model: ChatGLM, tokenizer: ChatGLMTokenizer,
     return metrics
 
 
-def _finish(split: str, metrics: dict[str, float], limit: int | None,
-            data: TrainingData | EvaluationData, folder: RunFolder) -> dict[str, float]:
+def _finish(
+    split: str,
+    metrics: dict[str, float],
+    limit: int | None,
+    data: TrainingData | EvaluationData,
+    folder: RunFolder,
+) -> dict[str, float]:
     """Count the rows, print the official table of a split and write its results."""
     count = len(data.examples)
     metrics[f"{split}_samples"] = min(limit or count, count)
@@ -198,8 +229,7 @@ def take_prefix_from_checkpoint(arguments: Arguments, config: ChatGLMConfig) -> 
     if args.ptuning_checkpoint is None or args.pre_seq_len is not None:
         return arguments
     length, _, projection = describe_prefix(read_prefix(args.ptuning_checkpoint, config))
-    return arguments._replace(
-        model=replace(args, pre_seq_len=length, prefix_projection=projection))
+    return arguments._replace(model=replace(args, pre_seq_len=length, prefix_projection=projection))
 
 
 def take_packs_from_checkpoint(arguments: Arguments, checkpoint: Path) -> Arguments:
@@ -223,8 +253,9 @@ def choose_device(args: TrainingArguments) -> torch.device:
     return torch.device("cuda", rank)
 
 
-def choose_dtype(model_args: ModelArguments, args: TrainingArguments,
-                 device: torch.device) -> torch.dtype:
+def choose_dtype(
+    model_args: ModelArguments, args: TrainingArguments, device: torch.device
+) -> torch.dtype:
     """The precision of the base, from --model_dtype, --fp16, --bf16 and the device."""
     if args.fp16 and device.type == "cpu":
         raise InputError("--fp16 needs a GPU; leave it out for float32, or pass --bf16")
@@ -234,16 +265,28 @@ def choose_dtype(model_args: ModelArguments, args: TrainingArguments,
     return getattr(torch, name)
 
 
-def load_model(folder: Path, args: ModelArguments, device: torch.device,
-               dtype: torch.dtype, mapped: bool = False) -> ChatGLM:
+def load_model(
+    folder: Path,
+    args: ModelArguments,
+    device: torch.device,
+    dtype: torch.dtype,
+    mapped: bool = False,
+) -> ChatGLM:
     """The frozen base with its prefix, fresh or from --ptuning_checkpoint; `mapped`: see
     ChatGLM.from_pretrained."""
     model = ChatGLM.from_pretrained(
-        folder, device=device, dtype=dtype, quantization_bit=args.quantization_bit,
-        pre_seq_len=args.pre_seq_len, prefix_projection=args.prefix_projection,
-        prefix_checkpoint=args.ptuning_checkpoint, rope_precision=args.rope_precision,
-        output_layer_bit=args.output_layer_bit, offload_embedding=args.offload_embedding,
-        mapped=mapped)
+        folder,
+        device=device,
+        dtype=dtype,
+        quantization_bit=args.quantization_bit,
+        pre_seq_len=args.pre_seq_len,
+        prefix_projection=args.prefix_projection,
+        prefix_checkpoint=args.ptuning_checkpoint,
+        rope_precision=args.rope_precision,
+        output_layer_bit=args.output_layer_bit,
+        offload_embedding=args.offload_embedding,
+        mapped=mapped,
+    )
     model.prefix_dropout = args.prefix_dropout
     model.recompute = args.recompute
     return model
@@ -254,16 +297,21 @@ def check_vocabulary(tokenizer: ChatGLMTokenizer, config: ChatGLMConfig) -> None
     if tokenizer.vocab_size > config.padded_vocab_size:
         raise InputError(
             f"the tokenizer has {tokenizer.vocab_size} ids, but the base has only "
-            f"{config.padded_vocab_size}; tokenizer.model and config.json are of different models")
+            f"{config.padded_vocab_size}; tokenizer.model and config.json are of different models"
+        )
 
 
-def write_companions(folder: Path, config: ChatGLMConfig, tokenizer: ChatGLMTokenizer,
-                     arguments: Arguments) -> None:
+def write_companions(
+    folder: Path, config: ChatGLMConfig, tokenizer: ChatGLMTokenizer, arguments: Arguments
+) -> None:
     """What a checkpoint holds beside the prefix and the training state."""
     config.save(folder)
     tokenizer.save(folder)
-    generation = {"_from_model_config": True, "eos_token_id": config.eos_token_id,
-                  "pad_token_id": config.pad_token_id}
+    generation = {
+        "_from_model_config": True,
+        "eos_token_id": config.eos_token_id,
+        "pad_token_id": config.pad_token_id,
+    }
     write_text(folder / "generation_config.json", _json(generation))
     write_text(folder / "glmkern.json", _json({"version": __version__, **arguments.to_dict()}))
     if arguments.training.save_safetensors:

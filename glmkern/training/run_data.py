@@ -57,21 +57,26 @@ def read_data(arguments: Arguments, tokenizer: ChatGLMTokenizer, config: ChatGLM
         examples = _read(args.validation_file, args, args.max_eval_samples)
         validation = _evaluation_data(args.validation_file, examples, arguments, tokenizer, config)
     if training.do_train and training.sample_prompts:
-        samples = _sample_source(args, train, validation)[:training.sample_prompts]
+        samples = _sample_source(args, train, validation)[: training.sample_prompts]
     if training.do_predict:
         examples = _read(args.test_file, args, args.max_predict_samples)
         test = _evaluation_data(args.test_file, examples, arguments, tokenizer, config)
     return RunData(train, validation, test, samples)
 
 
-def training_data(args: DataTrainingArguments, tokenizer: ChatGLMTokenizer,
-                  config: ChatGLMConfig) -> TrainingData:
+def training_data(
+    args: DataTrainingArguments, tokenizer: ChatGLMTokenizer, config: ChatGLMConfig
+) -> TrainingData:
     """Read --train_file; InputError where it is wrong or its rows are too long for the base."""
     examples = _read(args.train_file, args, args.max_train_samples)
     rows = build_training_rows(
-        examples, tokenizer, max_source_length=args.max_source_length,
-        max_target_length=args.max_target_length, source_prefix=args.source_prefix,
-        ignore_pad_token_for_loss=args.ignore_pad_token_for_loss)
+        examples,
+        tokenizer,
+        max_source_length=args.max_source_length,
+        max_target_length=args.max_target_length,
+        source_prefix=args.source_prefix,
+        ignore_pad_token_for_loss=args.ignore_pad_token_for_loss,
+    )
     _check_fit(rows, config)
     return TrainingData(examples, rows)
 
@@ -89,8 +94,9 @@ def describe_rows(rows: TrainingRows, args: DataTrainingArguments) -> list[str]:
     ]
 
 
-def _sample_source(args: DataTrainingArguments, train: TrainingData,
-                   validation: EvaluationData | None) -> Sequence[Example]:
+def _sample_source(
+    args: DataTrainingArguments, train: TrainingData, validation: EvaluationData | None
+) -> Sequence[Example]:
     """Rows of --validation_file, which may be unfit where nothing else needs it, or of the
     training."""
     if validation is not None:
@@ -104,17 +110,25 @@ def _sample_source(args: DataTrainingArguments, train: TrainingData,
 
 
 def _read(path: str, args: DataTrainingArguments, limit: int | None) -> Examples:
-    return read_examples(
-        path, args.prompt_column, args.response_column, args.history_column, limit)
+    return read_examples(path, args.prompt_column, args.response_column, args.history_column, limit)
 
 
-def _evaluation_data(path: str, examples: Examples, arguments: Arguments,
-                     tokenizer: ChatGLMTokenizer, config: ChatGLMConfig) -> EvaluationData:
+def _evaluation_data(
+    path: str,
+    examples: Examples,
+    arguments: Arguments,
+    tokenizer: ChatGLMTokenizer,
+    config: ChatGLMConfig,
+) -> EvaluationData:
     args = arguments.data
     flag = "max_target_length" if args.val_max_target_length is None else "val_max_target_length"
     data = EvaluationData.of(
-        examples, tokenizer, max_source_length=args.max_source_length,
-        max_target_length=getattr(args, flag), source_prefix=args.source_prefix)
+        examples,
+        tokenizer,
+        max_source_length=args.max_source_length,
+        max_target_length=getattr(args, flag),
+        source_prefix=args.source_prefix,
+    )
     prompts = data.prompts
     _check_fit(data.rows, config)
     print(f"{path}: {prompts.report(flag)}")
@@ -128,14 +142,17 @@ def _check_fit(rows: TrainingRows, config: ChatGLMConfig) -> None:
     if longest > config.seq_length:
         raise InputError(
             f"the longest row has {longest} tokens, but the base has {config.seq_length} positions;"
-            " lower --max_source_length or --max_target_length")
+            " lower --max_source_length or --max_target_length"
+        )
 
 
 def _statistics(lengths: list[int]) -> str:
     lengths = sorted(lengths)
     total = sum(lengths)
-    return (f"mean {total / len(lengths):.1f}, median {lengths[len(lengths) // 2]}, "
-            f"longest {lengths[-1]}; {total:,} in all")
+    return (
+        f"mean {total / len(lengths):.1f}, median {lengths[len(lengths) // 2]}, "
+        f"longest {lengths[-1]}; {total:,} in all"
+    )
 
 
 def _print_example(input_ids: list[int], labels: list[int], tokenizer: ChatGLMTokenizer) -> None:

@@ -49,8 +49,9 @@ class RunFolder:
     def checkpoint(self, step: int) -> Path:
         return self.path / f"{CHECKPOINT}{step}"
 
-    def write_checkpoint(self, step: int, fill: Callable[[Path], None],
-                         best: Path | None = None) -> Path:
+    def write_checkpoint(
+        self, step: int, fill: Callable[[Path], None], best: Path | None = None
+    ) -> Path:
         """Make checkpoint-<step> of what `fill` writes into the folder it is given.
 
         The folder gets its name when it is complete. Older checkpoints beyond --save_total_limit

@@ -26,26 +26,48 @@ class SampleWriter:
     replaced at the first call, unless `go_on_from` said that this run continues it.
     """
 
-    def __init__(self, folder: Path, model: ChatGLM, tokenizer: ChatGLMTokenizer,
-                 examples: Sequence[Example], decoding: Decoding, *, max_source_length: int,
-                 source_prefix: str = ""):
+    def __init__(
+        self,
+        folder: Path,
+        model: ChatGLM,
+        tokenizer: ChatGLMTokenizer,
+        examples: Sequence[Example],
+        decoding: Decoding,
+        *,
+        max_source_length: int,
+        source_prefix: str = "",
+    ):
         self.path = folder / NAME
         self.model, self.tokenizer, self.examples = model, tokenizer, examples
         self.decoding = replace(decoding, batch_size=len(examples), num_beams=1, do_sample=False)
         # The references are shown as they are; how they would be cut does not matter.
         self.prompts = build_evaluation_rows(
-            examples, tokenizer, max_source_length=max_source_length, max_target_length=3,
-            source_prefix=source_prefix)
+            examples,
+            tokenizer,
+            max_source_length=max_source_length,
+            max_target_length=3,
+            source_prefix=source_prefix,
+        )
         self._continues = False
 
     @classmethod
-    def of(cls, arguments: Arguments, model: ChatGLM, tokenizer: ChatGLMTokenizer,
-           examples: Sequence[Example]) -> "SampleWriter":
+    def of(
+        cls,
+        arguments: Arguments,
+        model: ChatGLM,
+        tokenizer: ChatGLMTokenizer,
+        examples: Sequence[Example],
+    ) -> "SampleWriter":
         """By the official flags, which limit the answers as those of a prediction."""
-        return cls(Path(arguments.training.output_dir), model, tokenizer, examples,
-                   Decoding.of(arguments, model.config),
-                   max_source_length=arguments.data.max_source_length,
-                   source_prefix=arguments.data.source_prefix)
+        return cls(
+            Path(arguments.training.output_dir),
+            model,
+            tokenizer,
+            examples,
+            Decoding.of(arguments, model.config),
+            max_source_length=arguments.data.max_source_length,
+            source_prefix=arguments.data.source_prefix,
+        )
 
     def go_on_from(self, checkpoint: Path) -> None:
         """Keep the sections up to `checkpoint`, from which the run is resumed.
@@ -79,13 +101,16 @@ class SampleWriter:
 
     def _section(self, checkpoint: str, step: int) -> str:
         with measuring(self.model):
-            answers = [ids for batch in answer(self.model, self.prompts, self.decoding)
-                       for ids in batch]
+            answers = [
+                ids for batch in answer(self.model, self.prompts, self.decoding) for ids in batch
+            ]
         parts = [f"\n## Step {step}\n\n`{checkpoint}`\n"]
         for number, (example, ids) in enumerate(zip(self.examples, answers, strict=True), 1):
-            parts.append(f"\n{number}. Prompt\n\n{_quoted(example.prompt)}"
-                         f"\n   Reference\n\n{_quoted(example.response)}"
-                         f"\n   Answer\n\n{_quoted(clean(decode(self.tokenizer, ids)))}")
+            parts.append(
+                f"\n{number}. Prompt\n\n{_quoted(example.prompt)}"
+                f"\n   Reference\n\n{_quoted(example.response)}"
+                f"\n   Answer\n\n{_quoted(clean(decode(self.tokenizer, ids)))}"
+            )
         return "".join(parts)
 
 

@@ -49,8 +49,10 @@ class Schedule:
         if self.best_metric is None:
             return False
         if self.best_metric not in metrics:
-            raise InputError(f"--metric_for_best_model {self.best_metric} is none of the metrics "
-                             f"of an evaluation ({', '.join(sorted(metrics))}); name one of them")
+            raise InputError(
+                f"--metric_for_best_model {self.best_metric} is none of the metrics "
+                f"of an evaluation ({', '.join(sorted(metrics))}); name one of them"
+            )
         if best is None:
             return True
         greater = self.args.greater_is_better

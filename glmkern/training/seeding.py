@@ -16,10 +16,7 @@ def set_seed(seed: int) -> None:
 
 def rng_state() -> dict[str, object]:
     """The state of every generator, as rng_state.pth keeps it; readable without unpickling code."""
-    state: dict[str, object] = {
-        "python": random.getstate(),
-        "cpu": torch.random.get_rng_state(),
-    }
+    state: dict[str, object] = {"python": random.getstate(), "cpu": torch.random.get_rng_state()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.random.get_rng_state()
     if numpy := _numpy():

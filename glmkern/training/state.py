@@ -34,7 +34,8 @@ class Plan:
         if batches == 0:
             raise ValueError(
                 f"{num_examples} rows do not fill a micro-batch of {batch}, and "
-                "--dataloader_drop_last leaves out what does not; lower the batch size")
+                "--dataloader_drop_last leaves out what does not; lower the batch size"
+            )
         steps_per_epoch = max(batches // accumulation, 1)
         if args.max_steps > 0:
             max_steps = args.max_steps

@@ -67,14 +67,22 @@ class Trainer:
         last_checkpoint: the newest one of this run, or the one it goes on from.
     """
 
-    def __init__(self, model: nn.Module, rows: Sequence[Row], args: TrainingArguments, *,
-                 sampler: Sampler[int] | None = None, folder: RunFolder | None = None,
-                 write_companions: Callable[[Path], None] | None = None,
-                 row_names: Sequence[object] | None = None, world: World | None = None,
-                 evaluate: Callable[[], dict[str, float]] | None = None,
-                 on_save: Callable[[Path, int], None] | None = None,
-                 on_step: Callable[[int], None] | None = None,
-                 flags: Mapping[str, Any] | None = None):
+    def __init__(
+        self,
+        model: nn.Module,
+        rows: Sequence[Row],
+        args: TrainingArguments,
+        *,
+        sampler: Sampler[int] | None = None,
+        folder: RunFolder | None = None,
+        write_companions: Callable[[Path], None] | None = None,
+        row_names: Sequence[object] | None = None,
+        world: World | None = None,
+        evaluate: Callable[[], dict[str, float]] | None = None,
+        on_save: Callable[[Path, int], None] | None = None,
+        on_step: Callable[[int], None] | None = None,
+        flags: Mapping[str, Any] | None = None,
+    ):
         for index, row in enumerate(rows):
             if not labelled_tokens(row):
                 raise ValueError(f"row {index} has no token to predict; leave it out")
@@ -85,8 +93,10 @@ class Trainer:
         self.evaluate, self.on_save, self.on_step = evaluate, on_save, on_step
         self.flags = flags or asdict(args)
         if args.evaluation_strategy != "no" and evaluate is None:
-            raise ValueError(f"--evaluation_strategy {args.evaluation_strategy} needs something to "
-                             "evaluate; pass no")
+            raise ValueError(
+                f"--evaluation_strategy {args.evaluation_strategy} needs something to "
+                "evaluate; pass no"
+            )
         self.plan = Plan.of(len(rows), args)
         # As the official Trainer: seeded again once the model is there, so that the order of rows
         # does not depend on how many random numbers the model's construction took.
@@ -96,8 +106,9 @@ class Trainer:
         self.optimizer = create_optimizer(model, args)
         self.scheduler = create_scheduler(self.optimizer, args, self.plan.max_steps)
         self.schedule = Schedule(args, self.plan.max_steps)
-        self.state = TrainerState(max_steps=self.plan.max_steps,
-                                  num_train_epochs=self.plan.num_train_epochs)
+        self.state = TrainerState(
+            max_steps=self.plan.max_steps, num_train_epochs=self.plan.num_train_epochs
+        )
         self.position = Position()
         self.last_checkpoint: Path | None = None
         self._non_embedding_parameters = _count_non_embedding(model)
@@ -148,17 +159,20 @@ class Trainer:
                     self.folder.delete_older(resume_from, self._best())
         self._print_header(resume_from)
         self.progress = Progress(
-            plan.max_steps, self.model.device,
+            plan.max_steps,
+            self.model.device,
             show_bar=not args.disable_tqdm and self.world.is_first,
             log_file=self.folder.path / LOG if self._writes else None,
-            steps=first_step, tokens=self.position.tokens, lines=self.position.log_lines)
+            steps=first_step,
+            tokens=self.position.tokens,
+            lines=self.position.log_lines,
+        )
         start = time.monotonic()
         try:
             with StopRequest() as self._stop_request:
                 self._train_epochs()
             self._load_best()
-            metrics = speed_metrics(plan, state.global_step - first_step,
-                                    time.monotonic() - start)
+            metrics = speed_metrics(plan, state.global_step - first_step, time.monotonic() - start)
             total_loss = self.position.total_loss + self.position.window_loss
             metrics["train_loss"] = total_loss / state.global_step
             metrics = state.log({**metrics, "total_flos": state.total_flos})
@@ -203,8 +217,9 @@ class Trainer:
     def _take_step(self, window: list[list[int]]) -> None:
         """One optimiser step on the micro-batches of `window`, and what is due after it."""
         state, position = self.state, self.position
-        result = self.gradient.compute(window, state.global_step,
-                                       lambda: self._stop_request.signal, self._print)
+        result = self.gradient.compute(
+            window, state.global_step, lambda: self._stop_request.signal, self._print
+        )
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad()
@@ -234,10 +249,12 @@ class Trainer:
         steps = self.state.global_step - position.window_start
         if steps == 0:
             return
-        logs = self.state.log({
-            "loss": round(position.window_loss / steps, 4),
-            "learning_rate": self.scheduler.get_last_lr()[0],
-        })
+        logs = self.state.log(
+            {
+                "loss": round(position.window_loss / steps, 4),
+                "learning_rate": self.scheduler.get_last_lr()[0],
+            }
+        )
         position.total_loss += position.window_loss
         position.window_loss = 0.0
         position.window_start = self.state.global_step
@@ -304,8 +321,10 @@ class Trainer:
         if self.world.size > 1:
             print(f"  Number of processes = {self.world.size}, which share the steps above")
         if self.world.size > self.plan.accumulation:
-            print(f"  {self.world.size - self.plan.accumulation} of them are idle: a step has only "
-                  f"{self.plan.accumulation} micro-batches (--gradient_accumulation_steps)")
+            print(
+                f"  {self.world.size - self.plan.accumulation} of them are idle: a step has only "
+                f"{self.plan.accumulation} micro-batches (--gradient_accumulation_steps)"
+            )
         if resume_from is not None:
             print(f"  Continuing after step {self.state.global_step}, from {resume_from}")
 
@@ -321,8 +340,12 @@ class Trainer:
     def _describe(self, failure: StepFailure) -> str:
         names = ", ".join(str(self.row_names[index]) for index in failure.rows[:16])
         more = f" and {len(failure.rows) - 16} more" if len(failure.rows) > 16 else ""
-        parts = (f"step {self.state.global_step + 1}: {failure.what} (rows {names}{more})",
-                 failure.where, self._last_good(), failure.cure)
+        parts = (
+            f"step {self.state.global_step + 1}: {failure.what} (rows {names}{more})",
+            failure.where,
+            self._last_good(),
+            failure.cure,
+        )
         return "; ".join(part for part in parts if part)
 
     def _last_good(self) -> str:

@@ -5,11 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from glmkern.errors import InputError
-from glmkern.training.arguments import (
-    Arguments,
-    ModelArguments,
-    TrainingArguments,
-)
+from glmkern.training.arguments import Arguments, ModelArguments, TrainingArguments
 from glmkern.training.metrics import NAMES, require_packages
 
 LAUNCHER = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -89,15 +85,22 @@ def _check_model(model: ModelArguments, trains: bool) -> None:
 
 def _check_data(arguments: Arguments) -> None:
     data, training = arguments.data, arguments.training
-    for name, needed, words in (("train_file", training.do_train, "training rows"),
-                                ("validation_file", arguments.evaluates, "validation rows"),
-                                ("test_file", training.do_predict, "rows to predict")):
+    for name, needed, words in (
+        ("train_file", training.do_train, "training rows"),
+        ("validation_file", arguments.evaluates, "validation rows"),
+        ("test_file", training.do_predict, "rows to predict"),
+    ):
         if needed:
             _require(getattr(data, name), name, f"name the file of {words} (.json, .jsonl, .csv)")
     _require(data.prompt_column, "prompt_column", "name the column of the prompts")
     _require(data.response_column, "response_column", "name the column of the responses")
-    _require_range("max_source_length", data.max_source_length, 3, math.inf,
-                   "at least 3: [gMASK], sop and one token of the prompt")
+    _require_range(
+        "max_source_length",
+        data.max_source_length,
+        3,
+        math.inf,
+        "at least 3: [gMASK], sop and one token of the prompt",
+    )
     _require_count("max_target_length", data.max_target_length)
     for name in ("max_train_samples", "max_eval_samples", "max_predict_samples"):
         _require_count(name, getattr(data, name))
@@ -165,8 +168,13 @@ def _check_evaluations(training: TrainingArguments) -> None:
 def _check_evaluation(arguments: Arguments) -> None:
     data, training = arguments.data, arguments.training
     name = "max_target_length" if data.val_max_target_length is None else "val_max_target_length"
-    _require_range(name, getattr(data, name), 3, math.inf,
-                   "at least 3 in evaluation: [gMASK], sop and one token of the response")
+    _require_range(
+        name,
+        getattr(data, name),
+        3,
+        math.inf,
+        "at least 3 in evaluation: [gMASK], sop and one token of the response",
+    )
     _require_count("per_device_eval_batch_size", training.per_device_eval_batch_size)
     _require_count("num_beams", data.num_beams)
     _require_count("generation_num_beams", training.generation_num_beams)
@@ -199,11 +207,16 @@ def _check_interval(name: str, steps: float, strategy: str, least: bool) -> None
 
 
 def _check_precision(model: ModelArguments, training: TrainingArguments) -> None:
-    asked = {"--fp16": training.fp16, "--bf16": training.bf16,
-             f"--model_dtype {model.model_dtype}": model.model_dtype != "auto"}
+    asked = {
+        "--fp16": training.fp16,
+        "--bf16": training.bf16,
+        f"--model_dtype {model.model_dtype}": model.model_dtype != "auto",
+    }
     names = [name for name, given in asked.items() if given]
-    agreed = names == ["--fp16", "--model_dtype float16"] or names == ["--bf16",
-                                                                       "--model_dtype bfloat16"]
+    agreed = names == ["--fp16", "--model_dtype float16"] or names == [
+        "--bf16",
+        "--model_dtype bfloat16",
+    ]
     if len(names) > 1 and not agreed:
         raise InputError(f"{' and '.join(names)} ask for different precisions; keep one of them")
 

@@ -44,16 +44,29 @@ def find_sequences(cu_seqlens, sequence_ids, o_m, M, B, BB: tl.constexpr):
 
 
 @triton.jit
-def load_factor(seed, cu_seqlens, sequence_ids, o_m, i_h, M, B, threshold, scale,
-                H: tl.constexpr, BH: tl.constexpr, BB: tl.constexpr):
+def load_factor(
+    seed,
+    cu_seqlens,
+    sequence_ids,
+    o_m,
+    i_h,
+    M,
+    B,
+    threshold,
+    scale,
+    H: tl.constexpr,
+    BH: tl.constexpr,
+    BB: tl.constexpr,
+):
     """0 where an element of rows o_m, channels i_h to i_h + BH is dropped, `scale` where it is
     kept."""
     # [BM]
     o_row, b_id = find_sequences(cu_seqlens, sequence_ids, o_m, M, B, BB)
     if H % 4 == 0:
         # [BM, BH / 4]
-        o_g = (o_row * (H // 4)).to(tl.uint32)[:, None] + \
-            (i_h // 4 + tl.arange(0, BH // 4)).to(tl.uint32)[None, :]
+        o_g = (o_row * (H // 4)).to(tl.uint32)[:, None] + (i_h // 4 + tl.arange(0, BH // 4)).to(
+            tl.uint32
+        )[None, :]
         m_keep = philox.keep_groups(seed, b_id[:, None], o_g, threshold)
     else:
         # [BM, BH]
@@ -95,8 +108,9 @@ def bias_dropout_add_fwd_kernel(
     if bias is not None:
         b_y += tl.load(bias + o_h, mask=o_h < H, other=0.0).to(tl.float32)[None, :]
     if seed is not None:
-        b_y *= load_factor(seed, cu_seqlens, sequence_ids, o_m, i_h, M, B, threshold, scale,
-                           H, BH, BB)
+        b_y *= load_factor(
+            seed, cu_seqlens, sequence_ids, o_m, i_h, M, B, threshold, scale, H, BH, BB
+        )
     tl.store(y + o_x, b_y + b_residual, mask=m_x)
 
 
@@ -137,8 +151,9 @@ def bias_dropout_add_bwd_kernel(
         o_x = o_m[:, None] * H + o_h[None, :]
         m_x = (o_m[:, None] < M) & (o_h[None, :] < H)
         b_dx = tl.load(dy + o_x, mask=m_x, other=0.0).to(tl.float32)
-        b_dx *= load_factor(seed, cu_seqlens, sequence_ids, o_m, i_h, M, B, threshold, scale,
-                            H, BH, BB)
+        b_dx *= load_factor(
+            seed, cu_seqlens, sequence_ids, o_m, i_h, M, B, threshold, scale, H, BH, BB
+        )
         tl.store(dx + o_x, b_dx, mask=m_x)
         if dbias is not None:
             b_dbias += b_dx
@@ -148,9 +163,15 @@ def bias_dropout_add_bwd_kernel(
         tl.store(dbias + i_p.to(tl.int64) * H + o_h, tl.sum(b_dbias, 0), mask=o_h < H)
 
 
-def bias_dropout_add_fwd(x: Tensor, bias: Tensor | None, residual: Tensor, p: float,
-                         seed: Tensor | None, cu_seqlens: Tensor | None,
-                         sequence_ids: Tensor | None) -> Tensor:
+def bias_dropout_add_fwd(
+    x: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    p: float,
+    seed: Tensor | None,
+    cu_seqlens: Tensor | None,
+    sequence_ids: Tensor | None,
+) -> Tensor:
     M, H = x.shape[:-1].numel(), x.shape[-1]
     x, bias, residual = contiguous(x, bias, residual)
     y = torch.empty_like(x)
@@ -158,14 +179,28 @@ def bias_dropout_add_fwd(x: Tensor, bias: Tensor | None, residual: Tensor, p: fl
     if p > 0:
         drop, numbers, BB = _drop_arguments(p, seed, cu_seqlens, sequence_ids, M)
     tile = _tile(H)
-    launch(bias_dropout_add_fwd_kernel, (triton.cdiv(M, tile.rows), triton.cdiv(H, tile.columns)),
-           x, bias, residual, *drop, y, M, *numbers,
-           H=H, BM=tile.rows, BH=tile.columns, BB=BB, num_warps=tile.num_warps)
+    launch(
+        bias_dropout_add_fwd_kernel,
+        (triton.cdiv(M, tile.rows), triton.cdiv(H, tile.columns)),
+        x,
+        bias,
+        residual,
+        *drop,
+        y,
+        M,
+        *numbers,
+        H=H,
+        BM=tile.rows,
+        BH=tile.columns,
+        BB=BB,
+        num_warps=tile.num_warps,
+    )
     return y
 
 
-def bias_dropout_add_bwd(dy: Tensor, p: float, seed: Tensor, cu_seqlens: Tensor,
-                         sequence_ids: Tensor, bias_grad: bool) -> tuple[Tensor, Tensor]:
+def bias_dropout_add_bwd(
+    dy: Tensor, p: float, seed: Tensor, cu_seqlens: Tensor, sequence_ids: Tensor, bias_grad: bool
+) -> tuple[Tensor, Tensor]:
     M, H = dy.shape[:-1].numel(), dy.shape[-1]
     dy = dy.contiguous()
     dx = torch.empty_like(dy)
@@ -177,9 +212,22 @@ def bias_dropout_add_bwd(dy: Tensor, p: float, seed: Tensor, cu_seqlens: Tensor,
         tiles = triton.cdiv(programs, MAX_PARTIALS)
         programs = triton.cdiv(programs, max(tiles, 1))
         partials = dy.new_empty(programs, H, dtype=torch.float32)
-    launch(bias_dropout_add_bwd_kernel, (programs, triton.cdiv(H, tile.columns)),
-           dy, *drop, dx, partials, M, *numbers, tiles,
-           H=H, BM=tile.rows, BH=tile.columns, BB=BB, num_warps=tile.num_warps)
+    launch(
+        bias_dropout_add_bwd_kernel,
+        (programs, triton.cdiv(H, tile.columns)),
+        dy,
+        *drop,
+        dx,
+        partials,
+        M,
+        *numbers,
+        tiles,
+        H=H,
+        BM=tile.rows,
+        BH=tile.columns,
+        BB=BB,
+        num_warps=tile.num_warps,
+    )
     if partials is None:
         return dx, dy.new_empty(0)
     return dx, partials.sum(0).to(dy.dtype)
@@ -190,11 +238,15 @@ def _tile(H: int) -> RowTile:
     return tile if H % 4 == 0 else tile._replace(num_warps=2 * tile.num_warps)
 
 
-def _drop_arguments(p: float, seed: Tensor, cu_seqlens: Tensor, sequence_ids: Tensor,
-                    M: int) -> tuple[tuple[Tensor, ...], tuple[int, int, float], int]:
+def _drop_arguments(
+    p: float, seed: Tensor, cu_seqlens: Tensor, sequence_ids: Tensor, M: int
+) -> tuple[tuple[Tensor, ...], tuple[int, int, float], int]:
     """A kernel's (seed, cu_seqlens, sequence_ids), its (B, threshold, scale), and BB."""
     if values_are_checked(cu_seqlens):
         spans("bias_dropout_add", cu_seqlens, M)
     B = len(sequence_ids)
-    return contiguous(seed, cu_seqlens, sequence_ids), (B, *philox.drop_constants(p)), \
-        FEW_ENDS if B <= FEW_ENDS else MAX_ENDS
+    return (
+        contiguous(seed, cu_seqlens, sequence_ids),
+        (B, *philox.drop_constants(p)),
+        FEW_ENDS if B <= FEW_ENDS else MAX_ENDS,
+    )

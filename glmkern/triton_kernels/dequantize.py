@@ -12,8 +12,14 @@ def mask_and_flip(b_words, MASK: tl.constexpr, FLIPPED: tl.constexpr):
     """(b_words & MASK) ^ FLIPPED for integers of 32 bits, in one instruction: the compiler takes
     two where both are constants."""
     if HAS_PTX:
-        return tl.inline_asm_elementwise("lop3.b32 $0, $1, $2, $3, 0x6A;", "=r,r,r,r",
-                                         [b_words, MASK, FLIPPED], tl.int32, True, 1)
+        return tl.inline_asm_elementwise(
+            "lop3.b32 $0, $1, $2, $3, 0x6A;",
+            "=r,r,r,r",
+            [b_words, MASK, FLIPPED],
+            tl.int32,
+            True,
+            1,
+        )
     else:
         return (b_words & MASK) ^ FLIPPED
 
@@ -61,14 +67,24 @@ def decode_ptx(kind: str, magic: str, one: str, minus_bias: str, joined: bool) -
     makes of `decode`. `joined` is for columns that are put side by side again afterwards: they
     are decoded in that order, and ptxas sees that both exchanges together change nothing.
     """
-    picks = [("h, $4", i, 4 + i) for i in range(4)] if joined else [
-        (f"{source}, {source}", i, i + 1) for source in ("h", "$4") for i in (0, 2)]
-    lines = [".reg .b32 h, one, minus_bias, w<4>;", ".reg .b16 e<4>, o<4>;", "shr.u32 h, $4, 4;",
-             f"mov.b32 one, {one};", f"mov.b32 minus_bias, {minus_bias};"]
+    picks = (
+        [("h, $4", i, 4 + i) for i in range(4)]
+        if joined
+        else [(f"{source}, {source}", i, i + 1) for source in ("h", "$4") for i in (0, 2)]
+    )
+    lines = [
+        ".reg .b32 h, one, minus_bias, w<4>;",
+        ".reg .b16 e<4>, o<4>;",
+        "shr.u32 h, $4, 4;",
+        f"mov.b32 one, {one};",
+        f"mov.b32 minus_bias, {minus_bias};",
+    ]
     for i, (sources, low, high) in enumerate(picks):
-        lines += [f"prmt.b32 w{i}, {sources}, 0x0{high}0{low};",
-                  f"lop3.b32 w{i}, w{i}, 0x000F000F, {magic}, 0x6A;",  # (a & b) ^ c
-                  f"fma.rn.{kind}x2 w{i}, w{i}, one, minus_bias;"]
+        lines += [
+            f"prmt.b32 w{i}, {sources}, 0x0{high}0{low};",
+            f"lop3.b32 w{i}, w{i}, 0x000F000F, {magic}, 0x6A;",  # (a & b) ^ c
+            f"fma.rn.{kind}x2 w{i}, w{i}, one, minus_bias;",
+        ]
     results = [f"w{i}" for i in range(4)]
     if joined:
         lines += [f"mov.b32 {{e{i}, o{i}}}, w{i};" for i in range(4)]
@@ -91,11 +107,23 @@ def decode_pair(b_packed, dtype: tl.constexpr, JOINED: tl.constexpr = False):
     if not HAS_PTX or dtype == tl.float32:
         return decode(b_packed >> 4, dtype), decode(b_packed, dtype)
     elif dtype == tl.float16:
-        return tl.inline_asm_elementwise(JOINED_F16 if JOINED else SPLIT_F16, "=&r,=&r,=&r,=&r,r",
-                                         [b_packed], (tl.float16, tl.float16), True, 4)
+        return tl.inline_asm_elementwise(
+            JOINED_F16 if JOINED else SPLIT_F16,
+            "=&r,=&r,=&r,=&r,r",
+            [b_packed],
+            (tl.float16, tl.float16),
+            True,
+            4,
+        )
     else:
-        return tl.inline_asm_elementwise(JOINED_BF16 if JOINED else SPLIT_BF16, "=&r,=&r,=&r,=&r,r",
-                                         [b_packed], (tl.bfloat16, tl.bfloat16), True, 4)
+        return tl.inline_asm_elementwise(
+            JOINED_BF16 if JOINED else SPLIT_BF16,
+            "=&r,=&r,=&r,=&r,r",
+            [b_packed],
+            (tl.bfloat16, tl.bfloat16),
+            True,
+            4,
+        )
 
 
 @triton.jit(do_not_specialize=["N"])

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 
-def launch(kernel, programs: int | tuple[int, ...], *args, num_warps: int, num_stages: int = 3,
-           **constants) -> None:
+def launch(
+    kernel, programs: int | tuple[int, ...], *args, num_warps: int, num_stages: int = 3, **constants
+) -> None:
     """Runs a Triton kernel on the device of its first argument.
 
     `programs` is how many there are, along up to three axes; `args` are the kernel's arguments in
@@ -19,8 +20,9 @@ def launch(kernel, programs: int | tuple[int, ...], *args, num_warps: int, num_s
         return
     # Contraction to fma is asked for by name: its default differs between Triton versions.
     with _on_device(args[0]):
-        kernel[grid](*args, **constants, num_warps=num_warps, num_stages=num_stages,
-                     enable_fp_fusion=True)
+        kernel[grid](
+            *args, **constants, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True
+        )
 
 
 def contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:

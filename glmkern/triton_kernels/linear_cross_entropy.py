@@ -100,16 +100,26 @@ def scale_kernel(x, factor, y, M, H: tl.constexpr, BM: tl.constexpr, BH: tl.cons
     tl.store(y + o_m * H + o_h, b_x * tl.load(factor), mask=m_x)
 
 
-def linear_cross_entropy_fwd(hidden: Tensor, packed: Tensor, scale: Tensor | None, bits: int,
-                             labels: Tensor, token_weight: Tensor | None, ignore_index: int,
-                             label_smoothing: float,
-                             hidden_grad: bool) -> tuple[Tensor, Tensor]:
+def linear_cross_entropy_fwd(
+    hidden: Tensor,
+    packed: Tensor,
+    scale: Tensor | None,
+    bits: int,
+    labels: Tensor,
+    token_weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    hidden_grad: bool,
+) -> tuple[Tensor, Tensor]:
     labelled = (labels != ignore_index).nonzero().squeeze(1)  # [L]
     weight = packed.to(hidden.dtype) if scale is None else None
     labels, L, V = labels[labelled], len(labelled), packed.shape[0]
     check_labels(labels, V, ignore_index)
-    row_weight = hidden.new_full((L,), 1 / max(L, 1), dtype=torch.float32) \
-        if token_weight is None else token_weight[labelled]
+    row_weight = (
+        hidden.new_full((L,), 1 / max(L, 1), dtype=torch.float32)
+        if token_weight is None
+        else token_weight[labelled]
+    )
     loss = hidden.new_empty(L, dtype=torch.float32)
     dhidden = hidden.new_zeros(hidden.shape if hidden_grad else 0, dtype=torch.float32)
 
@@ -117,26 +127,49 @@ def linear_cross_entropy_fwd(hidden: Tensor, packed: Tensor, scale: Tensor | Non
     for i in range(chunks):
         chunk = slice(i * L // chunks, (i + 1) * L // chunks)
         rows = labelled[chunk]
-        logits = quant_linear_fwd(hidden[rows], packed, scale, bits, None) if weight is None \
+        logits = (
+            quant_linear_fwd(hidden[rows], packed, scale, bits, None)
+            if weight is None
             else hidden[rows] @ weight.T
-        cross_entropy(logits, labels[chunk], row_weight[chunk], loss[chunk], hidden_grad,
-                      label_smoothing)
+        )
+        cross_entropy(
+            logits, labels[chunk], row_weight[chunk], loss[chunk], hidden_grad, label_smoothing
+        )
         if hidden_grad:
             # The row's weight comes after the product: a small one would underflow in half.
-            back = quant_linear_bwd(logits, packed, scale, bits) if weight is None \
-                else logits @ weight
+            back = (
+                quant_linear_bwd(logits, packed, scale, bits) if weight is None else logits @ weight
+            )
             dhidden[rows] = back.float() * row_weight[chunk].unsqueeze(1)
     return loss.sum(), dhidden
 
 
-def cross_entropy(logits: Tensor, labels: Tensor, row_weight: Tensor, loss: Tensor,
-                  grad: bool, smoothing: float = 0.0) -> None:
+def cross_entropy(
+    logits: Tensor,
+    labels: Tensor,
+    row_weight: Tensor,
+    loss: Tensor,
+    grad: bool,
+    smoothing: float = 0.0,
+) -> None:
     """Writes the rows' weighted losses to `loss` and, with `grad`, the gradient of the unweighted
     ones to `logits`."""
     L, V = logits.shape
     BV = min(triton.next_power_of_2(V), MAX_COLUMNS)
-    launch(cross_entropy_kernel, L, logits, labels, row_weight, loss, smoothing, V=V,
-           SMOOTH=smoothing > 0, GRAD=grad, BV=BV, num_warps=min(max(BV // 256, 4), 16))
+    launch(
+        cross_entropy_kernel,
+        L,
+        logits,
+        labels,
+        row_weight,
+        loss,
+        smoothing,
+        V=V,
+        SMOOTH=smoothing > 0,
+        GRAD=grad,
+        BV=BV,
+        num_warps=min(max(BV // 256, 4), 16),
+    )
 
 
 def linear_cross_entropy_bwd(dloss: Tensor, dhidden: Tensor, dtype: torch.dtype) -> Tensor:
@@ -144,6 +177,16 @@ def linear_cross_entropy_bwd(dloss: Tensor, dhidden: Tensor, dtype: torch.dtype)
     dhidden = dhidden.contiguous()
     result = torch.empty_like(dhidden, dtype=dtype)
     tile = row_tile(min(H, SCALE_COLUMNS))
-    launch(scale_kernel, (triton.cdiv(M, tile.rows), triton.cdiv(H, tile.columns)), dhidden, dloss,
-           result, M, H=H, BM=tile.rows, BH=tile.columns, num_warps=tile.num_warps)
+    launch(
+        scale_kernel,
+        (triton.cdiv(M, tile.rows), triton.cdiv(H, tile.columns)),
+        dhidden,
+        dloss,
+        result,
+        M,
+        H=H,
+        BM=tile.rows,
+        BH=tile.columns,
+        num_warps=tile.num_warps,
+    )
     return result

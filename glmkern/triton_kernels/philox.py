@@ -30,8 +30,13 @@ def draw(seed, sequence_id, o_g):
     """
     key = tl.load(seed)
     offset = tl.load(seed + 1)
-    return tl.philox(key, o_g.to(tl.uint32), sequence_id.to(tl.uint32), offset.to(tl.uint32),
-                     (offset >> 32).to(tl.uint32))
+    return tl.philox(
+        key,
+        o_g.to(tl.uint32),
+        sequence_id.to(tl.uint32),
+        offset.to(tl.uint32),
+        (offset >> 32).to(tl.uint32),
+    )
 
 
 @triton.jit

@@ -49,9 +49,20 @@ TILES = {
 
 
 @triton.jit
-def add_values(b_out, b_shrink, b_p, prefix_v, v, i_n, end, P: tl.constexpr,
-               PREFIX_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr, C: tl.constexpr,
-               BC: tl.constexpr):
+def add_values(
+    b_out,
+    b_shrink,
+    b_p,
+    prefix_v,
+    v,
+    i_n,
+    end,
+    P: tl.constexpr,
+    PREFIX_STRIDE: tl.constexpr,
+    V_STRIDE: tl.constexpr,
+    C: tl.constexpr,
+    BC: tl.constexpr,
+):
     """b_out [BM, BC] times b_shrink [BM], and the values of block i_n weighted by b_p [BM, BN]."""
     b_v = load_seen(prefix_v, v, i_n, end, P, PREFIX_STRIDE, V_STRIDE, C, b_p.shape[1], BC)
     # [BM, BN] @ [BN, BC] -> [BM, BC]
@@ -126,8 +137,20 @@ def prefix_attention_fwd_kernel(
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
         if LATE:
             # of the block before; b_p is 0 in the beginning
-            b_out = add_values(b_out, b_shrink, b_p, prefix_v, v, tl.maximum(i_n - BN, 0), end, P,
-                               G * C, V_STRIDE, C, BC)
+            b_out = add_values(
+                b_out,
+                b_shrink,
+                b_p,
+                prefix_v,
+                v,
+                tl.maximum(i_n - BN, 0),
+                end,
+                P,
+                G * C,
+                V_STRIDE,
+                C,
+                BC,
+            )
         # With a branch around it, mma.sync's scores are given a layout that the product with the
         # values cannot use.
         if not LATE:
@@ -137,21 +160,34 @@ def prefix_attention_fwd_kernel(
         # every row sees a key of the first block
         b_max, b_sum, b_p, b_shrink = update_softmax(b_s, b_max, b_sum, slope, b_q.dtype)
         if not LATE:
-            b_out = add_values(b_out, b_shrink, b_p, prefix_v, v, i_n, end, P, G * C, V_STRIDE, C,
-                               BC)
+            b_out = add_values(
+                b_out, b_shrink, b_p, prefix_v, v, i_n, end, P, G * C, V_STRIDE, C, BC
+            )
     if LATE:
-        b_out = add_values(b_out, b_shrink, b_p, prefix_v, v, (blocks - 1) * BN, end, P, G * C,
-                           V_STRIDE, C, BC)
+        b_out = add_values(
+            b_out, b_shrink, b_p, prefix_v, v, (blocks - 1) * BN, end, P, G * C, V_STRIDE, C, BC
+        )
 
-    store_rows(out + i_g * HEADS * C, b_out / b_sum[:, None], i_start, i_r, rows, N * C, HEADS, C,
-               BM, BC)
-    store_numbers(lse + i_g * HEADS, log_sum_exp(b_max, b_sum, b_q.dtype), i_start, i_r, rows, N,
-                  HEADS, BM)
+    store_rows(
+        out + i_g * HEADS * C, b_out / b_sum[:, None], i_start, i_r, rows, N * C, HEADS, C, BM, BC
+    )
+    store_numbers(
+        lse + i_g * HEADS, log_sum_exp(b_max, b_sum, b_q.dtype), i_start, i_r, rows, N, HEADS, BM
+    )
 
 
-def prefix_attention_fwd(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None,
-                         prefix_v: Tensor | None, cu_seqlens: Tensor, sequence_ids: Tensor,
-                         seed: Tensor | None, scale: float, p: float) -> tuple[Tensor, Tensor]:
+def prefix_attention_fwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_k: Tensor | None,
+    prefix_v: Tensor | None,
+    cu_seqlens: Tensor,
+    sequence_ids: Tensor,
+    seed: Tensor | None,
+    scale: float,
+    p: float,
+) -> tuple[Tensor, Tensor]:
     T, N, C = q.shape
     G = k.shape[1]
     if values_are_checked(q):
@@ -163,9 +199,32 @@ def prefix_attention_fwd(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | Non
     lse = q.new_empty(T, N, dtype=torch.float32)
     B, HEADS, BC = len(cu_seqlens) - 1, N // G, block_of_channels(C)
     tile = fit_channels(by_shared_memory(TILES, q.device)[q.element_size()], BC)
-    launch(prefix_attention_fwd_kernel, (T * HEADS // tile.rows + B, G), q, k, v, prefix.keys,
-           prefix.values, cu_seqlens.contiguous(), out, lse, B, scale,
-           G=G, HEADS=HEADS, C=C, P=prefix.length, Q_STRIDE=q.stride(0), K_STRIDE=k.stride(0),
-           V_STRIDE=v.stride(0), PREFIX_STRIDE=prefix.STRIDE, BM=tile.rows, BN=tile.keys, BC=BC,
-           LATE=tile.late, num_warps=tile.num_warps, num_stages=tile.num_stages)
+    launch(
+        prefix_attention_fwd_kernel,
+        (T * HEADS // tile.rows + B, G),
+        q,
+        k,
+        v,
+        prefix.keys,
+        prefix.values,
+        cu_seqlens.contiguous(),
+        out,
+        lse,
+        B,
+        scale,
+        G=G,
+        HEADS=HEADS,
+        C=C,
+        P=prefix.length,
+        Q_STRIDE=q.stride(0),
+        K_STRIDE=k.stride(0),
+        V_STRIDE=v.stride(0),
+        PREFIX_STRIDE=prefix.STRIDE,
+        BM=tile.rows,
+        BN=tile.keys,
+        BC=BC,
+        LATE=tile.late,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
     return out, lse

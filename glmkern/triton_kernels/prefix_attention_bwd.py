@@ -137,10 +137,23 @@ def prefix_attention_bwd_dq_kernel(
     store_rows(dq + i_h * C, b_dq * scale, i_start, i_r, rows, N * C, HEADS, C, BM, BC)
 
 
-def prefix_attention_bwd(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None,
-                         prefix_v: Tensor | None, out: Tensor, lse: Tensor, cu_seqlens: Tensor,
-                         sequence_ids: Tensor, seed: Tensor | None, scale: float, p: float,
-                         token_grad: bool, prefix_grad: bool) -> tuple[Tensor, ...]:
+def prefix_attention_bwd(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_k: Tensor | None,
+    prefix_v: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    sequence_ids: Tensor,
+    seed: Tensor | None,
+    scale: float,
+    p: float,
+    token_grad: bool,
+    prefix_grad: bool,
+) -> tuple[Tensor, ...]:
     T, N, C = q.shape
     if values_are_checked(q):
         spans("prefix_attention", cu_seqlens, T)
@@ -154,26 +167,73 @@ def prefix_attention_bwd(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, prefix_k
     prefix = prefix_of(q, prefix_k, prefix_v, p, seed, sequence_ids, with_kept=prefix_grad)
     delta = torch.empty_like(lse)
     BM, BC = DELTA_ROWS, block_of_channels(C)
-    launch(prefix_attention_bwd_delta_kernel, triton.cdiv(T * N, BM), dout, out, delta, T * N,
-           N=N, C=C, DO_STRIDE=dout.stride(0), BM=BM, BC=BC, num_warps=4)
+    launch(
+        prefix_attention_bwd_delta_kernel,
+        triton.cdiv(T * N, BM),
+        dout,
+        out,
+        delta,
+        T * N,
+        N=N,
+        C=C,
+        DO_STRIDE=dout.stride(0),
+        BM=BM,
+        BC=BC,
+        num_warps=4,
+    )
     if token_grad:
         gradients[0] = _query_gradient(dout, q, k, v, prefix, lse, delta, cu_seqlens, scale)
         gradients[1:3] = token_gradients(dout, q, k, v, lse, delta, cu_seqlens, scale)
     if prefix_grad:
-        gradients[3:] = prefix_gradients(dout, q, prefix_k, prefix_v, prefix, lse, delta,
-                                         cu_seqlens, scale, p)
+        gradients[3:] = prefix_gradients(
+            dout, q, prefix_k, prefix_v, prefix, lse, delta, cu_seqlens, scale, p
+        )
     return tuple(gradients)
 
 
-def _query_gradient(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, prefix: Prefix, lse: Tensor,
-                    delta: Tensor, cu_seqlens: Tensor, scale: float) -> Tensor:
+def _query_gradient(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix: Prefix,
+    lse: Tensor,
+    delta: Tensor,
+    cu_seqlens: Tensor,
+    scale: float,
+) -> Tensor:
     (T, N, C), G, B = q.shape, k.shape[1], len(cu_seqlens) - 1
     dq = q.new_empty(q.shape)
     HEADS, BC = N // G, block_of_channels(C)
     tile = fit_channels(by_shared_memory(TILES, q.device)[q.element_size()], BC)
-    launch(prefix_attention_bwd_dq_kernel, (T * HEADS // tile.rows + B, G), dout, q, k, v,
-           prefix.keys, prefix.values, lse, delta, cu_seqlens, dq, B, scale,
-           G=G, HEADS=HEADS, C=C, P=prefix.length, DO_STRIDE=dout.stride(0), Q_STRIDE=q.stride(0),
-           K_STRIDE=k.stride(0), V_STRIDE=v.stride(0), PREFIX_STRIDE=prefix.STRIDE, BM=tile.rows,
-           BN=tile.keys, BC=BC, num_warps=tile.num_warps, num_stages=tile.num_stages)
+    launch(
+        prefix_attention_bwd_dq_kernel,
+        (T * HEADS // tile.rows + B, G),
+        dout,
+        q,
+        k,
+        v,
+        prefix.keys,
+        prefix.values,
+        lse,
+        delta,
+        cu_seqlens,
+        dq,
+        B,
+        scale,
+        G=G,
+        HEADS=HEADS,
+        C=C,
+        P=prefix.length,
+        DO_STRIDE=dout.stride(0),
+        Q_STRIDE=q.stride(0),
+        K_STRIDE=k.stride(0),
+        V_STRIDE=v.stride(0),
+        PREFIX_STRIDE=prefix.STRIDE,
+        BM=tile.rows,
+        BN=tile.keys,
+        BC=BC,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
     return dq

@@ -52,8 +52,23 @@ LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 
 
 @triton.jit
-def attend(b_q, b_out, b_max, b_sum, o_last, k, v, begin, end, scale, K_STRIDE: tl.constexpr,
-           V_STRIDE: tl.constexpr, C: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr):
+def attend(
+    b_q,
+    b_out,
+    b_max,
+    b_sum,
+    o_last,
+    k,
+    v,
+    begin,
+    end,
+    scale,
+    K_STRIDE: tl.constexpr,
+    V_STRIDE: tl.constexpr,
+    C: tl.constexpr,
+    BN: tl.constexpr,
+    BC: tl.constexpr,
+):
     """Takes keys begin <= n < end into the softmax of rows b_q; `scale` is above 0.
 
     b_max and b_sum are those of update_softmax, b_out is that sum times the values. Row i sees key
@@ -68,8 +83,9 @@ def attend(b_q, b_out, b_max, b_sum, o_last, k, v, begin, end, scale, K_STRIDE: 
         b_max, b_sum, b_p, b_shrink = update_softmax(b_s, b_max, b_sum, slope, b_q.dtype)
         b_v = load_keys(v, i_n, end, V_STRIDE, C, BN, BC)
         # [BM, BN] @ [BN, BC] -> [BM, BC]
-        b_out = tl.dot(b_p.to(b_v.dtype), b_v, acc=b_out * b_shrink[:, None],
-                       input_precision="ieee")
+        b_out = tl.dot(
+            b_p.to(b_v.dtype), b_v, acc=b_out * b_shrink[:, None], input_precision="ieee"
+        )
     return b_out, b_max, b_sum
 
 
@@ -129,16 +145,44 @@ def prefix_attention_decode_kernel(
 
     if P > 0:
         o_last = tl.where(o_t < new, tl.minimum(end, P) - 1, -1)
-        b_out, b_max, b_sum = attend(b_q, b_out, b_max, b_sum, o_last, prefix_k + i_g * C,
-                                     prefix_v + i_g * C, begin, tl.minimum(end, P), scale,
-                                     G * C, G * C, C, BN, BC)
+        b_out, b_max, b_sum = attend(
+            b_q,
+            b_out,
+            b_max,
+            b_sum,
+            o_last,
+            prefix_k + i_g * C,
+            prefix_v + i_g * C,
+            begin,
+            tl.minimum(end, P),
+            scale,
+            G * C,
+            G * C,
+            C,
+            BN,
+            BC,
+        )
     # the last of the new tokens sees the whole cache
     o_last = tl.where(o_t < new, tl.minimum(length - new + o_t, end - P - 1), -1)
     k_cache += i_b.to(tl.int64) * k_batch_stride + i_g * C
     v_cache += i_b.to(tl.int64) * v_batch_stride + i_g * C
-    b_out, b_max, b_sum = attend(b_q, b_out, b_max, b_sum, o_last, k_cache, v_cache,
-                                 tl.maximum(begin, P) - P, end - P, scale, K_STRIDE,
-                                 V_STRIDE, C, BN, BC)
+    b_out, b_max, b_sum = attend(
+        b_q,
+        b_out,
+        b_max,
+        b_sum,
+        o_last,
+        k_cache,
+        v_cache,
+        tl.maximum(begin, P) - P,
+        end - P,
+        scale,
+        K_STRIDE,
+        V_STRIDE,
+        C,
+        BN,
+        BC,
+    )
 
     m_seen = b_sum > 0
     b_sum = tl.where(m_seen, b_sum, 1.0)
@@ -152,14 +196,7 @@ def prefix_attention_decode_kernel(
 
 @triton.jit(do_not_specialize=["rows", "splits"])
 def prefix_attention_decode_combine_kernel(
-    partials,
-    lse,
-    out,
-    rows,
-    splits,
-    C: tl.constexpr,
-    BM: tl.constexpr,
-    BC: tl.constexpr,
+    partials, lse, out, rows, splits, C: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr
 ):
     """out [rows, C], the mean of partials [splits, rows, C] weighted by the exponentials of lse;
     zero where all are -inf."""
@@ -188,9 +225,16 @@ def prefix_attention_decode_combine_kernel(
     tl.store(out + o_out, b_out, mask=m_out)
 
 
-def prefix_attention_decode_fwd(q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_lens: Tensor,
-                                prefix_k: Tensor | None, prefix_v: Tensor | None, q_lens: Tensor,
-                                scale: float) -> Tensor:
+def prefix_attention_decode_fwd(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_lens: Tensor,
+    prefix_k: Tensor | None,
+    prefix_v: Tensor | None,
+    q_lens: Tensor,
+    scale: float,
+) -> Tensor:
     B, S, N, C = q.shape
     L, G = k_cache.shape[1:3]
     if values_are_checked(q):
@@ -210,13 +254,48 @@ def prefix_attention_decode_fwd(q: Tensor, k_cache: Tensor, v_cache: Tensor, cac
     if splits > 1:
         results = q.new_empty(splits, *q.shape, dtype=torch.float32)
         lse = q.new_empty(splits, B, S, N, dtype=torch.float32)
-    launch(prefix_attention_decode_kernel, (tiles, splits, B * G), q, k_cache, v_cache,
-           cache_lens.contiguous(), prefix.keys, prefix.values, q_lens.contiguous(), results, lse,
-           S, L, span, k_cache.stride(0), v_cache.stride(0), scale,
-           G=G, HEADS=HEADS, C=C, P=prefix.length, K_STRIDE=k_cache.stride(1),
-           V_STRIDE=v_cache.stride(1), BM=BM, BN=tile.keys, BC=BC,
-           num_warps=tile.num_warps, num_stages=tile.num_stages)
+    launch(
+        prefix_attention_decode_kernel,
+        (tiles, splits, B * G),
+        q,
+        k_cache,
+        v_cache,
+        cache_lens.contiguous(),
+        prefix.keys,
+        prefix.values,
+        q_lens.contiguous(),
+        results,
+        lse,
+        S,
+        L,
+        span,
+        k_cache.stride(0),
+        v_cache.stride(0),
+        scale,
+        G=G,
+        HEADS=HEADS,
+        C=C,
+        P=prefix.length,
+        K_STRIDE=k_cache.stride(1),
+        V_STRIDE=v_cache.stride(1),
+        BM=BM,
+        BN=tile.keys,
+        BC=BC,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
     if splits > 1:
-        launch(prefix_attention_decode_combine_kernel, triton.cdiv(B * S * N, COMBINED_ROWS),
-               results, lse, out, B * S * N, splits, C=C, BM=COMBINED_ROWS, BC=BC, num_warps=4)
+        launch(
+            prefix_attention_decode_combine_kernel,
+            triton.cdiv(B * S * N, COMBINED_ROWS),
+            results,
+            lse,
+            out,
+            B * S * N,
+            splits,
+            C=C,
+            BM=COMBINED_ROWS,
+            BC=BC,
+            num_warps=4,
+        )
     return out

@@ -44,10 +44,31 @@ KEYS_OF_A_PROGRAM = 64
 
 
 @triton.jit
-def add_dkv(b_dk, b_dv, b_k, b_v, q, dout, lse, delta, i_start, i_n, begin, end, rows, scale,
-            DO_STRIDE: tl.constexpr, Q_STRIDE: tl.constexpr, N: tl.constexpr, HEADS: tl.constexpr,
-            C: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
-            CAUSAL: tl.constexpr):
+def add_dkv(
+    b_dk,
+    b_dv,
+    b_k,
+    b_v,
+    q,
+    dout,
+    lse,
+    delta,
+    i_start,
+    i_n,
+    begin,
+    end,
+    rows,
+    scale,
+    DO_STRIDE: tl.constexpr,
+    Q_STRIDE: tl.constexpr,
+    N: tl.constexpr,
+    HEADS: tl.constexpr,
+    C: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BC: tl.constexpr,
+    CAUSAL: tl.constexpr,
+):
     """b_dk + dS^T q and b_dv + P^T dO over packed rows begin to end of the `rows` from token
     i_start on. CAUSAL: the block's keys are those of tokens i_n to i_n + BN, and rows of earlier
     tokens do not see them."""
@@ -129,8 +150,31 @@ def prefix_attention_bwd_dkv_kernel(
     dout += i_h * C
     lse += i_h
     delta += i_h
-    b_dk, b_dv = add_dkv(b_dk, b_dv, b_k, b_v, q, dout, lse, delta, i_start, i_n, begin, end, rows,
-                         scale, DO_STRIDE, Q_STRIDE, N, HEADS, C, BM, BN, BC, True)
+    b_dk, b_dv = add_dkv(
+        b_dk,
+        b_dv,
+        b_k,
+        b_v,
+        q,
+        dout,
+        lse,
+        delta,
+        i_start,
+        i_n,
+        begin,
+        end,
+        rows,
+        scale,
+        DO_STRIDE,
+        Q_STRIDE,
+        N,
+        HEADS,
+        C,
+        BM,
+        BN,
+        BC,
+        True,
+    )
 
     o_split = i_split.to(tl.int64) * T * G * C + i_g * C
     store_rows(dk + o_split, b_dk * scale, i_start, i_n, S, G * C, 1, C, BN, BC)
@@ -192,9 +236,31 @@ def prefix_attention_bwd_dprefix_kernel(
     b_v = load_keys(prefix_v + o_p, i_n, P, G * C, C, BN, BC)
     b_dk = tl.zeros([BN, BC], dtype=tl.float32)
     b_dv = tl.zeros([BN, BC], dtype=tl.float32)
-    b_dk, b_dv = add_dkv(b_dk, b_dv, b_k, b_v, q + i_h * C, dout + i_h * C, lse + i_h, delta + i_h,
-                         i_start, 0, begin, end, rows, scale, DO_STRIDE, Q_STRIDE, N, HEADS,
-                         C, BM, BN, BC, False)
+    b_dk, b_dv = add_dkv(
+        b_dk,
+        b_dv,
+        b_k,
+        b_v,
+        q + i_h * C,
+        dout + i_h * C,
+        lse + i_h,
+        delta + i_h,
+        i_start,
+        0,
+        begin,
+        end,
+        rows,
+        scale,
+        DO_STRIDE,
+        Q_STRIDE,
+        N,
+        HEADS,
+        C,
+        BM,
+        BN,
+        BC,
+        False,
+    )
     if kept is not None:
         b_kept = load_keys(kept + o_p, i_n, P, G * C, C, BN, BC)
         b_dk *= tl.where(b_kept != 0, factor, 0.0)
@@ -223,26 +289,65 @@ def prefix_attention_bwd_sum_kernel(dk_splits, dv_splits, dk, dv, splits, count,
     tl.store(dv + o_e, b_dv, mask=o_e < count)
 
 
-def token_gradients(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor,
-                    cu_seqlens: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def token_gradients(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    cu_seqlens: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
     """dk and dv [T, G, C] of the tokens."""
     (T, N, C), G, B = q.shape, k.shape[1], len(cu_seqlens) - 1
     dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
     tile, BC = _tile(q)
     splits = _splits(G * triton.cdiv(T, KEYS_OF_A_PROGRAM), T * N // G)
     sums = _sums(dk, dv, splits)
-    launch(prefix_attention_bwd_dkv_kernel, (T // tile.keys + B, G, splits), dout, q, k, v, lse,
-           delta, cu_seqlens, *sums, T, B, scale,
-           G=G, HEADS=N // G, C=C, DO_STRIDE=dout.stride(0), Q_STRIDE=q.stride(0),
-           K_STRIDE=k.stride(0), V_STRIDE=v.stride(0), BM=tile.rows, BN=tile.keys, BC=BC,
-           num_warps=tile.num_warps, num_stages=tile.num_stages)
+    launch(
+        prefix_attention_bwd_dkv_kernel,
+        (T // tile.keys + B, G, splits),
+        dout,
+        q,
+        k,
+        v,
+        lse,
+        delta,
+        cu_seqlens,
+        *sums,
+        T,
+        B,
+        scale,
+        G=G,
+        HEADS=N // G,
+        C=C,
+        DO_STRIDE=dout.stride(0),
+        Q_STRIDE=q.stride(0),
+        K_STRIDE=k.stride(0),
+        V_STRIDE=v.stride(0),
+        BM=tile.rows,
+        BN=tile.keys,
+        BC=BC,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
     _add_splits(sums, dk, dv, splits)
     return dk, dv
 
 
-def prefix_gradients(dout: Tensor, q: Tensor, prefix_k: Tensor, prefix_v: Tensor, prefix: Prefix,
-                     lse: Tensor, delta: Tensor, cu_seqlens: Tensor, scale: float,
-                     p: float) -> tuple[Tensor, Tensor]:
+def prefix_gradients(
+    dout: Tensor,
+    q: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    prefix: Prefix,
+    lse: Tensor,
+    delta: Tensor,
+    cu_seqlens: Tensor,
+    scale: float,
+    p: float,
+) -> tuple[Tensor, Tensor]:
     """dk and dv [P, G, C] of the prefix, in its own dtype; `prefix` is what the queries saw."""
     (T, N, C), (P, G, _), B = q.shape, prefix_k.shape, len(cu_seqlens) - 1
     dk, dv = prefix_k.new_empty(prefix_k.shape), prefix_v.new_empty(prefix_v.shape)
@@ -253,12 +358,36 @@ def prefix_gradients(dout: Tensor, q: Tensor, prefix_k: Tensor, prefix_v: Tensor
     if prefix.kept is not None:
         splits = T * HEADS // (tiles * tile.rows) + B
     sums = _sums(dk, dv, splits)
-    launch(prefix_attention_bwd_dprefix_kernel, (triton.cdiv(P, tile.keys), G, splits), dout, q,
-           prefix.keys, prefix.values, prefix.kept, lse, delta, cu_seqlens, *sums, T, B, tiles,
-           scale, philox.drop_constants(p)[1],
-           G=G, HEADS=HEADS, C=C, P=P, DO_STRIDE=dout.stride(0), Q_STRIDE=q.stride(0),
-           PREFIX_STRIDE=prefix.STRIDE, BM=tile.rows, BN=tile.keys, BC=BC,
-           num_warps=tile.num_warps, num_stages=tile.num_stages)
+    launch(
+        prefix_attention_bwd_dprefix_kernel,
+        (triton.cdiv(P, tile.keys), G, splits),
+        dout,
+        q,
+        prefix.keys,
+        prefix.values,
+        prefix.kept,
+        lse,
+        delta,
+        cu_seqlens,
+        *sums,
+        T,
+        B,
+        tiles,
+        scale,
+        philox.drop_constants(p)[1],
+        G=G,
+        HEADS=HEADS,
+        C=C,
+        P=P,
+        DO_STRIDE=dout.stride(0),
+        Q_STRIDE=q.stride(0),
+        PREFIX_STRIDE=prefix.STRIDE,
+        BM=tile.rows,
+        BN=tile.keys,
+        BC=BC,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
     _add_splits(sums, dk, dv, splits)
     return dk, dv
 
@@ -283,5 +412,14 @@ def _sums(dk: Tensor, dv: Tensor, splits: int) -> tuple[Tensor, Tensor]:
 def _add_splits(sums: tuple[Tensor, Tensor], dk: Tensor, dv: Tensor, splits: int) -> None:
     if splits > 1:
         count, BE = dk.numel(), 1024
-        launch(prefix_attention_bwd_sum_kernel, triton.cdiv(count, BE), *sums, dk, dv, splits,
-               count, BE=BE, num_warps=4)
+        launch(
+            prefix_attention_bwd_sum_kernel,
+            triton.cdiv(count, BE),
+            *sums,
+            dk,
+            dv,
+            splits,
+            count,
+            BE=BE,
+            num_warps=4,
+        )

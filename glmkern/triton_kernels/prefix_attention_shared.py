@@ -51,8 +51,17 @@ def row_offsets(i_r, STRIDE: tl.constexpr, HEADS: tl.constexpr, C: tl.constexpr,
 
 
 @triton.jit
-def load_rows(x, i_start, i_r, rows, STRIDE: tl.constexpr, HEADS: tl.constexpr, C: tl.constexpr,
-              BM: tl.constexpr, BC: tl.constexpr):
+def load_rows(
+    x,
+    i_start,
+    i_r,
+    rows,
+    STRIDE: tl.constexpr,
+    HEADS: tl.constexpr,
+    C: tl.constexpr,
+    BM: tl.constexpr,
+    BC: tl.constexpr,
+):
     """Rows i_r to i_r + BM of x; zeros from row `rows` on. Rows count from token i_start, x points
     to the group's first head of token 0, and tokens are STRIDE apart."""
     o_c = tl.arange(0, BC)
@@ -63,8 +72,18 @@ def load_rows(x, i_start, i_r, rows, STRIDE: tl.constexpr, HEADS: tl.constexpr, 
 
 
 @triton.jit
-def store_rows(x, b_x, i_start, i_r, rows, STRIDE: tl.constexpr, HEADS: tl.constexpr,
-               C: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr):
+def store_rows(
+    x,
+    b_x,
+    i_start,
+    i_r,
+    rows,
+    STRIDE: tl.constexpr,
+    HEADS: tl.constexpr,
+    C: tl.constexpr,
+    BM: tl.constexpr,
+    BC: tl.constexpr,
+):
     o_c = tl.arange(0, BC)
     # [BM, BC]
     o_x = row_offsets(i_r, STRIDE, HEADS, C, BM)[:, None] + o_c[None, :]
@@ -76,16 +95,21 @@ def store_rows(x, b_x, i_start, i_r, rows, STRIDE: tl.constexpr, HEADS: tl.const
 def load_numbers(x, i_start, i_r, rows, N: tl.constexpr, HEADS: tl.constexpr, BM: tl.constexpr):
     """One number [BM] for each of rows i_r to i_r + BM, from x [tokens, N]."""
     o_x = row_offsets(i_r, N, HEADS, 1, BM)
-    return tl.load(x + (i_start + i_r // HEADS).to(tl.int64) * N + o_x,
-                   mask=i_r + tl.arange(0, BM) < rows, other=0.0)
+    return tl.load(
+        x + (i_start + i_r // HEADS).to(tl.int64) * N + o_x,
+        mask=i_r + tl.arange(0, BM) < rows,
+        other=0.0,
+    )
 
 
 @triton.jit
-def store_numbers(x, b_x, i_start, i_r, rows, N: tl.constexpr, HEADS: tl.constexpr,
-                  BM: tl.constexpr):
+def store_numbers(
+    x, b_x, i_start, i_r, rows, N: tl.constexpr, HEADS: tl.constexpr, BM: tl.constexpr
+):
     o_x = row_offsets(i_r, N, HEADS, 1, BM)
-    tl.store(x + (i_start + i_r // HEADS).to(tl.int64) * N + o_x, b_x,
-             mask=i_r + tl.arange(0, BM) < rows)
+    tl.store(
+        x + (i_start + i_r // HEADS).to(tl.int64) * N + o_x, b_x, mask=i_r + tl.arange(0, BM) < rows
+    )
 
 
 @triton.jit
@@ -107,8 +131,18 @@ def segment_of(i_n, P: tl.constexpr, BN: tl.constexpr):
 
 
 @triton.jit
-def load_seen(prefix, x, i_n, end, P: tl.constexpr, PREFIX_STRIDE: tl.constexpr,
-              STRIDE: tl.constexpr, C: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr):
+def load_seen(
+    prefix,
+    x,
+    i_n,
+    end,
+    P: tl.constexpr,
+    PREFIX_STRIDE: tl.constexpr,
+    STRIDE: tl.constexpr,
+    C: tl.constexpr,
+    BN: tl.constexpr,
+    BC: tl.constexpr,
+):
     """Block i_n (see segment_of) of keys or values: the prefix's, or those of the sequence up to
     `end`, each with its stride; zeros behind them."""
     i_x, stride = i_n, STRIDE
@@ -227,9 +261,15 @@ class Prefix(NamedTuple):
     STRIDE: int
 
 
-def prefix_of(q: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None, p: float = 0.0,
-              seed: Tensor | None = None, sequence_ids: Tensor | None = None,
-              with_kept: bool = False) -> Prefix:
+def prefix_of(
+    q: Tensor,
+    prefix_k: Tensor | None,
+    prefix_v: Tensor | None,
+    p: float = 0.0,
+    seed: Tensor | None = None,
+    sequence_ids: Tensor | None = None,
+    with_kept: bool = False,
+) -> Prefix:
     """Rounds the prefix to q's dtype and drops what each sequence drops.
 
     Every tile of queries reads it; drawing there would cost several times the products with it. A
@@ -245,9 +285,20 @@ def prefix_of(q: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None, p: fl
     dropped = q.new_empty(B, 2, count)
     kept = q.new_empty(B, 2, count, dtype=torch.uint8) if with_kept else None
     BE = 1024
-    launch(drop_prefix_kernel, (triton.cdiv(count, BE), B), prefix_k, prefix_v, seed.contiguous(),
-           sequence_ids.contiguous(), dropped, kept, *philox.drop_constants(p),
-           COUNT=count, BE=BE, num_warps=4)
+    launch(
+        drop_prefix_kernel,
+        (triton.cdiv(count, BE), B),
+        prefix_k,
+        prefix_v,
+        seed.contiguous(),
+        sequence_ids.contiguous(),
+        dropped,
+        kept,
+        *philox.drop_constants(p),
+        COUNT=count,
+        BE=BE,
+        num_warps=4,
+    )
     return Prefix(dropped[:, 0], dropped[:, 1], kept, P, 2 * count)
 
 

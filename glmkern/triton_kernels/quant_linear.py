@@ -35,7 +35,7 @@ PROGRAMS = 256
 MIN_BLOCKS = 4
 GROUP = 8
 # What the interpreter, which has no L2 cache, is told.
-L2_BYTES_ELSEWHERE = 4 * 2 ** 20
+L2_BYTES_ELSEWHERE = 4 * 2**20
 # Columns or rows of a slab come in this multiple, the widest tile of a matrix product's.
 SLAB_MULTIPLE = 128
 
@@ -72,8 +72,14 @@ def choose(direction: str, M: int, dtype: torch.dtype, bits: int) -> str:
     return "fused" if M <= limit else "slab"
 
 
-def quant_linear_fwd(x: Tensor, packed: Tensor, scale: Tensor | None, bits: int,
-                     bias: Tensor | None, variant: str | None = None) -> Tensor:
+def quant_linear_fwd(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor | None,
+    bits: int,
+    bias: Tensor | None,
+    variant: str | None = None,
+) -> Tensor:
     """`variant` overrides the choice, for tests and measurements."""
     N, K = _shape(packed, bits)
     y = x.new_empty(*x.shape[:-1], N)
@@ -84,8 +90,9 @@ def quant_linear_fwd(x: Tensor, packed: Tensor, scale: Tensor | None, bits: int,
     return y
 
 
-def quant_linear_bwd(dy: Tensor, packed: Tensor, scale: Tensor | None, bits: int,
-                     variant: str | None = None) -> Tensor:
+def quant_linear_bwd(
+    dy: Tensor, packed: Tensor, scale: Tensor | None, bits: int, variant: str | None = None
+) -> Tensor:
     N, K = _shape(packed, bits)
     dx = dy.new_empty(*dy.shape[:-1], K)
     rows, packed, scale = contiguous(dy.reshape(-1, N), packed, scale)
@@ -99,14 +106,31 @@ def _shape(packed: Tensor, bits: int) -> tuple[int, int]:
     return packed.shape[0], packed.shape[1] * (2 if bits == 4 else 1)
 
 
-def _gemv_fwd(x: Tensor, packed: Tensor, scale: Tensor, bits: int, bias: Tensor | None,
-              y: Tensor) -> None:
+def _gemv_fwd(
+    x: Tensor, packed: Tensor, scale: Tensor, bits: int, bias: Tensor | None, y: Tensor
+) -> None:
     M, words, codes = len(x), *_words(packed, bits)
     N, W = words.shape
     BM = triton.next_power_of_2(M)
     tile = gemv.FWD_TILES[BM]
-    launch(gemv.gemv_fwd_kernel, triton.cdiv(N, tile.rows), x, words, scale, bias, y, M,
-           N=N, W=W, CODES=codes, BITS=bits, BM=BM, BN=tile.rows, BW=tile.words, num_warps=4)
+    launch(
+        gemv.gemv_fwd_kernel,
+        triton.cdiv(N, tile.rows),
+        x,
+        words,
+        scale,
+        bias,
+        y,
+        M,
+        N=N,
+        W=W,
+        CODES=codes,
+        BITS=bits,
+        BM=BM,
+        BN=tile.rows,
+        BW=tile.words,
+        num_warps=4,
+    )
 
 
 def _gemv_bwd(dy: Tensor, packed: Tensor, scale: Tensor, bits: int, dx: Tensor) -> None:
@@ -117,8 +141,24 @@ def _gemv_bwd(dy: Tensor, packed: Tensor, scale: Tensor, bits: int, dx: Tensor) 
     programs = triton.cdiv(W, tile.words)
     blocks, splits = _splits(triton.cdiv(N, tile.rows), programs)
     sums = _split_sums(dx, splits)
-    launch(gemv.gemv_bwd_kernel, (programs, splits), dy, words, scale, sums, M, blocks,
-           N=N, W=W, CODES=codes, BITS=bits, BM=BM, BN=tile.rows, BW=tile.words, num_warps=4)
+    launch(
+        gemv.gemv_bwd_kernel,
+        (programs, splits),
+        dy,
+        words,
+        scale,
+        sums,
+        M,
+        blocks,
+        N=N,
+        W=W,
+        CODES=codes,
+        BITS=bits,
+        BM=BM,
+        BN=tile.rows,
+        BW=tile.words,
+        num_warps=4,
+    )
     _add_splits(sums, None, None, dx)
 
 
@@ -130,17 +170,36 @@ def _words(packed: Tensor, bits: int) -> tuple[Tensor, int]:
     return packed, 8 // bits
 
 
-def _fused_fwd(x: Tensor, packed: Tensor, scale: Tensor, bits: int, bias: Tensor | None,
-               y: Tensor) -> None:
+def _fused_fwd(
+    x: Tensor, packed: Tensor, scale: Tensor, bits: int, bias: Tensor | None, y: Tensor
+) -> None:
     M, N, K = len(x), *_shape(packed, bits)
     half = x.dtype != torch.float32
     tile = _fused_tile(fused.FWD_TILES if half else fused.FWD_TILES_FP32, M, x.device)
     programs = triton.cdiv(M, tile.BM) * triton.cdiv(N, tile.rows)
     blocks, splits = _splits(triton.cdiv(K, 2 * tile.bytes), programs)
     sums = _split_sums(y, splits)
-    launch(fused.fused_fwd_kernel, (programs, splits), x, packed, scale, bias, sums, M, blocks,
-           N=N, K=K, SPLIT=splits > 1, JOINED=tile.joined, GROUP=GROUP, BM=tile.BM, BN=tile.rows,
-           BJ=tile.bytes, num_warps=tile.num_warps, num_stages=tile.num_stages)
+    launch(
+        fused.fused_fwd_kernel,
+        (programs, splits),
+        x,
+        packed,
+        scale,
+        bias,
+        sums,
+        M,
+        blocks,
+        N=N,
+        K=K,
+        SPLIT=splits > 1,
+        JOINED=tile.joined,
+        GROUP=GROUP,
+        BM=tile.BM,
+        BN=tile.rows,
+        BJ=tile.bytes,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
     _add_splits(sums, scale, bias, y)
 
 
@@ -151,17 +210,34 @@ def _fused_bwd(dy: Tensor, packed: Tensor, scale: Tensor, bits: int, dx: Tensor)
     programs = triton.cdiv(M, tile.BM) * triton.cdiv(K, 2 * tile.bytes)
     blocks, splits = _splits(triton.cdiv(N, tile.rows), programs)
     sums = _split_sums(dx, splits)
-    launch(fused.fused_bwd_kernel, (programs, splits), dy, packed, scale, sums, M, blocks,
-           N=N, K=K, JOINED=tile.joined, GROUP=GROUP, BM=tile.BM, BN=tile.rows, BJ=tile.bytes,
-           num_warps=tile.num_warps, num_stages=tile.num_stages)
+    launch(
+        fused.fused_bwd_kernel,
+        (programs, splits),
+        dy,
+        packed,
+        scale,
+        sums,
+        M,
+        blocks,
+        N=N,
+        K=K,
+        JOINED=tile.joined,
+        GROUP=GROUP,
+        BM=tile.BM,
+        BN=tile.rows,
+        BJ=tile.bytes,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
     _add_splits(sums, None, None, dx)
 
 
 def _fused_tile(table: dict, M: int, device: torch.device) -> fused.FusedTile:
     """The tile that takes the least time for M tokens: one takes as long as its tokens and the
     decoding of its weights, which takes as long as 48 tokens."""
-    return min(by_shared_memory(table, device),
-               key=lambda tile: triton.cdiv(M, tile.BM) * (tile.BM + 48))
+    return min(
+        by_shared_memory(table, device), key=lambda tile: triton.cdiv(M, tile.BM) * (tile.BM + 48)
+    )
 
 
 def _splits(blocks: int, programs: int) -> tuple[int, int]:
@@ -183,12 +259,24 @@ def _add_splits(sums: Tensor, scale: Tensor | None, bias: Tensor | None, result:
     if sums is result:
         return
     splits, M, N = sums.shape
-    launch(fused.sum_splits_kernel, triton.cdiv(M * N, 1024), sums, scale, bias, result, M, splits,
-           N=N, BE=1024, num_warps=4)
+    launch(
+        fused.sum_splits_kernel,
+        triton.cdiv(M * N, 1024),
+        sums,
+        scale,
+        bias,
+        result,
+        M,
+        splits,
+        N=N,
+        BE=1024,
+        num_warps=4,
+    )
 
 
-def _slab_fwd(x: Tensor, packed: Tensor, scale: Tensor | None, bits: int, bias: Tensor | None,
-              y: Tensor) -> None:
+def _slab_fwd(
+    x: Tensor, packed: Tensor, scale: Tensor | None, bits: int, bias: Tensor | None, y: Tensor
+) -> None:
     for part, weight in _slabs(packed, scale, bits, x.dtype, 0):
         if bias is None:
             torch.mm(x, weight.T, out=y[:, part])
@@ -201,8 +289,9 @@ def _slab_bwd(dy: Tensor, packed: Tensor, scale: Tensor | None, bits: int, dx: T
         torch.mm(dy, weight, out=dx[:, part])
 
 
-def _slabs(packed: Tensor, scale: Tensor | None, bits: int, dtype: torch.dtype,
-           dim: int) -> Iterator[tuple[slice, Tensor]]:
+def _slabs(
+    packed: Tensor, scale: Tensor | None, bits: int, dtype: torch.dtype, dim: int
+) -> Iterator[tuple[slice, Tensor]]:
     """Slices of the weight's rows (dim 0) or columns (dim 1), and the weight there in `dtype`. The
     next slab overwrites the last one; each depends on no other, so nothing is added up."""
     if packed.dtype == dtype:
@@ -214,11 +303,11 @@ def _slabs(packed: Tensor, scale: Tensor | None, bits: int, dtype: torch.dtype,
     buffer = packed.new_empty(size * across, dtype=dtype)
     for start in range(0, length, size):
         shape[dim] = min(size, length - start)
-        part, weight = slice(start, start + shape[dim]), buffer[:shape[dim] * across].view(shape)
+        part, weight = slice(start, start + shape[dim]), buffer[: shape[dim] * across].view(shape)
         if dim == 0:
             write_weight(packed[part], None if scale is None else scale[part], bits, weight)
         else:
-            write_weight(packed[:, start // pack:part.stop // pack], scale, bits, weight)
+            write_weight(packed[:, start // pack : part.stop // pack], scale, bits, weight)
         yield part, weight
 
 
@@ -245,8 +334,20 @@ def write_weight(packed: Tensor, scale: Tensor | None, bits: int, weight: Tensor
         weight.copy_(packed)
         return
     N, C = packed.shape
-    launch(dequantize_kernel, (triton.cdiv(N, 8), triton.cdiv(C, 256)), packed, scale, weight, N,
-           STRIDE=packed.stride(0), C=C, BITS=bits, BN=8, BC=256, num_warps=4)
+    launch(
+        dequantize_kernel,
+        (triton.cdiv(N, 8), triton.cdiv(C, 256)),
+        packed,
+        scale,
+        weight,
+        N,
+        STRIDE=packed.stride(0),
+        C=C,
+        BITS=bits,
+        BN=8,
+        BC=256,
+        num_warps=4,
+    )
 
 
 _FORWARD = {"gemv": _gemv_fwd, "fused": _fused_fwd, "slab": _slab_fwd}

@@ -38,8 +38,12 @@ FWD_TILES = {
     64: (FusedTile(16, 64, 32, 4, 3), FusedTile(32, 64, 32, 4, 3), FusedTile(64, 128, 32, 4, 3)),
     99: (*_FEW, FusedTile(64, 128, 32, 4, 3)),
     163: (*_FEW, FusedTile(64, 128, 32, 4, 4), FusedTile(128, 128, 32, 8, 4)),
-    227: (FusedTile(16, 64, 64, 4, 4, joined=True), FusedTile(32, 64, 64, 4, 4, joined=True),
-          FusedTile(64, 128, 32, 4, 4, joined=True), FusedTile(128, 128, 32, 8, 3, joined=True)),
+    227: (
+        FusedTile(16, 64, 64, 4, 4, joined=True),
+        FusedTile(32, 64, 64, 4, 4, joined=True),
+        FusedTile(64, 128, 32, 4, 4, joined=True),
+        FusedTile(128, 128, 32, 8, 3, joined=True),
+    ),
 }
 _FEW = (FusedTile(16, 64, 64, 4, 4), FusedTile(32, 32, 64, 4, 4))
 BWD_TILES = {
@@ -47,8 +51,11 @@ BWD_TILES = {
     # With 32 rows Triton 3.6 spills two registers on sm_120.
     99: (*_FEW, FusedTile(64, 16, 128, 4, 4)),
     163: (*_FEW, FusedTile(64, 32, 128, 4, 3)),
-    227: (*_FEW, FusedTile(64, 64, 128, 4, 3, joined=True),
-          FusedTile(128, 64, 128, 8, 3, joined=True)),
+    227: (
+        *_FEW,
+        FusedTile(64, 64, 128, 4, 3, joined=True),
+        FusedTile(128, 64, 128, 8, 3, joined=True),
+    ),
 }
 # float32 has no tensor cores that keep its precision; these tiles serve few tokens.
 FWD_TILES_FP32 = {64: (FusedTile(16, 64, 16, 4, 3), FusedTile(32, 64, 16, 4, 3))}
@@ -198,8 +205,9 @@ def fused_bwd_kernel(
     for i in range(i_s * blocks, tl.minimum((i_s + 1) * blocks, tl.cdiv(N, BN))):
         i_n = i * BN
         m_n = i_n + o_n < N
-        b_packed = load_tile(p_packed + i_n.to(tl.int64) * (K // 2), m_n, o_j, K // 2,
-                             K % (2 * BJ) != 0)
+        b_packed = load_tile(
+            p_packed + i_n.to(tl.int64) * (K // 2), m_n, o_j, K // 2, K % (2 * BJ) != 0
+        )
         b_dy = load_tile(p_dy + i_n, m_m, i_n + o_n, N, MASKED)
         b_scale = tl.load(scale + i_n + o_n, mask=m_n, other=0.0)
         # [BN, BJ]
@@ -227,16 +235,7 @@ def fused_bwd_kernel(
 
 
 @triton.jit(do_not_specialize=["M", "splits"])
-def sum_splits_kernel(
-    partials,
-    scale,
-    bias,
-    y,
-    M,
-    splits,
-    N: tl.constexpr,
-    BE: tl.constexpr,
-):
+def sum_splits_kernel(partials, scale, bias, y, M, splits, N: tl.constexpr, BE: tl.constexpr):
     """y = sum(partials) * scale + bias for partials [splits, M, N]; scale and bias may be None."""
     # [BE]
     o_e = tl.program_id(0).to(tl.int64) * BE + tl.arange(0, BE)

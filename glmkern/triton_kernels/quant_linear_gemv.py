@@ -106,10 +106,12 @@ def gemv_bwd_kernel(
         o_n = (i * BN + tl.arange(0, BN)).to(tl.int64)
         m_n = o_n < N
         # [BN, BW], [BM, BN]
-        b_words = tl.load(words + o_n[:, None] * W + o_w[None, :],
-                          mask=m_n[:, None] & (o_w < W)[None, :], other=0).to(tl.int32)
-        b_dy = tl.load(dy + o_m[:, None] * N + o_n[None, :],
-                       mask=(o_m < M)[:, None] & m_n[None, :], other=0.0).to(tl.float32)
+        b_words = tl.load(
+            words + o_n[:, None] * W + o_w[None, :], mask=m_n[:, None] & (o_w < W)[None, :], other=0
+        ).to(tl.int32)
+        b_dy = tl.load(
+            dy + o_m[:, None] * N + o_n[None, :], mask=(o_m < M)[:, None] & m_n[None, :], other=0.0
+        ).to(tl.float32)
         b_dy *= tl.load(scale + o_n, mask=m_n, other=0.0).to(tl.float32)[None, :]
         # [BN, BW, CODES]
         b_codes = decode_field(b_words[:, :, None] >> o_shift[None, None, :], 0, BITS)

@@ -57,17 +57,7 @@ def load_sum(x, residual, h, o_m, i_h, M, H: tl.constexpr, BH: tl.constexpr):
 
 @triton.jit(do_not_specialize=["M"])
 def rms_norm_fwd_kernel(
-    x,
-    residual,
-    weight,
-    y,
-    h,
-    rstd,
-    M,
-    eps,
-    H: tl.constexpr,
-    BM: tl.constexpr,
-    BH: tl.constexpr,
+    x, residual, weight, y, h, rstd, M, eps, H: tl.constexpr, BM: tl.constexpr, BH: tl.constexpr
 ):
     """y = h * rsqrt(mean(h^2) + eps) * weight, with h = x + residual, or h = x for no residual."""
     LAST: tl.constexpr = (H - 1) // BH * BH
@@ -183,28 +173,45 @@ def rms_norm_fwd(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]
     return y, rstd
 
 
-def add_rms_norm_fwd(x: Tensor, residual: Tensor, weight: Tensor,
-                     eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def add_rms_norm_fwd(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
     x, residual, weight = contiguous(x, residual, weight)
     h = torch.empty_like(x)
     y, rstd = _launch_fwd(x, residual, weight, h, eps)
     return y, h, rstd
 
 
-def _launch_fwd(x: Tensor, residual: Tensor | None, weight: Tensor, h: Tensor,
-                eps: float) -> tuple[Tensor, Tensor]:
+def _launch_fwd(
+    x: Tensor, residual: Tensor | None, weight: Tensor, h: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
     H = x.shape[-1]
     M = x.numel() // H
     y = torch.empty_like(x)
     rstd = x.new_empty(x.shape[:-1], dtype=torch.float32)
     tile = row_tile(H)
-    launch(rms_norm_fwd_kernel, triton.cdiv(M, tile.rows), x, residual, weight, y, h, rstd, M, eps,
-           H=H, BM=tile.rows, BH=tile.columns, num_warps=tile.num_warps)
+    launch(
+        rms_norm_fwd_kernel,
+        triton.cdiv(M, tile.rows),
+        x,
+        residual,
+        weight,
+        y,
+        h,
+        rstd,
+        M,
+        eps,
+        H=H,
+        BM=tile.rows,
+        BH=tile.columns,
+        num_warps=tile.num_warps,
+    )
     return y, rstd
 
 
-def rms_norm_bwd(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, dresidual: Tensor | None,
-                 weight_grad: bool) -> tuple[Tensor, Tensor]:
+def rms_norm_bwd(
+    dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, dresidual: Tensor | None, weight_grad: bool
+) -> tuple[Tensor, Tensor]:
     dy, x, weight, rstd, dresidual = contiguous(dy, x, weight, rstd, dresidual)
     H = x.shape[-1]
     M = x.numel() // H
@@ -216,8 +223,23 @@ def rms_norm_bwd(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, dresidual:
         tiles = triton.cdiv(programs, MAX_PARTIALS)
         programs = triton.cdiv(programs, max(tiles, 1))
         partials = x.new_zeros(programs, H, dtype=torch.float32)
-    launch(rms_norm_bwd_kernel, programs, dy, x, weight, rstd, dresidual, dx, partials, M, tiles,
-           H=H, BM=tile.rows, BH=tile.columns, num_warps=tile.num_warps)
+    launch(
+        rms_norm_bwd_kernel,
+        programs,
+        dy,
+        x,
+        weight,
+        rstd,
+        dresidual,
+        dx,
+        partials,
+        M,
+        tiles,
+        H=H,
+        BM=tile.rows,
+        BH=tile.columns,
+        num_warps=tile.num_warps,
+    )
     if partials is None:
         return dx, x.new_empty(0)
     return dx, partials.sum(0).to(weight.dtype)

@@ -29,8 +29,16 @@ def load_angles(cos_sin, positions, i_t, R: tl.constexpr, BC: tl.constexpr):
 
 
 @triton.jit
-def rotate(b_x, b_cos, b_sin, m_n, R: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
-           INVERSE: tl.constexpr):
+def rotate(
+    b_x,
+    b_cos,
+    b_sin,
+    m_n,
+    R: tl.constexpr,
+    BN: tl.constexpr,
+    BC: tl.constexpr,
+    INVERSE: tl.constexpr,
+):
     """b_x [BN, BC] with the first 2R channels of the heads m_n [BN] rotated, the rest as it is."""
     # [BN, BC / 2]
     b_even, b_odd = tl.split(tl.reshape(b_x, [BN, BC // 2, 2]))
@@ -187,32 +195,78 @@ def _rotated(x: Tensor, cos_sin: Tensor, positions: Tensor, inverse: bool) -> Te
     x, cos_sin, positions = _contiguous_channels(x), *_angles(cos_sin, positions)
     T, N, C = x.shape
     y = x.new_empty(T, N, C)
-    _launch(rope_kernel, (T, N, C), x, cos_sin, positions, y, *x.stride()[:2],
-            N=N, C=C, R=cos_sin.shape[1], INVERSE=inverse)
+    _launch(
+        rope_kernel,
+        (T, N, C),
+        x,
+        cos_sin,
+        positions,
+        y,
+        *x.stride()[:2],
+        N=N,
+        C=C,
+        R=cos_sin.shape[1],
+        INVERSE=inverse,
+    )
     return y
 
 
-def qkv_rope_fwd(qkv: Tensor, bias: Tensor | None, cos_sin: Tensor, positions: Tensor, heads: int,
-                 groups: int, interleaved: bool) -> tuple[Tensor, Tensor, Tensor]:
+def qkv_rope_fwd(
+    qkv: Tensor,
+    bias: Tensor | None,
+    cos_sin: Tensor,
+    positions: Tensor,
+    heads: int,
+    groups: int,
+    interleaved: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     qkv, cos_sin, positions = _contiguous_channels(qkv), *_angles(cos_sin, positions)
-    bias, = contiguous(bias)
+    (bias,) = contiguous(bias)
     T, in_row = qkv.shape[0], heads + 2 * groups
     C = qkv.shape[1] // in_row
     q, k, v = (qkv.new_empty(T, n, C) for n in (heads, groups, groups))
-    _launch(qkv_rope_fwd_kernel, (T, in_row, C), qkv, bias, cos_sin, positions, q, k, v,
-            qkv.stride(0), N=heads, G=groups, C=C, R=cos_sin.shape[1], INTERLEAVED=interleaved)
+    _launch(
+        qkv_rope_fwd_kernel,
+        (T, in_row, C),
+        qkv,
+        bias,
+        cos_sin,
+        positions,
+        q,
+        k,
+        v,
+        qkv.stride(0),
+        N=heads,
+        G=groups,
+        C=C,
+        R=cos_sin.shape[1],
+        INTERLEAVED=interleaved,
+    )
     return q, k, v
 
 
-def qkv_rope_bwd(dq: Tensor, dk: Tensor, dv: Tensor, cos_sin: Tensor, positions: Tensor,
-                 interleaved: bool) -> Tensor:
+def qkv_rope_bwd(
+    dq: Tensor, dk: Tensor, dv: Tensor, cos_sin: Tensor, positions: Tensor, interleaved: bool
+) -> Tensor:
     parts = [_contiguous_channels(x) for x in (dq, dk, dv)]
     cos_sin, positions = _angles(cos_sin, positions)
     (T, N, C), G = dq.shape, dk.shape[1]
     dqkv = dq.new_empty(T, (N + 2 * G) * C)
     strides = [stride for x in parts for stride in x.stride()[:2]]
-    _launch(qkv_rope_bwd_kernel, (T, N + 2 * G, C), *parts, cos_sin, positions, dqkv, *strides,
-            N=N, G=G, C=C, R=cos_sin.shape[1], INTERLEAVED=interleaved)
+    _launch(
+        qkv_rope_bwd_kernel,
+        (T, N + 2 * G, C),
+        *parts,
+        cos_sin,
+        positions,
+        dqkv,
+        *strides,
+        N=N,
+        G=G,
+        C=C,
+        R=cos_sin.shape[1],
+        INTERLEAVED=interleaved,
+    )
     return dqkv
 
 

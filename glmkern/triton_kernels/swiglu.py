@@ -70,5 +70,13 @@ def swiglu_bwd(dy: Tensor, x: Tensor) -> Tensor:
 def _launch(kernel: triton.JITFunction, shape: torch.Size, *tensors: Tensor) -> None:
     M, F = shape[:-1].numel(), shape[-1]
     tile = row_tile(min(F, MAX_COLUMNS))
-    launch(kernel, (triton.cdiv(M, tile.rows), triton.cdiv(F, tile.columns)), *tensors, M,
-           F=F, BM=tile.rows, BF=tile.columns, num_warps=tile.num_warps)
+    launch(
+        kernel,
+        (triton.cdiv(M, tile.rows), triton.cdiv(F, tile.columns)),
+        *tensors,
+        M,
+        F=F,
+        BM=tile.rows,
+        BF=tile.columns,
+        num_warps=tile.num_warps,
+    )

@@ -37,8 +37,11 @@ def run(argv: Sequence[str]) -> int:
 
     tokenizer = ChatGLMTokenizer.from_pretrained(args.model_name_or_path)
     model = ChatGLM.from_pretrained(
-        args.model_name_or_path, quantization_bit=args.quantization_bit,
-        output_layer_bit=args.output_layer_bit, offload_embedding=args.offload_embedding).eval()
+        args.model_name_or_path,
+        quantization_bit=args.quantization_bit,
+        output_layer_bit=args.output_layer_bit,
+        offload_embedding=args.offload_embedding,
+    ).eval()
     model.use_prefix(None)
     for name, path in prefixes.items():
         model.load_prefix(path, name)
@@ -50,8 +53,12 @@ def run(argv: Sequence[str]) -> int:
             stream.reconfigure(errors=errors)
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 (input() then edits and remembers lines)
-    options = {"max_length": args.max_length, "do_sample": not args.greedy, "top_p": args.top_p,
-               "temperature": args.temperature}
+    options = {
+        "max_length": args.max_length,
+        "do_sample": not args.greedy,
+        "top_p": args.top_p,
+        "temperature": args.temperature,
+    }
     Conversation(model, tokenizer, list(prefixes), options).run()
     return 0
 
@@ -59,8 +66,13 @@ def run(argv: Sequence[str]) -> int:
 class Conversation:
     """The rounds so far, and the cache that has read them, as long as it has."""
 
-    def __init__(self, model: "ChatGLM", tokenizer: "ChatGLMTokenizer", prefixes: list[str],
-                 options: dict[str, Any]):
+    def __init__(
+        self,
+        model: "ChatGLM",
+        tokenizer: "ChatGLMTokenizer",
+        prefixes: list[str],
+        options: dict[str, Any],
+    ):
         self.model, self.tokenizer, self.prefixes = model, tokenizer, prefixes
         self.options = options
         self.clear()
@@ -104,14 +116,23 @@ class Conversation:
                 print(error)
                 return
             self.past = None
-        print(" ".join(f"[{each}]" if each == (self.model.prefix_name or NONE) else each
-                       for each in (*self.prefixes, NONE)))
+        print(
+            " ".join(
+                f"[{each}]" if each == (self.model.prefix_name or NONE) else each
+                for each in (*self.prefixes, NONE)
+            )
+        )
 
     def reply(self, query: str) -> None:
         """Prints the reply as it grows. Ctrl-C stops it; what was printed by then is the reply."""
-        steps = self.model.stream_chat(self.tokenizer, query, self.history,
-                                       past_key_values=self.past, return_past_key_values=True,
-                                       **self.options)
+        steps = self.model.stream_chat(
+            self.tokenizer,
+            query,
+            self.history,
+            past_key_values=self.past,
+            return_past_key_values=True,
+            **self.options,
+        )
         self.past, printed = None, 0
         print("\nChatGLM：", end="", flush=True)
         try:
@@ -132,27 +153,45 @@ def _parser() -> argparse.ArgumentParser:
         prog="glmkern chat",
         description="Talk to a base, with one trained prefix or several to switch between.",
     )
-    parser.add_argument("--model_name_or_path", required=True,
-                        help="folder, or cached name, of the base")
-    parser.add_argument("--ptuning_checkpoint", metavar="DIR",
-                        help="a trained prefix; its length is read from it")
-    parser.add_argument("--prefix", metavar="NAME=DIR", action="append", default=[],
-                        help="a trained prefix under a name; as many as you like, the first one is "
-                        "in use")
-    parser.add_argument("--pre_seq_len", type=int,
-                        help="only checked against the length of the prefix in use")
-    parser.add_argument("--quantization_bit", type=int, choices=(4, 8),
-                        help="quantise the base's linears as it is read")
-    parser.add_argument("--output_layer_bit", type=int, choices=(8,),
-                        help="quantise the output layer too")
-    parser.add_argument("--offload_embedding", action="store_true",
-                        help="keep the embedding in host memory")
-    parser.add_argument("--max_length", type=int, default=8192,
-                        help="most tokens of the whole conversation (default: %(default)s)")
+    parser.add_argument(
+        "--model_name_or_path", required=True, help="folder, or cached name, of the base"
+    )
+    parser.add_argument(
+        "--ptuning_checkpoint", metavar="DIR", help="a trained prefix; its length is read from it"
+    )
+    parser.add_argument(
+        "--prefix",
+        metavar="NAME=DIR",
+        action="append",
+        default=[],
+        help="a trained prefix under a name; as many as you like, the first one is in use",
+    )
+    parser.add_argument(
+        "--pre_seq_len", type=int, help="only checked against the length of the prefix in use"
+    )
+    parser.add_argument(
+        "--quantization_bit",
+        type=int,
+        choices=(4, 8),
+        help="quantise the base's linears as it is read",
+    )
+    parser.add_argument(
+        "--output_layer_bit", type=int, choices=(8,), help="quantise the output layer too"
+    )
+    parser.add_argument(
+        "--offload_embedding", action="store_true", help="keep the embedding in host memory"
+    )
+    parser.add_argument(
+        "--max_length",
+        type=int,
+        default=8192,
+        help="most tokens of the whole conversation (default: %(default)s)",
+    )
     parser.add_argument("--top_p", type=float, default=0.8, help="default: %(default)s")
     parser.add_argument("--temperature", type=float, default=0.8, help="default: %(default)s")
-    parser.add_argument("--greedy", action="store_true",
-                        help="always the likeliest token, instead of drawing")
+    parser.add_argument(
+        "--greedy", action="store_true", help="always the likeliest token, instead of drawing"
+    )
     return parser
 
 
@@ -181,5 +220,7 @@ def _is_text(line: str) -> bool:
 def _check_length(model: "ChatGLM", pre_seq_len: int | None) -> None:
     length = model.config.pre_seq_len
     if pre_seq_len not in (None, length):
-        raise InputError(f"the prefix {model.prefix_name!r} holds {length} virtual tokens, not "
-                         f"{pre_seq_len}; --pre_seq_len can be left out")
+        raise InputError(
+            f"the prefix {model.prefix_name!r} holds {length} virtual tokens, not "
+            f"{pre_seq_len}; --pre_seq_len can be left out"
+        )

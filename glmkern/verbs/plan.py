@@ -31,8 +31,11 @@ def run(argv: Sequence[str]) -> int:
         " taken to be as long as the flags allow.",
         allow_abbrev=False,
     )
-    parser.add_argument("--gpu", metavar="NAME", help="plan for this GPU, not for this machine; a"
-                        " wrong name lists the known ones")
+    parser.add_argument(
+        "--gpu",
+        metavar="NAME",
+        help="plan for this GPU, not for this machine; a wrong name lists the known ones",
+    )
     try:
         own, flags = parser.parse_known_args(argv)
     except SystemExit as ended:
@@ -66,8 +69,11 @@ def plan(arguments: Arguments, gpu: str | None = None) -> list[str]:
         check_bits(folder, config, arguments.model.quantization_bit)
     arguments = take_prefix_from_checkpoint(arguments, config)
     precision = Precision.of(config, dtype, device, arguments.model.rope_precision)
-    machine = named_gpu(gpu, precision.activations) if gpu else this_machine(
-        str(device), precision.activations)
+    machine = (
+        named_gpu(gpu, precision.activations)
+        if gpu
+        else this_machine(str(device), precision.activations)
+    )
     rows, lines = _rows(arguments, folder, config)
     try:
         job = Job.of(arguments, config, precision, rows)
@@ -82,15 +88,18 @@ def _as_a_run(arguments: Arguments) -> Arguments:
     """The flags with stand-ins for those that only a run needs, to be checked like a run's."""
     data = arguments.data
     if data.train_file is None:
-        data = replace(data, **{name: getattr(data, name) or value
-                                for name, value in STAND_INS.items()})
-    training = replace(arguments.training, do_train=True,
-                       output_dir=arguments.training.output_dir or "out")
+        data = replace(
+            data, **{name: getattr(data, name) or value for name, value in STAND_INS.items()}
+        )
+    training = replace(
+        arguments.training, do_train=True, output_dir=arguments.training.output_dir or "out"
+    )
     return arguments._replace(data=data, training=training)
 
 
-def _rows(arguments: Arguments, folder: Path,
-          config: ChatGLMConfig) -> tuple[Sequence[Row] | None, list[str]]:
+def _rows(
+    arguments: Arguments, folder: Path, config: ChatGLMConfig
+) -> tuple[Sequence[Row] | None, list[str]]:
     """The rows of --train_file, or None, and the lines that describe them."""
     from glmkern.tokenizer import ChatGLMTokenizer
     from glmkern.training.run import check_vocabulary

@@ -22,8 +22,14 @@ def small_tasks(monkeypatch):
 
 def test_equal_work_and_its_amount(model):
     works = {(work.name, work.implementation): work for work in bench_generate.works(model)}
-    assert set(works) == {("predict", OURS), ("predict", PEER), ("decode", OURS), ("decode", PEER),
-                          ("decode", f"{OURS}, float16 weights"), ("decode", f"{OURS}, 4 bits")}
+    assert set(works) == {
+        ("predict", OURS),
+        ("predict", PEER),
+        ("decode", OURS),
+        ("decode", PEER),
+        ("decode", f"{OURS}, float16 weights"),
+        ("decode", f"{OURS}, 4 bits"),
+    }
     # The matrices of the layers and the output layer, and what else a pass reads: norms and biases.
     matrices = 3 * (50 * (64 + 2 * 32) + 64 * 50 + 3 * 50 * 38) + 151 * 50
     others = 3 * (2 * 50 + 128) + 50

@@ -15,8 +15,10 @@ from tests.conftest import REPOSITORY
 
 
 def test_says_so_without_a_gpu(capsys, tmp_path):
-    with (mock.patch.object(torch.cuda, "is_available", lambda: False),
-          mock.patch.object(sys, "argv", ["gpu", "--out", str(tmp_path / "out")])):
+    with (
+        mock.patch.object(torch.cuda, "is_available", lambda: False),
+        mock.patch.object(sys, "argv", ["gpu", "--out", str(tmp_path / "out")]),
+    ):
         assert gpu.main() == 2
     assert capsys.readouterr().err == "make gpu needs a GPU: torch sees no GPU\n"
     assert not (tmp_path / "out").exists()
@@ -46,9 +48,15 @@ while True:
 """
 
 
-@pytest.mark.parametrize(("program", "seconds", "outcome"), [
-    ("print('hello')", 60, "passed"), ("print('hello'); raise SystemExit(3)", 60, "failed with 3"),
-    (SLEEPING_CHILD, 2, "stopped after 2 s"), ("print('never')", 0, "no time was left")])
+@pytest.mark.parametrize(
+    ("program", "seconds", "outcome"),
+    [
+        ("print('hello')", 60, "passed"),
+        ("print('hello'); raise SystemExit(3)", 60, "failed with 3"),
+        (SLEEPING_CHILD, 2, "stopped after 2 s"),
+        ("print('never')", 0, "no time was left"),
+    ],
+)
 def test_a_step(program, seconds, outcome):
     """One that is stopped hears of it first, and takes what it started along."""
     log = io.StringIO()
@@ -71,23 +79,35 @@ def test_half_a_file(tmp_path):
 
 def test_the_three_files(tmp_path, request):
     """With a step that leaves a benchmark's rows, and hears interrupts although we do not."""
-    row = dict(name="copy", implementation="triton", shape="1 x 2", dtype="float32", median_ms=0.5,
-               fastest_ms=0.4, gb_per_s=10.0, fraction=0.9, vs_peer=None)
+    row = dict(
+        name="copy",
+        implementation="triton",
+        shape="1 x 2",
+        dtype="float32",
+        median_ms=0.5,
+        fastest_ms=0.4,
+        gb_per_s=10.0,
+        fraction=0.9,
+        vs_peer=None,
+    )
     run = {"cuda": {"machine": {"gpu": "a chip"}, "rounds": 3, "rows": [row]}, "cpu": None}
 
     def steps(folder: Path):
-        write = "import signal; assert signal.getsignal(signal.SIGINT) is not signal.SIG_IGN;" \
+        write = (
+            "import signal; assert signal.getsignal(signal.SIGINT) is not signal.SIG_IGN;"
             f"open({str(folder / 'rms_norm.json')!r}, 'w').write({json.dumps(run)!r})"
+        )
         yield gpu.Step("bench rms_norm", [sys.executable, "-c", write], 60)
         yield gpu.Step("not asked for", [sys.executable, "-c", "raise SystemExit(1)"], 60)
 
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
-    with (mock.patch.object(gpu, "why_no_gpu", lambda: None),
-          mock.patch.object(gpu, "steps", steps),
-          mock.patch("bench.roofline.machine", lambda device: {"gpu": "a chip"}),
-          mock.patch.object(sys, "argv", ["gpu", "--out", str(tmp_path), "--only",
-                                          "bench rms_norm"])):
+    with (
+        mock.patch.object(gpu, "why_no_gpu", lambda: None),
+        mock.patch.object(gpu, "steps", steps),
+        mock.patch("bench.roofline.machine", lambda device: {"gpu": "a chip"}),
+        mock.patch.object(sys, "argv", ["gpu", "--out", str(tmp_path), "--only", "bench rms_norm"]),
+    ):
         assert gpu.main() == 0
     assert {path.name for path in tmp_path.iterdir()} == {"gpu.json", "gpu.md", "gpu.log"}
     report = json.loads((tmp_path / "gpu.json").read_text())

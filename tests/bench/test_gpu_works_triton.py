@@ -20,8 +20,9 @@ SMALL = {
     "bias_dropout": dict(COPY_SHAPE=(5, 32), COPIES=1),
     "rope": dict(TOKENS=5, N=4, G=2),
     "swiglu": dict(SHAPE=(5, 24)),
-    "prefix_attention": dict(HEADS=4, GROUPS=2, CHANNELS=16, PREFIX=3, LENGTHS=(9,),
-                             CACHES=((3, 7),)),
+    "prefix_attention": dict(
+        HEADS=4, GROUPS=2, CHANNELS=16, PREFIX=3, LENGTHS=(9,), CACHES=((3, 7),)
+    ),
     "linear_cross_entropy": dict(SEQUENCES=2, TOKENS=9, LABELLED=5, HIDDEN=12, VOCABULARY=31),
 }
 BY_DEVICE = {"COPY_SHAPE", "COPIES", "SHAPE", "LENGTHS", "CACHES", "SEQUENCES"}
@@ -50,8 +51,9 @@ def check_equal_work(works: list[Work], ours: str) -> None:
         expected = next(result for work, result in zip(group, results, strict=True) if work.peer)
         for work, result in zip(group, results, strict=True):
             for tensor in expected:
-                assert any(same(tensor, mine, work.dtype) for mine in result), \
+                assert any(same(tensor, mine, work.dtype) for mine in result), (
                     f"{name}: {work.implementation} gives another result than its peer"
+                )
 
 
 def tensors_of(result) -> list[torch.Tensor]:
@@ -59,8 +61,10 @@ def tensors_of(result) -> list[torch.Tensor]:
 
 
 def same(expected: torch.Tensor, result: torch.Tensor, dtype: torch.dtype) -> bool:
-    return expected.shape == result.shape and \
-        relative_error(result.float(), expected.float()) < TOLERANCE[dtype]
+    return (
+        expected.shape == result.shape
+        and relative_error(result.float(), expected.float()) < TOLERANCE[dtype]
+    )
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -77,7 +81,12 @@ def test_quant_linear_equal_work(dtype, device, monkeypatch):
     works = bench_quant_linear.gpu_works(dtype, device)
     check_equal_work(works, "chosen")
     assert {work.implementation.split(",")[0] for work in works} == {
-        "triton gemv", "triton fused", "triton slab", "dequantise + torch", "torch"}
+        "triton gemv",
+        "triton fused",
+        "triton slab",
+        "dequantise + torch",
+        "torch",
+    }
 
 
 def test_probes(device, monkeypatch):

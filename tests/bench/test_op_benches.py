@@ -10,15 +10,18 @@ from tests.model.oracles import relative_error
 
 @pytest.fixture
 def small_attention(monkeypatch):
-    for name, value in dict(HEADS=4, GROUPS=2, CHANNELS=8, PREFIX=3, LENGTHS={"cpu": (5,)},
-                            CACHES={"cpu": ((3, 7),)}).items():
+    for name, value in dict(
+        HEADS=4, GROUPS=2, CHANNELS=8, PREFIX=3, LENGTHS={"cpu": (5,)}, CACHES={"cpu": ((3, 7),)}
+    ).items():
         monkeypatch.setattr(bench_prefix_attention, name, value)
 
 
 def test_attention_peers_do_the_same(small_attention):
     works = bench_prefix_attention.works("cpu")
-    assert {work.implementation for work in works if work.peer} == {"sdpa, expanded",
-                                                                    "sdpa, enable_gqa"}
+    assert {work.implementation for work in works if work.peer} == {
+        "sdpa, expanded",
+        "sdpa, enable_gqa",
+    }
     for name, group in itertools.groupby(sorted(works, key=lambda w: w.name), lambda w: w.name):
         results = [work.call() for work in group]
         if "bwd" not in name:  # ours gives the log-sum-exp too
@@ -38,8 +41,8 @@ def test_cross_entropy_peer_does_the_same(monkeypatch):
     for name, value in dict(TOKENS=9, LABELLED=5, HIDDEN=12, VOCABULARY=31).items():
         monkeypatch.setattr(bench_linear_cross_entropy, name, value)
     works = bench_linear_cross_entropy.works("cpu")
-    peer, = (work.call() for work in works if work.peer and work.name.endswith(" loss"))
-    gradient, = next(work.call() for work in works if work.peer and "gradient" in work.name)
+    (peer,) = (work.call() for work in works if work.peer and work.name.endswith(" loss"))
+    (gradient,) = next(work.call() for work in works if work.peer and "gradient" in work.name)
     for work in works:
         if not work.peer:
             loss, dhidden = work.call()
@@ -49,12 +52,17 @@ def test_cross_entropy_peer_does_the_same(monkeypatch):
 
 
 def test_quant_linear_table(monkeypatch):
-    monkeypatch.setattr(bench_quant_linear, "COPIES_BYTES", 2 ** 16)
+    monkeypatch.setattr(bench_quant_linear, "COPIES_BYTES", 2**16)
     rows = bench_quant_linear.measure_shape(64, 128, tokens=(1, 5), rounds=1)
-    assert [(row.direction, row.M) for row in rows] == [("fwd", 1), ("bwd", 1), ("fwd", 5),
-                                                        ("bwd", 5)]
+    assert [(row.direction, row.M) for row in rows] == [
+        ("fwd", 1),
+        ("bwd", 1),
+        ("fwd", 5),
+        ("bwd", 5),
+    ]
     assert all((row.of_read is None) == (row.M > 1) for row in rows)
     assert all(row.vs_bf16 is None for row in rows if row.direction == "bwd")
-    table = bench_quant_linear.as_markdown({"machine": {"cpu": "x"}, "rounds": 1,
-                                            "rows": [vars(row) for row in rows]})
+    table = bench_quant_linear.as_markdown(
+        {"machine": {"cpu": "x"}, "rounds": 1, "rows": [vars(row) for row in rows]}
+    )
     assert table.count("\n| fwd |") == table.count("\n| bwd |") == 2

@@ -45,8 +45,11 @@ def test_products_of_each_scheme(model):
     layers = len(model.transformer.encoder.layers)
     steps = bench_step.make_steps(model, LENGTHS, (bench_step.DEQUANTISED, OFFICIAL))
     dense, made = bench_step.DequantizedLinear.dense, []
-    with mock.patch.object(bench_step.DequantizedLinear, "dense",
-                           lambda self, dtype: made.append(self) or dense(self, dtype)):
+    with mock.patch.object(
+        bench_step.DequantizedLinear,
+        "dense",
+        lambda self, dtype: made.append(self) or dense(self, dtype),
+    ):
         steps[bench_step.DEQUANTISED].run()
         assert len(made) == (4 + 4) * layers - 1
         made.clear()
@@ -57,7 +60,7 @@ def test_products_of_each_scheme(model):
 
 
 def test_padding(model):
-    row, = bench_step.make_rows(((2, 3),), vocabulary=50)
+    (row,) = bench_step.make_rows(((2, 3),), vocabulary=50)
     padded = bench_step.padded_row(row)
     assert len(padded.input_ids) == len(padded.labels) == 193
     assert padded.labels[:5] == row.labels
@@ -65,7 +68,9 @@ def test_padding(model):
 
 
 def test_says_so_without_a_gpu():
-    with (mock.patch.object(torch.cuda, "is_available", lambda: False),
-          mock.patch("sys.argv", ["bench_step"]),
-          pytest.raises(SystemExit, match="needs a GPU, and torch sees none")):
+    with (
+        mock.patch.object(torch.cuda, "is_available", lambda: False),
+        mock.patch("sys.argv", ["bench_step"]),
+        pytest.raises(SystemExit, match="needs a GPU, and torch sees none"),
+    ):
         bench_step.main()

@@ -9,8 +9,14 @@ from tests.model.oracles import SMALL, small_model
 
 POSITIONS = 300
 TALKATIVE: dict[str, Any] = SMALL | dict(
-    padded_vocab_size=65024, seq_length=POSITIONS, eos_token_id=2, pad_token_id=0, hidden_size=20,
-    ffn_hidden_size=30, num_layers=2)
+    padded_vocab_size=65024,
+    seq_length=POSITIONS,
+    eos_token_id=2,
+    pad_token_id=0,
+    hidden_size=20,
+    ffn_hidden_size=30,
+    num_layers=2,
+)
 HISTORY = [("你好", "你好👋"), ("1+1", "2")]
 
 

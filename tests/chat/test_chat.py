@@ -11,6 +11,7 @@ from tests.generation.oracles import Recorder, glm_twin
 
 # chat
 
+
 def test_chat_draws_what_transformers_draws(tokenizer):
     """The official defaults: top_p 0.8, temperature 0.8, top_k 50, under the same seed."""
     model = chat_model(pre_seq_len=None)
@@ -19,19 +20,27 @@ def test_chat_draws_what_transformers_draws(tokenizer):
     torch.manual_seed(8)
     response, history = model.chat(tokenizer, "晚上睡不着应该怎么办", HISTORY, max_length=120)
     torch.manual_seed(8)
-    ids = twin.generate(prompt, attention_mask=torch.ones_like(prompt), max_length=120,
-                        do_sample=True, top_p=0.8, temperature=0.8, top_k=50, pad_token_id=0)
-    assert response == tokenizer.decode(ids[0, prompt.shape[1]:].tolist()).strip() != ""
+    ids = twin.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_length=120,
+        do_sample=True,
+        top_p=0.8,
+        temperature=0.8,
+        top_k=50,
+        pad_token_id=0,
+    )
+    assert response == tokenizer.decode(ids[0, prompt.shape[1] :].tolist()).strip() != ""
     assert history == [*HISTORY, ("晚上睡不着应该怎么办", response)]
     assert len(HISTORY) == 2
 
 
 def test_chat_passes_its_options_on(model, tokenizer):
     prompt = torch.tensor([tokenizer.build_inputs("你好")])
-    greedy = model.generate(prompt, max_length=80)[0, prompt.shape[1]:].tolist()
+    greedy = model.generate(prompt, max_length=80)[0, prompt.shape[1] :].tolist()
     reply, _ = model.chat(tokenizer, "你好", max_length=80, do_sample=False)
     assert reply == process_response(tokenizer.decode(greedy))
-    beams = model.generate(prompt, max_length=80, num_beams=3)[0, prompt.shape[1]:].tolist()
+    beams = model.generate(prompt, max_length=80, num_beams=3)[0, prompt.shape[1] :].tolist()
     reply, _ = model.chat(tokenizer, "你好", max_length=80, do_sample=False, num_beams=3)
     assert reply == process_response(tokenizer.decode(beams))
     recorder = Recorder()
@@ -59,13 +68,16 @@ def test_invalid_scores_say_token_5(tokenizer, bad):
     assert response == tokenizer.decode([5] * 4).strip()
 
 
-@pytest.mark.parametrize(("text", "expected"), [
-    ("  我是\n", "我是"), ("截至[[训练时间]]，[[训练时间]]", "截至2023年，2023年"), ("", "")])
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("  我是\n", "我是"), ("截至[[训练时间]]，[[训练时间]]", "截至2023年，2023年"), ("", "")],
+)
 def test_process_response(text, expected):
     assert process_response(text) == expected
 
 
 # stream_chat
+
 
 def test_a_stream_grows_to_what_chat_says(model, tokenizer):
     whole, history = model.chat(tokenizer, "你好", HISTORY, max_length=250, do_sample=False)
@@ -86,8 +98,9 @@ def test_a_character_of_several_tokens_is_shown_when_it_is_whole(model, tokenize
         tokens.append(next(said))
         return torch.full_like(scores, -1e4).index_fill(1, torch.tensor(tokens[-1:]), 0.0)
 
-    responses = [response for response, _ in model.stream_chat(
-        tokenizer, "你好", logits_processor=[say])]
+    responses = [
+        response for response, _ in model.stream_chat(tokenizer, "你好", logits_processor=[say])
+    ]
     assert responses == ["啊", "啊👋", "啊👋"]  # the last step is the end token
     assert len(tokens) > 3 + 1
 
@@ -100,11 +113,12 @@ def test_a_conversation_on_its_cache(model, tokenizer):
     first = model.generate(torch.tensor([prompt]), max_length=60)[0].tolist()
     assert past.lens.tolist() == [len(first) - 1]
     options["max_length"] = 120
-    *_, (second, both, again) = model.stream_chat(tokenizer, "再见", history,
-                                                  past_key_values=past, **options)
+    *_, (second, both, again) = model.stream_chat(
+        tokenizer, "再见", history, past_key_values=past, **options
+    )
     assert again is past
     read = torch.tensor([first[:-1] + tokenizer.build_stream_inputs("再见", history)])
-    ids = model.generate(read, max_length=120)[0, read.shape[1]:].tolist()
+    ids = model.generate(read, max_length=120)[0, read.shape[1] :].tolist()
     assert second == process_response(tokenizer.decode(ids))
     assert both == [("你好", reply), ("再见", second)]
     with pytest.raises(ValueError, match="the conversation has .* no room for a reply within 120"):
@@ -117,11 +131,13 @@ def test_without_a_cache_the_whole_history_is_read(model, tokenizer):
     whole, _ = model.chat(tokenizer, "你好", HISTORY, **options)
     for past in (None, KeyValueCache(model)):
         *_, (response, _, _) = model.stream_chat(
-            tokenizer, "你好", HISTORY, past, return_past_key_values=True, **options)
+            tokenizer, "你好", HISTORY, past, return_past_key_values=True, **options
+        )
         assert response == whole
 
 
 # ChatGLM3
+
 
 class Roles(ChatGLMTokenizer):
     """ChatGLM3's prompt, written down from its layout: a role's id, its first line and its content,
@@ -163,8 +179,11 @@ def test_messages_of_roles(model, roles):
     say = saying(roles, ("\n 你好\n[[训练时间]]", "<|user|>"))
     response, said = model.chat(roles, "你好", history, logits_processor=[say])
     assert response == "你好\n2023年"
-    assert said == [*history, {"role": "user", "content": "你好"},
-                    {"role": "assistant", "metadata": "", "content": response}]
+    assert said == [
+        *history,
+        {"role": "user", "content": "你好"},
+        {"role": "assistant", "metadata": "", "content": response},
+    ]
     assert len(history) == 1
     say = saying(roles, ("\n 看", "<|assistant|>"), ("weather\n tool(city)", "<|observation|>"))
     response, said = model.chat(roles, "天气", said, logits_processor=[say])
@@ -185,13 +204,14 @@ def test_roles_on_their_cache(model, roles):
     options = dict(return_past_key_values=True, do_sample=False)
     spoken = "\n 我", "<|user|>"
     *_, (first, said, past) = model.stream_chat(
-        roles, "你好", logits_processor=[saying(roles, spoken)], **options)
+        roles, "你好", logits_processor=[saying(roles, spoken)], **options
+    )
     assert first == "我"
     read = roles.build_chat_input("你好") + roles.encode(spoken[0], add_special_tokens=False)
     assert past.lens.tolist() == [len(read)]  # the end token is read by nobody
     *_, (second, _, _) = model.stream_chat(roles, "再见", said, past, max_length=200, **options)
     read += roles.build_chat_input("再见")[2:]
     ids = model.generate(torch.tensor([read]), max_length=200, eos_token_id=roles.stop_token_ids)
-    ids = [token for token in ids[0, len(read):].tolist() if token not in roles.stop_token_ids]
+    ids = [token for token in ids[0, len(read) :].tolist() if token not in roles.stop_token_ids]
     # A first line is metadata, which the reply is without.
     assert second == process_response(roles.decode(ids).partition("\n")[2] or roles.decode(ids))

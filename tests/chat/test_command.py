@@ -47,6 +47,7 @@ class Spoken:
 @pytest.fixture
 def talk(model, tokenizer, monkeypatch, capsys):
     """Runs a conversation; returns it and what was printed behind the banner."""
+
     def run(*lines, prefixes=(), tokenizer=tokenizer, **options):
         options = dict(max_length=250, do_sample=False) | options
         conversation = verb.Conversation(model, tokenizer, list(prefixes), options)
@@ -69,19 +70,27 @@ def test_rounds_clear_and_stop(talk, model, tokenizer):
     conversation, printed = talk("你好", "再见", EOFError())
     assert [said for said, _ in conversation.history] == ["你好", "再见"]
     *_, (second, _, _) = model.stream_chat(
-        tokenizer, "再见", conversation.history[:1], past_of(model, tokenizer, "你好"),
-        return_past_key_values=True, max_length=250, do_sample=False)
+        tokenizer,
+        "再见",
+        conversation.history[:1],
+        past_of(model, tokenizer, "你好"),
+        return_past_key_values=True,
+        max_length=250,
+        do_sample=False,
+    )
     assert conversation.history[1][1] == second and second in printed
 
 
 def past_of(model, tokenizer, query):
-    *_, (_, _, past) = model.stream_chat(tokenizer, query, max_length=250, do_sample=False,
-                                         return_past_key_values=True)
+    *_, (_, _, past) = model.stream_chat(
+        tokenizer, query, max_length=250, do_sample=False, return_past_key_values=True
+    )
     return past
 
 
 def test_interrupts(talk, model, tokenizer):
     """Ctrl-C within a reply keeps what was printed and goes on; at the prompt it leaves."""
+
     class Interrupting(ChatGLMTokenizer):
         calls = 0
 
@@ -110,8 +119,16 @@ def test_what_is_no_text_and_what_has_no_room(talk):
 def test_switching_prefixes(talk, model, tokenizer, base):
     model.load_prefix(base / "law", "law")
     try:
-        conversation, printed = talk("/prefix", "你好", "/prefix law", "再见", "/prefix none",
-                                     "/prefix tax", "stop", prefixes=["default", "law"])
+        conversation, printed = talk(
+            "/prefix",
+            "你好",
+            "/prefix law",
+            "再见",
+            "/prefix none",
+            "/prefix tax",
+            "stop",
+            prefixes=["default", "law"],
+        )
         model.use_prefix("law")
         second = reply_to(model, tokenizer, "再见", conversation.history[:1])
     finally:
@@ -121,16 +138,30 @@ def test_switching_prefixes(talk, model, tokenizer, base):
     assert printed == (
         f"{verb.PREFIXES}\n[default] law none\n\nChatGLM：{first}\ndefault [law] none\n"
         f"\nChatGLM：{second}\ndefault law [none]\n"
-        "there is no prefix 'tax'; loaded: default, law\n")
+        "there is no prefix 'tax'; loaded: default, law\n"
+    )
 
 
 def test_the_command_reads_a_pipe(base, model, tokenizer):
-    command = [sys.executable, "-m", "glmkern", "chat", "--model_name_or_path",
-               str(base / "base"), "--prefix", f"law={base / 'law'}", "--prefix",
-               f"ads={base / 'ads'}", "--greedy", "--max_length", "250", "--pre_seq_len", "3"]
+    command = [
+        sys.executable,
+        "-m",
+        "glmkern",
+        "chat",
+        "--model_name_or_path",
+        str(base / "base"),
+        "--prefix",
+        f"law={base / 'law'}",
+        "--prefix",
+        f"ads={base / 'ads'}",
+        "--greedy",
+        "--max_length",
+        "250",
+        "--pre_seq_len",
+        "3",
+    ]
     spoken = "你好\n".encode() + b"\xff\xfe\n" + "/prefix ads\n你好\n".encode()
-    done = subprocess.run(command, input=spoken, capture_output=True, timeout=120,
-                          cwd=REPOSITORY)
+    done = subprocess.run(command, input=spoken, capture_output=True, timeout=120, cwd=REPOSITORY)
     assert done.returncode == 0, done.stderr.decode()
     printed = done.stdout.decode()
     model.load_prefix(base / "law", "law")
@@ -145,30 +176,47 @@ def test_the_command_reads_a_pipe(base, model, tokenizer):
     assert printed.startswith(verb.BANNER)
     for expected in (first, verb.NOT_TEXT, "law [ads] none", second):
         assert expected in printed
-        printed = printed[printed.index(expected) + len(expected):]
+        printed = printed[printed.index(expected) + len(expected) :]
 
 
 def test_the_command_begins_with_ptuning_checkpoint(base, monkeypatch, capsys):
     monkeypatch.setattr(builtins, "input", Spoken("/prefix", "stop"))
     common = ["chat", "--model_name_or_path", str(base / "base")]
-    assert cli.main([*common, "--prefix", f"law={base / 'law'}", "--ptuning_checkpoint",
-                     str(base / "ads"), "--quantization_bit", "4"]) == 0
+    assert (
+        cli.main(
+            [
+                *common,
+                "--prefix",
+                f"law={base / 'law'}",
+                "--ptuning_checkpoint",
+                str(base / "ads"),
+                "--quantization_bit",
+                "4",
+            ]
+        )
+        == 0
+    )
     assert "[default] law none" in capsys.readouterr().out
     monkeypatch.setattr(builtins, "input", Spoken("/prefix", EOFError()))
     assert cli.main(common) == 0
     assert capsys.readouterr().out == f"{verb.BANNER}\n[none]\n\n"
 
 
-@pytest.mark.parametrize(("flags", "sentence"), [
-    (["--prefix", "law"], "--prefix takes NAME=DIR, not 'law'"),
-    (["--prefix", "none=x"], "--prefix none=x: the name 'none' is taken"),
-    (["--prefix", "a=x", "--prefix", "a=y"], "--prefix a=y: the name 'a' is taken"),
-    (["--temperature", "0"], "temperature must be above 0"),
-    (["--top_p", "1.5"], "top_p in (0, 1]"),
-    (["--prefix", "a=/nowhere"], "there is no prefix checkpoint /nowhere"),
-    (["--prefix", "law={base}/law", "--pre_seq_len", "4"],
-     "the prefix 'law' holds 3 virtual tokens, not 4"),
-])
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--prefix", "law"], "--prefix takes NAME=DIR, not 'law'"),
+        (["--prefix", "none=x"], "--prefix none=x: the name 'none' is taken"),
+        (["--prefix", "a=x", "--prefix", "a=y"], "--prefix a=y: the name 'a' is taken"),
+        (["--temperature", "0"], "temperature must be above 0"),
+        (["--top_p", "1.5"], "top_p in (0, 1]"),
+        (["--prefix", "a=/nowhere"], "there is no prefix checkpoint /nowhere"),
+        (
+            ["--prefix", "law={base}/law", "--pre_seq_len", "4"],
+            "the prefix 'law' holds 3 virtual tokens, not 4",
+        ),
+    ],
+)
 def test_the_command_refuses(base, capsys, flags, sentence):
     flags = [flag.format(base=base) for flag in flags]
     assert cli.main(["chat", "--model_name_or_path", str(base / "base"), *flags]) == 2
@@ -176,8 +224,9 @@ def test_the_command_refuses(base, capsys, flags, sentence):
 
 
 def test_help_needs_no_torch():
-    code = ("import sys; from glmkern.cli import main; main(['chat', '--help']); "
-            "main(['chat', '--prefix']); sys.exit('torch' in sys.modules)")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True,
-                          cwd=REPOSITORY)
+    code = (
+        "import sys; from glmkern.cli import main; main(['chat', '--help']); "
+        "main(['chat', '--prefix']); sys.exit('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=REPOSITORY)
     assert done.returncode == 0 and b"--top_p" in done.stdout

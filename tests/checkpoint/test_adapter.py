@@ -110,8 +110,12 @@ def test_unrotated_keys_give_other_logits(tmp_path, folders):
 def test_adapters_that_peft_saved(tmp_path, folders, groups, projection):
     """Trained on the native base by PEFT itself; with its projection they are saved flat."""
     official, native = folders(small_model(dict(multi_query_group_num=groups), pre_seq_len=None))
-    settings = PrefixTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=7,
-                                  prefix_projection=projection, encoder_hidden_size=10)
+    settings = PrefixTuningConfig(
+        task_type=TaskType.CAUSAL_LM,
+        num_virtual_tokens=7,
+        prefix_projection=projection,
+        encoder_hidden_size=10,
+    )
     peft = get_peft_model(native_model(native), settings)
     for parameter in peft.prompt_encoder.parameters():
         torch.nn.init.normal_(parameter)
@@ -152,8 +156,9 @@ def test_what_rotating_keeps(overrides, tokens):
     for each in (rotated, back):
         assert torch.equal(divided(each)[:, :, 1], divided(rows)[:, :, 1])
         assert torch.equal(divided(each)[..., half:], divided(rows)[..., half:])
-    pairs, again = (divided(x)[:, :, 0, :, :half].double().unflatten(-1, (-1, 2))
-                    for x in (rows, back))
+    pairs, again = (
+        divided(x)[:, :, 0, :, :half].double().unflatten(-1, (-1, 2)) for x in (rows, back)
+    )
     # Rotated, rounded, and rotated back and rounded: two roundings of at most 2^-24 of the pair.
     allowed = 2.0**-23 * (1 + 1e-6) * pairs.norm(dim=-1, keepdim=True)
     assert ((pairs - again).abs() <= allowed).all()
@@ -181,6 +186,7 @@ def test_rotation_against_transformers(overrides):
 
 # Folders that are not an adapter of a prefix
 
+
 @pytest.fixture
 def adapter(tmp_path):
     config = ChatGLMConfig.from_dict(SMALL)
@@ -189,7 +195,9 @@ def adapter(tmp_path):
 
 def test_files_of_an_adapter(adapter):
     assert {path.name for path in adapter.iterdir()} == {
-        "adapter_config.json", "adapter_model.safetensors"}
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
     settings = json.loads((adapter / "adapter_config.json").read_text())
     geometry = (3, 24, 2)  # SMALL's layers, groups * channels, groups
     names = ("num_layers", "token_dim", "num_attention_heads")
@@ -204,16 +212,22 @@ def test_files_of_an_adapter(adapter):
     assert torch.equal(read_prefix(adapter)["embedding.weight"], state["embedding.weight"])
 
 
-@pytest.mark.parametrize(("change", "sentence"), [
-    ({"peft_type": "LORA"}, "says peft_type 'LORA'; only 'PREFIX_TUNING' is a prefix"),
-    ({"num_layers": 0}, "says num_layers 0; it must be a positive integer"),
-    ({"token_dim": None}, "says token_dim None; it must be a positive integer"),
-    ({"num_virtual_tokens": "5"}, "says num_virtual_tokens '5'; it must be a positive integer"),
-    ({"num_attention_heads": True}, "says num_attention_heads True; it must be"),
-    ({"num_attention_heads": 4}, "says token_dim 24 in num_attention_heads 4; a head has a"),
-    ({"num_transformer_submodules": 2}, "says num_transformer_submodules 2; Glm.* has 1"),
-    ({"num_virtual_tokens": 6}, r"has shape \[5, 144\], but adapter_config.json asks for \[6, 144"),
-])
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"peft_type": "LORA"}, "says peft_type 'LORA'; only 'PREFIX_TUNING' is a prefix"),
+        ({"num_layers": 0}, "says num_layers 0; it must be a positive integer"),
+        ({"token_dim": None}, "says token_dim None; it must be a positive integer"),
+        ({"num_virtual_tokens": "5"}, "says num_virtual_tokens '5'; it must be a positive integer"),
+        ({"num_attention_heads": True}, "says num_attention_heads True; it must be"),
+        ({"num_attention_heads": 4}, "says token_dim 24 in num_attention_heads 4; a head has a"),
+        ({"num_transformer_submodules": 2}, "says num_transformer_submodules 2; Glm.* has 1"),
+        (
+            {"num_virtual_tokens": 6},
+            r"has shape \[5, 144\], but adapter_config.json asks for \[6, 144",
+        ),
+    ],
+)
 def test_adapters_that_are_refused(adapter, change, sentence):
     path = adapter / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
@@ -228,12 +242,21 @@ def test_a_configuration_that_is_none(adapter, text):
         read_prefix(adapter)
 
 
-@pytest.mark.parametrize(("tensors", "sentence"), [
-    ({"base_model.q.lora_A.weight": torch.zeros(2, 2)}, "holds base_model.q.lora_A.weight; the"),
-    ({"prompt_embeddings": torch.zeros(5, 144, dtype=torch.int8)}, "prompt_embeddings in .* int8"),
-    ({"prompt_embeddings": torch.full((5, 144), math.nan)}, "holds NaN or infinite values"),
-    ({"prompt_embeddings": torch.zeros(5, 145)}, r"has shape \[5, 145\]"),
-])
+@pytest.mark.parametrize(
+    ("tensors", "sentence"),
+    [
+        (
+            {"base_model.q.lora_A.weight": torch.zeros(2, 2)},
+            "holds base_model.q.lora_A.weight; the",
+        ),
+        (
+            {"prompt_embeddings": torch.zeros(5, 144, dtype=torch.int8)},
+            "prompt_embeddings in .* int8",
+        ),
+        ({"prompt_embeddings": torch.full((5, 144), math.nan)}, "holds NaN or infinite values"),
+        ({"prompt_embeddings": torch.zeros(5, 145)}, r"has shape \[5, 145\]"),
+    ],
+)
 def test_weights_that_are_refused(adapter, tensors, sentence):
     save_file(tensors, adapter / "adapter_model.safetensors")
     with pytest.raises(InputError, match=sentence):
@@ -250,10 +273,13 @@ def test_a_rope_ratio_that_is_none(adapter, ratio):
 
 def test_rows_in_any_memory_order(tmp_path, adapter):
     rows = read_prefix(adapter)["embedding.weight"]
-    strided = write_adapter(tmp_path / "strided", rows.T.contiguous().T,
-                            ChatGLMConfig.from_dict(SMALL))
-    assert torch.equal(read_adapter(strided), read_adapter(write_adapter(
-        tmp_path / "plain", rows, ChatGLMConfig.from_dict(SMALL))))
+    strided = write_adapter(
+        tmp_path / "strided", rows.T.contiguous().T, ChatGLMConfig.from_dict(SMALL)
+    )
+    assert torch.equal(
+        read_adapter(strided),
+        read_adapter(write_adapter(tmp_path / "plain", rows, ChatGLMConfig.from_dict(SMALL))),
+    )
 
 
 def test_missing_weights(adapter):
@@ -266,8 +292,11 @@ def test_columns_divided_otherwise(adapter):
     """As many of them, so that only the adapter's own words tell."""
     config = ChatGLMConfig.from_dict(SMALL | dict(multi_query_group_num=1, kv_channels=24))
     assert config.kv_size == ChatGLMConfig.from_dict(SMALL).kv_size
-    with pytest.raises(InputError, match="describes 3 layers of 2 groups of 12 channels, but this "
-                                         "base has 3 layers of 1 groups of 24 channels"):
+    with pytest.raises(
+        InputError,
+        match="describes 3 layers of 2 groups of 12 channels, but this "
+        "base has 3 layers of 1 groups of 24 channels",
+    ):
         read_prefix(adapter, config)
 
 

@@ -69,7 +69,8 @@ def logits_of(folder, ids):
 @torch.no_grad()
 def their_logits(folder, ids):
     model, loading = GlmForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, output_loading_info=True)
+        folder, dtype=torch.float32, output_loading_info=True
+    )
     assert not any(loading[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     return model.eval()(ids).logits
 
@@ -130,7 +131,8 @@ def test_folders_that_transformers_saved(tmp_path, base, kind):
     """Its own shards and config.json."""
     source, _ = base({"eos_token_id": 2, "pad_token_id": 0})
     model = GlmForCausalLM.from_pretrained(
-        export_glm(source, tmp_path / "glm"), tie_word_embeddings=kind == "said to be tied")
+        export_glm(source, tmp_path / "glm"), tie_word_embeddings=kind == "said to be tied"
+    )
     if kind == "tied":
         values = {**model.config.to_dict(), "tie_word_embeddings": True}
         model = GlmForCausalLM(GlmConfig(**values))
@@ -189,16 +191,27 @@ def test_the_command_and_what_is_copied(tmp_path, base, capsys):
     assert cli.main(command) == 0
     assert capsys.readouterr().out.startswith(f"{target}: native GlmForCausalLM, 0.")
     assert {path.name for path in target.iterdir()} == {
-        "config.json", "model.safetensors", "tokenizer.model", "tokenizer_config.json"}
+        "config.json",
+        "model.safetensors",
+        "tokenizer.model",
+        "tokenizer_config.json",
+    }
     assert_same(read(target), weights)
     assert cli.main(command) == 2
     assert "already holds config.json; choose a new folder" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("change", [
-    dict(rmsnorm=False), dict(post_layer_norm=False), dict(add_bias_linear=True),
-    dict(multi_query_attention=False, multi_query_group_num=4), dict(hidden_dropout=0.25),
-], ids=str)
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(rmsnorm=False),
+        dict(post_layer_norm=False),
+        dict(add_bias_linear=True),
+        dict(multi_query_attention=False, multi_query_group_num=4),
+        dict(hidden_dropout=0.25),
+    ],
+    ids=str,
+)
 def test_architectures_without_a_native_form(tmp_path, base, change):
     source, _ = base(change)
     name = next(iter(change))
@@ -223,14 +236,28 @@ def test_a_failure_leaves_nothing(tmp_path, base, monkeypatch):
     assert list((tmp_path / "glm").glob("*")) == []
 
 
-@pytest.mark.parametrize(("name", "replacement", "sentence"), [
-    ("model.layers.2.self_attn.k_proj.weight", None, "lack model.layers.2.self_attn.k_proj"),
-    ("model.layers.2.self_attn.q_proj.weight", torch.zeros(4, 50),
-     r"q_proj.weight in .* has shape \[4, 50\], but config.json asks for \[48, 50\]"),
-    ("model.norm.weight", torch.full((50,), float("inf")), "model.norm.weight in .* holds NaN or"),
-    ("model.norm.bias", torch.zeros(50), "holds model.norm.bias, which the model that config.json"),
-    ("lm_head.weight", torch.zeros(151, 50, dtype=torch.int8), "lm_head.weight in .* is int8"),
-])
+@pytest.mark.parametrize(
+    ("name", "replacement", "sentence"),
+    [
+        ("model.layers.2.self_attn.k_proj.weight", None, "lack model.layers.2.self_attn.k_proj"),
+        (
+            "model.layers.2.self_attn.q_proj.weight",
+            torch.zeros(4, 50),
+            r"q_proj.weight in .* has shape \[4, 50\], but config.json asks for \[48, 50\]",
+        ),
+        (
+            "model.norm.weight",
+            torch.full((50,), float("inf")),
+            "model.norm.weight in .* holds NaN or",
+        ),
+        (
+            "model.norm.bias",
+            torch.zeros(50),
+            "holds model.norm.bias, which the model that config.json",
+        ),
+        ("lm_head.weight", torch.zeros(151, 50, dtype=torch.int8), "lm_head.weight in .* is int8"),
+    ],
+)
 def test_broken_native_folders(tmp_path, base, name, replacement, sentence):
     source, _ = base()
     folder = export_glm(source, tmp_path / "glm")
@@ -318,7 +345,9 @@ def test_rope_that_is_no_object(name):
 
 
 def test_the_family_survives_where_only_auto_map_names_it():
-    config = ChatGLMConfig.from_dict(SMALL | {
-        "auto_map": {"AutoConfig": "THUDM/chatglm3-6b--configuration_chatglm.ChatGLMConfig"}})
+    config = ChatGLMConfig.from_dict(
+        SMALL
+        | {"auto_map": {"AutoConfig": "THUDM/chatglm3-6b--configuration_chatglm.ChatGLMConfig"}}
+    )
     assert config.family == "chatglm3-6b"
     assert ChatGLMConfig.from_dict(to_glm_config(config)).family == "chatglm3-6b"

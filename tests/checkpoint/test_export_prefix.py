@@ -37,8 +37,9 @@ def run(tmp_path):
     def make(projection=False, **overrides):
         overrides = {"ffn_hidden_size": 38, "_name_or_path": "THUDM/chatglm3-6b", **overrides}
         model = small_model(overrides, projection=projection)
-        weights = {name: tensor for name, tensor in model.state_dict().items()
-                   if "prefix" not in name}
+        weights = {
+            name: tensor for name, tensor in model.state_dict().items() if "prefix" not in name
+        }
         base = replace(model.config, pre_seq_len=None, prefix_projection=False)
         checkpoint = tmp_path / "checkpoint-4"
         write_prefix(checkpoint, model.prefix_encoder.state_dict())
@@ -62,11 +63,16 @@ def test_one_prefix_in_every_format_gives_the_same_logits(tmp_path, run, project
     for layout in FORMATS:
         for fold in (False, True):
             target = tmp_path / f"{layout}-{fold}"
-            assert cli.main(["export", str(checkpoint), str(target), "--format", layout,
-                             *["--fold"] * fold]) == 0
+            assert (
+                cli.main(
+                    ["export", str(checkpoint), str(target), "--format", layout, *["--fold"] * fold]
+                )
+                == 0
+            )
             keeps = projection and not fold and layout != "peft"
-            again = ChatGLM.from_pretrained(base, "cpu", prefix_checkpoint=target,
-                                            prefix_projection=keeps).eval()
+            again = ChatGLM.from_pretrained(
+                base, "cpu", prefix_checkpoint=target, prefix_projection=keeps
+            ).eval()
             assert (again.prefix_encoder.trans is not None) == keeps
             error = relative_error(again(ids).logits.detach(), expected)
             assert error < 1e-5 and (error == 0 or layout == "peft"), (layout, fold)
@@ -84,7 +90,8 @@ def test_a_chain_of_formats_keeps_the_bits(tmp_path, run, projection):
     stored = torch.load(source / "pytorch_model.bin", weights_only=True)
     assert_same(stored, {OFFICIAL + name: tensor for name, tensor in state.items()})
     assert (source / "pytorch_model.bin").read_bytes() == (
-        checkpoint / "pytorch_model.bin").read_bytes()
+        checkpoint / "pytorch_model.bin"
+    ).read_bytes()
 
 
 def test_through_an_adapter_and_back(tmp_path, run):
@@ -123,8 +130,11 @@ def test_what_is_printed_and_written(tmp_path, run, capsys):
     written = {
         "bin": ({"pytorch_model.bin", "config.json"}, "official prefix of 5 tokens, 0.0"),
         "safetensors": ({"model.safetensors", "config.json"}, "prefix in safetensors of 5 tokens"),
-        "peft": ({"adapter_config.json", "adapter_model.safetensors"}, "PEFT adapter (keys rotated)"
-                 " of 5 tokens, projection folded into a flat prefix, 0.00 MB"),
+        "peft": (
+            {"adapter_config.json", "adapter_model.safetensors"},
+            "PEFT adapter (keys rotated)"
+            " of 5 tokens, projection folded into a flat prefix, 0.00 MB",
+        ),
     }
     for layout, (names, line) in written.items():
         target = tmp_path / layout
@@ -159,8 +169,10 @@ def test_a_file_alone_needs_its_base(tmp_path, run, capsys):
     assert [path.name for path in copy.iterdir()] == ["model.safetensors"]
     folded = export_prefix(file, tmp_path / "new", "bin", fold=True, base=base)
     assert folded == (tmp_path / "new", 5, True)
-    assert_same(read_prefix(folded.folder),
-                fold_prefix(read_prefix(file), ChatGLMConfig.from_pretrained(base)))
+    assert_same(
+        read_prefix(folded.folder),
+        fold_prefix(read_prefix(file), ChatGLMConfig.from_pretrained(base)),
+    )
 
 
 def test_a_prefix_of_a_quantised_base_fits_the_native_one(tmp_path, run):
@@ -173,10 +185,16 @@ def test_a_prefix_of_a_quantised_base_fits_the_native_one(tmp_path, run):
     assert load_file(adapter / "adapter_model.safetensors").keys() == {"prompt_embeddings"}
 
 
-@pytest.mark.parametrize(("change", "sentence"), [
-    (dict(num_layers=2), "has 144 columns, but this base needs 96"),
-    (dict(_name_or_path="THUDM/chatglm2-6b"), "was trained on chatglm3-6b, but the base is chatgl"),
-])
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (dict(num_layers=2), "has 144 columns, but this base needs 96"),
+        (
+            dict(_name_or_path="THUDM/chatglm2-6b"),
+            "was trained on chatglm3-6b, but the base is chatgl",
+        ),
+    ],
+)
 def test_another_base(tmp_path, run, change, sentence):
     _, _, checkpoint = run()
     ChatGLMConfig.from_dict(SMALL | change).save(tmp_path / "other")
@@ -192,15 +210,18 @@ def test_an_architecture_without_a_native_form(tmp_path, run):
     export_prefix(checkpoint, tmp_path / "new", "safetensors")
 
 
-@pytest.mark.parametrize(("flags", "sentence"), [
-    (["--format", "glm", "--fold"], "--fold and --base belong to prefixes"),
-    (["--format", "glm", "--base", "x"], "--fold and --base belong to prefixes"),
-    (["--format", "peft", "--dequantize"], "--dequantize belongs to --format glm, not to peft"),
-    (["--format", "bin"], "there is no prefix checkpoint nowhere"),
-    (["--format", "glm"], "there is no folder nowhere"),
-    (["--format", "gguf"], "invalid choice: 'gguf'"),
-    ([], "the following arguments are required: --format"),
-])
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--format", "glm", "--fold"], "--fold and --base belong to prefixes"),
+        (["--format", "glm", "--base", "x"], "--fold and --base belong to prefixes"),
+        (["--format", "peft", "--dequantize"], "--dequantize belongs to --format glm, not to peft"),
+        (["--format", "bin"], "there is no prefix checkpoint nowhere"),
+        (["--format", "glm"], "there is no folder nowhere"),
+        (["--format", "gguf"], "invalid choice: 'gguf'"),
+        ([], "the following arguments are required: --format"),
+    ],
+)
 def test_wrong_commands(tmp_path, flags, sentence, capsys):
     assert cli.main(["export", "nowhere", str(tmp_path / "new"), *flags]) == 2
     assert sentence in capsys.readouterr().err
@@ -215,10 +236,13 @@ def test_a_base_is_no_prefix_and_a_prefix_no_base(tmp_path, run):
         export_glm(checkpoint, tmp_path / "new")
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["a", "b", "--format", "gguf"],
-                                  ["a", "b", "--format", "glm", "--fold"]])
+@pytest.mark.parametrize(
+    "argv", [["--help"], ["a", "b", "--format", "gguf"], ["a", "b", "--format", "glm", "--fold"]]
+)
 def test_help_and_mistakes_need_no_torch(argv):
-    code = (f"import sys; from glmkern.cli import main; main(['export', *{argv!r}]); "
-            "sys.exit('torch' in sys.modules)")
+    code = (
+        f"import sys; from glmkern.cli import main; main(['export', *{argv!r}]); "
+        "sys.exit('torch' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True)
     assert done.returncode == 0, done.stderr

@@ -20,10 +20,14 @@ from glmkern.model.config import FAMILIES, UNKNOWN_FAMILY, ChatGLMConfig
 from tests.model.oracles import SMALL, random_weights
 
 
-@pytest.mark.parametrize(("name", "family"), [
-    ("chatglm2-6b", "chatglm2-6b"), ("chatglm2-6b-int4", "chatglm2-6b"),
-    ("chatglm3-6b", "chatglm3-6b"),
-])
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [
+        ("chatglm2-6b", "chatglm2-6b"),
+        ("chatglm2-6b-int4", "chatglm2-6b"),
+        ("chatglm3-6b", "chatglm3-6b"),
+    ],
+)
 def test_published_files(shared, tmp_path, name, family):
     config = ChatGLMConfig.from_pretrained(shared / "data/configs" / name)
     assert config.family == family
@@ -31,22 +35,41 @@ def test_published_files(shared, tmp_path, name, family):
     assert ChatGLMConfig.from_pretrained(tmp_path).family == family
 
 
-@pytest.mark.parametrize(("change", "family"), [
-    ({"_name_or_path": "THUDM/chatglm2-6b-32k", "rope_ratio": 16}, "chatglm2-6b-32k"),
-    ({"rope_ratio": 16}, "chatglm2-6b-32k"),
-    ({"_name_or_path": "THUDM/codegeex2-6b"}, "codegeex2-6b"),
-    ({"_name_or_path": "", "torch_dtype": "bfloat16", "pad_token_id": None, "seq_length": 8192},
-     "codegeex2-6b"),
-    ({"_name_or_path": "zai-org/ChatGLM3-6B-base"}, "chatglm3-6b"),
-    ({"_name_or_path": "/data/chatglm2-6b/tuned/chatglm3-6b"}, "chatglm3-6b"),
-    ({"_name_or_path": "/models/mine", "auto_map": {
-        "AutoModel": "THUDM/chatglm3-6b--modeling_chatglm.ChatGLMForConditionalGeneration"}},
-     "chatglm3-6b"),
-    ({"_name_or_path": "/chatglm3-6b", "auto_map": {"AutoModel": "THUDM/chatglm2-6b--m.C"}},
-     "chatglm3-6b"),
-    ({"_name_or_path": "/models/mine"}, UNKNOWN_FAMILY),
-    ({"_name_or_path": None}, UNKNOWN_FAMILY),
-])
+@pytest.mark.parametrize(
+    ("change", "family"),
+    [
+        ({"_name_or_path": "THUDM/chatglm2-6b-32k", "rope_ratio": 16}, "chatglm2-6b-32k"),
+        ({"rope_ratio": 16}, "chatglm2-6b-32k"),
+        ({"_name_or_path": "THUDM/codegeex2-6b"}, "codegeex2-6b"),
+        (
+            {
+                "_name_or_path": "",
+                "torch_dtype": "bfloat16",
+                "pad_token_id": None,
+                "seq_length": 8192,
+            },
+            "codegeex2-6b",
+        ),
+        ({"_name_or_path": "zai-org/ChatGLM3-6B-base"}, "chatglm3-6b"),
+        ({"_name_or_path": "/data/chatglm2-6b/tuned/chatglm3-6b"}, "chatglm3-6b"),
+        (
+            {
+                "_name_or_path": "/models/mine",
+                "auto_map": {
+                    "AutoModel": "THUDM/chatglm3-6b--modeling_chatglm"
+                    ".ChatGLMForConditionalGeneration"
+                },
+            },
+            "chatglm3-6b",
+        ),
+        (
+            {"_name_or_path": "/chatglm3-6b", "auto_map": {"AutoModel": "THUDM/chatglm2-6b--m.C"}},
+            "chatglm3-6b",
+        ),
+        ({"_name_or_path": "/models/mine"}, UNKNOWN_FAMILY),
+        ({"_name_or_path": None}, UNKNOWN_FAMILY),
+    ],
+)
 def test_family(shared, change, family):
     path = shared / "data/configs/chatglm2-6b/config.json"
     config = ChatGLMConfig.from_dict({**json.loads(path.read_text()), **change})
@@ -95,8 +118,11 @@ def test_what_a_prefix_says_of_its_base(tmp_path, trained, layout):
         if UNKNOWN_FAMILY in (trained, family) or trained == family:
             check_family(path, config)
             continue
-        with pytest.raises(InputError, match=f"the prefix {path} was trained on {trained}, but the "
-                                             f"base is {family}; load it on {trained}, or"):
+        with pytest.raises(
+            InputError,
+            match=f"the prefix {path} was trained on {trained}, but the "
+            f"base is {family}; load it on {trained}, or",
+        ):
             check_family(path, config)
     assert set(MARKS) == {*FAMILIES, UNKNOWN_FAMILY}
 

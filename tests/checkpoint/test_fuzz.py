@@ -25,13 +25,19 @@ pytestmark = pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 MOST_MEMORY = 300 * 2**20
 fuzz = settings(max_examples=300, deadline=5000, suppress_health_check=list(HealthCheck))
 
-NAMES = st.sampled_from(["a", "transformer.output_layer.weight", "__metadata__", "", "é\0/..",
-                         "\n\x1b[31m"])
-NUMBERS = st.one_of(st.integers(-2, 40), st.sampled_from([2**31, 2**53, 2**63, 2**64 - 1, -2**63]))
+NAMES = st.sampled_from(
+    ["a", "transformer.output_layer.weight", "__metadata__", "", "é\0/..", "\n\x1b[31m"]
+)
+NUMBERS = st.one_of(
+    st.integers(-2, 40), st.sampled_from([2**31, 2**53, 2**63, 2**64 - 1, -(2**63)])
+)
 JSON = st.recursive(
     st.one_of(st.none(), st.booleans(), NUMBERS, st.floats(), st.text(max_size=8)),
-    lambda inner: st.one_of(st.lists(inner, max_size=3),
-                            st.dictionaries(st.text(max_size=8), inner, max_size=3)), max_leaves=6)
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=8), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -60,16 +66,27 @@ def check_tensors(path: Path) -> None:
         tensor.flatten()[:1].clone()  # the memory it claims is there
 
 
-ENTRIES = st.one_of(JSON, st.fixed_dictionaries({}, optional={
-    "dtype": st.one_of(st.sampled_from(["F32", "F16", "BF16", "I8", "F8_E4M3", "BOOL", "X", ""]),
-                       JSON),
-    "shape": st.one_of(st.lists(NUMBERS, max_size=4), JSON),
-    "data_offsets": st.one_of(st.lists(NUMBERS, min_size=1, max_size=3), JSON)}))
+ENTRIES = st.one_of(
+    JSON,
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "dtype": st.one_of(
+                st.sampled_from(["F32", "F16", "BF16", "I8", "F8_E4M3", "BOOL", "X", ""]), JSON
+            ),
+            "shape": st.one_of(st.lists(NUMBERS, max_size=4), JSON),
+            "data_offsets": st.one_of(st.lists(NUMBERS, min_size=1, max_size=3), JSON),
+        },
+    ),
+)
 
 
 @fuzz
-@given(header=st.one_of(st.dictionaries(NAMES, ENTRIES, max_size=3), JSON),
-       length=st.one_of(st.none(), NUMBERS), data=st.binary(max_size=64))
+@given(
+    header=st.one_of(st.dictionaries(NAMES, ENTRIES, max_size=3), JSON),
+    length=st.one_of(st.none(), NUMBERS),
+    data=st.binary(max_size=64),
+)
 def test_headers_of_safetensors(tmp_path_factory, header, length, data):
     path = tmp_path_factory.getbasetemp() / "model.safetensors"
     text = json.dumps(header).encode()
@@ -79,12 +96,16 @@ def test_headers_of_safetensors(tmp_path_factory, header, length, data):
 
 
 @fuzz
-@given(place=st.integers(0, 400), new=st.binary(min_size=0, max_size=9), cut=st.integers(0, 9),
-       end=st.one_of(st.none(), st.integers(0, 500)))
+@given(
+    place=st.integers(0, 400),
+    new=st.binary(min_size=0, max_size=9),
+    cut=st.integers(0, 9),
+    end=st.one_of(st.none(), st.integers(0, 500)),
+)
 def test_damaged_safetensors(tmp_path_factory, place, new, cut, end):
     path = tmp_path_factory.getbasetemp() / "model.safetensors"
     content = save({"a": torch.ones(3, 4), "b.weight": torch.ones(7, dtype=torch.float16)})
-    path.write_bytes((content[:place] + new + content[place + cut:])[:end])
+    path.write_bytes((content[:place] + new + content[place + cut :])[:end])
     check_tensors(path)
 
 
@@ -101,12 +122,16 @@ PICKLE = next(name for name in MEMBERS if name.endswith("data.pkl"))
 
 
 @fuzz
-@given(place=st.integers(0, len(MEMBERS[PICKLE])), new=st.binary(min_size=0, max_size=9),
-       cut=st.integers(0, 9), missing=st.one_of(st.none(), st.sampled_from(sorted(MEMBERS))))
+@given(
+    place=st.integers(0, len(MEMBERS[PICKLE])),
+    new=st.binary(min_size=0, max_size=9),
+    cut=st.integers(0, 9),
+    missing=st.one_of(st.none(), st.sampled_from(sorted(MEMBERS))),
+)
 def test_damaged_pickles(tmp_path_factory, place, new, cut, missing):
     path = tmp_path_factory.getbasetemp() / "pytorch_model.bin"
     pickled = MEMBERS[PICKLE]
-    members = MEMBERS | {PICKLE: pickled[:place] + new + pickled[place + cut:]}
+    members = MEMBERS | {PICKLE: pickled[:place] + new + pickled[place + cut :]}
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
         for name, content in members.items():
             if name != missing:
@@ -115,21 +140,43 @@ def test_damaged_pickles(tmp_path_factory, place, new, cut, missing):
 
 
 @fuzz
-@given(place=st.integers(0, 1500), new=st.binary(min_size=0, max_size=9), cut=st.integers(0, 9),
-       end=st.one_of(st.none(), st.integers(0, 2000)))
+@given(
+    place=st.integers(0, 1500),
+    new=st.binary(min_size=0, max_size=9),
+    cut=st.integers(0, 9),
+    end=st.one_of(st.none(), st.integers(0, 2000)),
+)
 def test_damaged_archives(tmp_path_factory, place, new, cut, end):
     path = tmp_path_factory.getbasetemp() / "pytorch_model.bin"
     file = io.BytesIO()
     torch.save({"a": torch.ones(3, 4)}, file)
     content = file.getvalue()
-    path.write_bytes((content[:place] + new + content[place + cut:])[:end])
+    path.write_bytes((content[:place] + new + content[place + cut :])[:end])
     check_tensors(path)
 
 
 @fuzz
-@given(index=st.one_of(JSON, st.fixed_dictionaries({"weight_map": st.one_of(JSON, st.dictionaries(
-    NAMES, st.one_of(JSON, st.sampled_from(["here.bin", "../x.bin", "/etc/passwd", "..", "\0"])),
-    max_size=3))})), raw=st.one_of(st.none(), st.binary(max_size=40)))
+@given(
+    index=st.one_of(
+        JSON,
+        st.fixed_dictionaries(
+            {
+                "weight_map": st.one_of(
+                    JSON,
+                    st.dictionaries(
+                        NAMES,
+                        st.one_of(
+                            JSON,
+                            st.sampled_from(["here.bin", "../x.bin", "/etc/passwd", "..", "\0"]),
+                        ),
+                        max_size=3,
+                    ),
+                )
+            }
+        ),
+    ),
+    raw=st.one_of(st.none(), st.binary(max_size=40)),
+)
 def test_indices(tmp_path_factory, index, raw):
     folder = tmp_path_factory.getbasetemp() / "indexed"
     folder.mkdir(exist_ok=True)
@@ -141,9 +188,16 @@ def test_indices(tmp_path_factory, index, raw):
 
 
 @fuzz
-@given(change=st.dictionaries(st.sampled_from([*SMALL, "quantization_bit", "pre_seq_len",
-                                               "rope_ratio", "model_type", "eos_token_id"]),
-                              st.one_of(JSON, NUMBERS), min_size=1, max_size=2))
+@given(
+    change=st.dictionaries(
+        st.sampled_from(
+            [*SMALL, "quantization_bit", "pre_seq_len", "rope_ratio", "model_type", "eos_token_id"]
+        ),
+        st.one_of(JSON, NUMBERS),
+        min_size=1,
+        max_size=2,
+    )
+)
 def test_configurations(tmp_path_factory, change):
     """A configuration that is accepted also says which weights it wants."""
     folder = tmp_path_factory.getbasetemp() / "configured"
@@ -153,5 +207,6 @@ def test_configurations(tmp_path_factory, change):
     config = answered(path, lambda: ChatGLMConfig.from_pretrained(folder))
     if config is not None and config.num_layers < 100:
         (folder / "model.safetensors").write_bytes(save({"a": torch.ones(1)}))
-        assert answered(folder / "model.safetensors",
-                        lambda: list(read_base(folder, config))) is None
+        assert (
+            answered(folder / "model.safetensors", lambda: list(read_base(folder, config))) is None
+        )

@@ -9,13 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from glmkern.checkpoint import (
-    quantize_folder,
-    read_base,
-    read_prefix,
-    write_base,
-    write_prefix,
-)
+from glmkern.checkpoint import quantize_folder, read_base, read_prefix, write_base, write_prefix
 from glmkern.checkpoint.adapter import read_adapter, write_adapter
 from glmkern.checkpoint.atomic import write_text
 from glmkern.checkpoint.export import export_glm
@@ -25,10 +19,20 @@ from glmkern.tokenizer import ChatGLMTokenizer
 from glmkern.training.run_folder import RunFolder
 from tests.model.oracles import SMALL, random_weights
 
-CONFIG = ChatGLMConfig.from_dict(SMALL | dict(num_layers=1, padded_vocab_size=7, hidden_size=6,
-                                              ffn_hidden_size=4))
-OPERATIONS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.chmod", "os.truncate",
-              "shutil.copyfile", "shutil.rmtree")
+CONFIG = ChatGLMConfig.from_dict(
+    SMALL | dict(num_layers=1, padded_vocab_size=7, hidden_size=6, ffn_hidden_size=4)
+)
+OPERATIONS = (
+    "open",
+    "os.rename",
+    "os.remove",
+    "os.rmdir",
+    "os.mkdir",
+    "os.chmod",
+    "os.truncate",
+    "shutil.copyfile",
+    "shutil.rmtree",
+)
 KILLED, DONE, FAILED = 9, 0, 1
 
 
@@ -54,8 +58,9 @@ def run_until(operation: int, write: Callable[[], object]) -> int:
         os._exit(FAILED)
 
 
-def kill_everywhere(folder: Path, write: Callable[[], object],
-                    read: Callable[[], object]) -> list[object]:
+def kill_everywhere(
+    folder: Path, write: Callable[[], object], read: Callable[[], object]
+) -> list[object]:
     """What `read` gives after a kill at every file operation, each time on the same old folder."""
     old = folder.with_name("old")
     shutil.copytree(folder, old)
@@ -81,14 +86,18 @@ def weights_in(folder: Path) -> dict[str, list] | str:
 
 
 @pytest.mark.parametrize("layout", ["safetensors", "bin"])
-@pytest.mark.parametrize(("before", "after"), [(10**9, 10**9), (10**9, 200), (200, 10**9),
-                                               (200, 300)])
+@pytest.mark.parametrize(
+    ("before", "after"), [(10**9, 10**9), (10**9, 200), (200, 10**9), (200, 300)]
+)
 def test_a_base_over_another(tmp_path, before, after, layout):
     folder = tmp_path / "base"
     write_base(folder, CONFIG, random_weights(CONFIG), before, layout)
     old, weights = weights_in(folder), random_weights(CONFIG)
-    found = kill_everywhere(folder, lambda: write_base(folder, CONFIG, weights, after, layout),
-                            lambda: weights_in(folder))
+    found = kill_everywhere(
+        folder,
+        lambda: write_base(folder, CONFIG, weights, after, layout),
+        lambda: weights_in(folder),
+    )
     new = {name: tensor.tolist() for name, tensor in weights.items()}
     assert found[0] == old and found[-1] == new
     # Several files cannot change at once: in between the folder says that it is no model.
@@ -130,8 +139,11 @@ def test_a_prefix(tmp_path, layout):
     folder = tmp_path / "checkpoint"
     old, new = ({"embedding.weight": torch.randn(3, 8)} for _ in range(2))
     write_prefix(folder, old, layout)
-    found = kill_everywhere(folder, lambda: write_prefix(folder, new, layout),
-                            lambda: read_prefix(folder)["embedding.weight"].tolist())
+    found = kill_everywhere(
+        folder,
+        lambda: write_prefix(folder, new, layout),
+        lambda: read_prefix(folder)["embedding.weight"].tolist(),
+    )
     values = [state["embedding.weight"].tolist() for state in (old, new)]
     assert [found[0], found[-1]] == values
     assert all(each in values for each in found)
@@ -167,9 +179,15 @@ def test_small_files(tmp_path, shared):
 
     write("old")
     whole = {path.name: path.read_bytes() for path in folder.iterdir()}
-    found = kill_everywhere(folder, lambda: write("new"), lambda: {
-        path.name: path.read_bytes() for path in folder.iterdir()
-        if not path.name.startswith(".")})
+    found = kill_everywhere(
+        folder,
+        lambda: write("new"),
+        lambda: {
+            path.name: path.read_bytes()
+            for path in folder.iterdir()
+            if not path.name.startswith(".")
+        },
+    )
     assert found[0] == whole and found[-1] == whole | {"text.json": b"new"}
     assert all(each in (found[0], found[-1]) for each in found)
 
@@ -181,11 +199,14 @@ def test_a_checkpoint_folder_has_its_name_when_it_is_whole(tmp_path):
         def fill(checkpoint):
             write_text(checkpoint / "one", str(step))
             write_text(checkpoint / "two", str(step))
+
         RunFolder(folder, keep).write_checkpoint(step, fill)
 
     def read():
-        return {path.name: sorted(file.read_text() for file in path.iterdir())
-                for path in folder.glob("checkpoint-*")}
+        return {
+            path.name: sorted(file.read_text() for file in path.iterdir())
+            for path in folder.glob("checkpoint-*")
+        }
 
     folder.mkdir()
     save(1, None)

@@ -22,9 +22,10 @@ def files_of(tensors: dict[str, torch.Tensor]) -> dict[str, str]:
         span, _, _, _, _, *path = line.split(maxsplit=5)
         start, end = (int(each, 16) for each in span.split("-"))
         mappings.append((start, end, path[0] if path else ""))
-    return {name: next(path for start, end, path in mappings
-                       if start <= tensor.data_ptr() < end)
-            for name, tensor in tensors.items()}
+    return {
+        name: next(path for start, end, path in mappings if start <= tensor.data_ptr() < end)
+        for name, tensor in tensors.items()
+    }
 
 
 def large(model: ChatGLM) -> dict[str, torch.Tensor]:
@@ -52,8 +53,10 @@ def test_weights_stay_in_their_files(store, state, config, monkeypatch, layout, 
         config = replace(config, quantization_bit=4)
     folder = store(state, layout)
     config.save(folder)
-    loaded = {mapped: ChatGLM.from_pretrained(folder, "cpu", pre_seq_len=3, mapped=mapped)
-              for mapped in (False, True)}
+    loaded = {
+        mapped: ChatGLM.from_pretrained(folder, "cpu", pre_seq_len=3, mapped=mapped)
+        for mapped in (False, True)
+    }
     loaded[True].prefix_encoder.load_state_dict(loaded[False].prefix_encoder.state_dict())
     assert not any(str(folder) in file for file in files_of(large(loaded[False])).values())
     for name, file in files_of(large(loaded[True])).items():

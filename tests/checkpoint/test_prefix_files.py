@@ -233,12 +233,16 @@ write_prefix(sys.argv[1], {"embedding.weight": torch.zeros(4, 4)})
     assert_same(read_prefix(tmp_path), prefix)
 
 
-@pytest.mark.parametrize(("tensor", "sentence"), [
-    (torch.zeros(0, 8), "has no virtual tokens"),
-    (torch.ones(2, 8).to_sparse(), "is a sparse tensor; save it dense"),
-])
+@pytest.mark.parametrize(
+    ("tensor", "sentence"),
+    [
+        (torch.zeros(0, 8), "has no virtual tokens"),
+        (torch.ones(2, 8).to_sparse(), "is a sparse tensor; save it dense"),
+    ],
+)
 def test_tensors_that_are_no_prefix(tmp_path, tensor, sentence):
-    torch.save({"transformer.prefix_encoder.embedding.weight": tensor},
-               tmp_path / "pytorch_model.bin")
+    torch.save(
+        {"transformer.prefix_encoder.embedding.weight": tensor}, tmp_path / "pytorch_model.bin"
+    )
     with pytest.raises(InputError, match=sentence):
         read_prefix(tmp_path)

@@ -34,8 +34,10 @@ def half(state) -> dict[str, torch.Tensor]:
 @pytest.fixture
 def codes(half):
     """codes(bits): the state as an official quantised base has it."""
+
     def quantized(bits: int) -> dict[str, torch.Tensor]:
         return dict(quantize_stream(half.items(), bits))
+
     return quantized
 
 
@@ -77,8 +79,9 @@ def test_reads_every_layout(store, codes, config, layout, bits):
 @BITS
 @pytest.mark.parametrize("layout", ["safetensors", "bin"])
 @pytest.mark.parametrize("limit", [3_000, 10**9])
-def test_quantise_save_load_and_save_again(tmp_path, store, half, codes, config, bits, layout,
-                                           limit, monkeypatch):
+def test_quantise_save_load_and_save_again(
+    tmp_path, store, half, codes, config, bits, layout, limit, monkeypatch
+):
     """The same bits all the way, whether a folder or a model is quantised."""
     source = store(half, "sharded_bin")
     (source / "tokenizer.model").write_bytes(b"a tokenizer")
@@ -102,10 +105,12 @@ def test_a_model_from_either_folder_is_the_same(tmp_path, store, half, config, b
     source = store(half)
     target = quantize_folder(source, tmp_path / "codes", bits)
     ids = torch.randint(config.padded_vocab_size, (2, 9))
-    models = [ChatGLM.from_pretrained(source, "cpu").quantize(bits),  # from float32 weights
-              ChatGLM.from_pretrained(source, "cpu", quantization_bit=bits),
-              ChatGLM.from_pretrained(target, "cpu"),
-              ChatGLM.from_pretrained(target, "cpu", quantization_bit=bits)]
+    models = [
+        ChatGLM.from_pretrained(source, "cpu").quantize(bits),  # from float32 weights
+        ChatGLM.from_pretrained(source, "cpu", quantization_bit=bits),
+        ChatGLM.from_pretrained(target, "cpu"),
+        ChatGLM.from_pretrained(target, "cpu", quantization_bit=bits),
+    ]
     logits = [model.eval()(ids).logits for model in models]
     assert all(model.config.quantization_bit == bits for model in models)
     assert all(torch.equal(other, logits[1]) for other in logits[2:])
@@ -119,16 +124,22 @@ def test_equals_the_dequantised_dense_model(store, half, codes, config, bits):
     model = ChatGLM.from_pretrained(store(half), "cpu", quantization_bit=bits, pre_seq_len=5)
     dense = ChatGLM(config, pre_seq_len=5)
     state = codes(bits)
-    weights = {name: tensor if tensor.dtype != torch.int8 else ops.dequantize(
-        ops.QuantizedWeight(tensor, state[f"{name}_scale"], bits), torch.float32)
-        for name, tensor in state.items() if not name.endswith("_scale")}
+    weights = {
+        name: tensor
+        if tensor.dtype != torch.int8
+        else ops.dequantize(
+            ops.QuantizedWeight(tensor, state[f"{name}_scale"], bits), torch.float32
+        )
+        for name, tensor in state.items()
+        if not name.endswith("_scale")
+    }
     dense.load_base(weights.items(), torch.float32, "cpu")
     dense.prefix_encoder.load_state_dict(model.prefix_encoder.state_dict())
     ids = torch.randint(config.padded_vocab_size, (2, 9))
     results = []
     for each in (model.eval(), dense.eval()):
         output = each(ids, labels=ids)
-        gradient, = torch.autograd.grad(output.loss, each.prefix_encoder.embedding.weight)
+        (gradient,) = torch.autograd.grad(output.loss, each.prefix_encoder.embedding.weight)
         results.append((output.logits, output.loss, gradient))
     for ours, exact in zip(*results, strict=True):
         assert (ours - exact).abs().max() <= 1e-5 * exact.abs().max()
@@ -145,10 +156,13 @@ def test_the_command(tmp_path, store, half, codes, config, capsys):
     assert not (tmp_path / "other").exists()
 
 
-@pytest.mark.parametrize(("stored", "asked", "sentence"), [
-    (4, 8, "is quantised to 4 bits already; use the fp16 folder to have it in 8 bits"),
-    (0, 3, "a base can be quantised to 4 or 8 bits, not 3"),
-])
+@pytest.mark.parametrize(
+    ("stored", "asked", "sentence"),
+    [
+        (4, 8, "is quantised to 4 bits already; use the fp16 folder to have it in 8 bits"),
+        (0, 3, "a base can be quantised to 4 or 8 bits, not 3"),
+    ],
+)
 def test_bits_that_cannot_be_had(store, codes, half, config, stored, asked, sentence):
     folder = store(codes(stored) if stored else half)
     quantized(config, stored).save(folder)
@@ -171,12 +185,23 @@ def test_odd_columns(tmp_path, store, half, config):
         quantize_folder(folder, tmp_path / "new", 4)
 
 
-@pytest.mark.parametrize(("said", "held", "sentence"), [
-    (0, 4, "holds scales|is int8, but config.json does not say quantization_bit; set it there"),
-    (4, 0, r"says quantization_bit 4, but .*query_key_value.weight in .* is float16, not int8"),
-    (8, 4, r"says quantization_bit 8, but .* has the shape of 4-bit codes, \[96, 10\]; correct"),
-    (4, 8, r"says quantization_bit 4, but .* has the shape of 8-bit codes, \[96, 20\]; correct"),
-])
+@pytest.mark.parametrize(
+    ("said", "held", "sentence"),
+    [
+        (0, 4, "holds scales|is int8, but config.json does not say quantization_bit; set it there"),
+        (4, 0, r"says quantization_bit 4, but .*query_key_value.weight in .* is float16, not int8"),
+        (
+            8,
+            4,
+            r"says quantization_bit 8, but .* has the shape of 4-bit codes, \[96, 10\]; correct",
+        ),
+        (
+            4,
+            8,
+            r"says quantization_bit 4, but .* has the shape of 8-bit codes, \[96, 20\]; correct",
+        ),
+    ],
+)
 def test_a_configuration_that_does_not_fit(store, codes, half, config, said, held, sentence):
     folder = store(codes(held) if held else half)
     config = quantized(config, said)
@@ -185,9 +210,14 @@ def test_a_configuration_that_does_not_fit(store, codes, half, config, said, hel
         read_base(folder, config)
 
 
-@pytest.mark.parametrize(("value", "sentence"), [
-    (float("nan"), "holds NaN or infinite values"), (float("inf"), "holds NaN or infinite values"),
-    (-0.5, r"holds a negative scale \(-0.5\)")])
+@pytest.mark.parametrize(
+    ("value", "sentence"),
+    [
+        (float("nan"), "holds NaN or infinite values"),
+        (float("inf"), "holds NaN or infinite values"),
+        (-0.5, r"holds a negative scale \(-0.5\)"),
+    ],
+)
 def test_broken_scales(tmp_path, store, codes, config, value, sentence):
     state = codes(4)
     state[f"{QKV}_scale"][3] = value

@@ -14,8 +14,8 @@ void forward(DType dtype, int64_t rows, int64_t hidden, float eps, bool residual
   HostTensor x(rows * row, offset), r(residual ? rows * row : 0, offset), weight(row, offset);
   HostTensor y(rows * row, offset), h(residual ? rows * row : 0, offset), rstd(rows * 4, 0);
   x.read(), r.read(), weight.read();
-  RmsNormForward a{dtype, rows, hidden, eps, x.data(), nullptr, weight.data(), y.data(), nullptr,
-                   rstd.floats()};
+  RmsNormForward a{dtype,   rows,          hidden,   eps,     x.data(),
+                   nullptr, weight.data(), y.data(), nullptr, rstd.floats()};
   if (residual) a.residual = r.data(), a.h = h.data();
   cuda::rms_norm_fwd(a, nullptr);
   y.write(), h.write(), rstd.write();
@@ -28,8 +28,8 @@ void backward(DType dtype, int64_t rows, int64_t hidden, bool residual, int64_t 
   HostTensor dresidual(residual ? rows * row : 0, offset), dx(rows * row, offset);
   HostTensor dweight(splits ? row : 0, offset), partial(splits * hidden * 4, 0);
   dy.read(), x.read(), weight.read(), rstd.read(), dresidual.read();
-  RmsNormBackward a{dtype, rows, hidden, splits, dy.data(), x.data(), weight.data(), rstd.floats(),
-                    nullptr, dx.data(), nullptr, nullptr};
+  RmsNormBackward a{dtype,         rows,          hidden,  splits,    dy.data(), x.data(),
+                    weight.data(), rstd.floats(), nullptr, dx.data(), nullptr,   nullptr};
   if (residual) a.dresidual = dresidual.data();
   if (splits) a.dweight = dweight.data(), a.partial = partial.floats();
   cuda::rms_norm_bwd(a, nullptr);

@@ -48,10 +48,14 @@ def test_conversions_round_to_nearest_even(program, dtype, name):
     assert wide.equal(x.to(dtype).float())
 
 
-@pytest.mark.parametrize("mistake, message", [
-    ("barrier_in_a_branch", "thread 0 waits at __syncthreads; thread 32 has ended"),
-    ("shuffle_in_a_branch", "thread 0 waits for its warp; thread 16 has ended"),
-    ("too_many_threads", "invalid configuration argument")])
+@pytest.mark.parametrize(
+    "mistake, message",
+    [
+        ("barrier_in_a_branch", "thread 0 waits at __syncthreads; thread 32 has ended"),
+        ("shuffle_in_a_branch", "thread 0 waits for its warp; thread 16 has ended"),
+        ("too_many_threads", "invalid configuration argument"),
+    ],
+)
 def test_mistakes_are_named(program, mistake, message):
     done = subprocess.run([program, mistake], capture_output=True, text=True)
     assert done.returncode == 1 and message in done.stderr

@@ -18,8 +18,9 @@ def program(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def sanitized(tmp_path_factory):
-    return compile_program(HERE / "rms_norm.cpp", ["rms_norm"], tmp_path_factory.mktemp("host"),
-                           sanitize=True)
+    return compile_program(
+        HERE / "rms_norm.cpp", ["rms_norm"], tmp_path_factory.mktemp("host"), sanitize=True
+    )
 
 
 def forward(program, x, residual, weight, offset=0):
@@ -27,8 +28,12 @@ def forward(program, x, residual, weight, offset=0):
     inputs = [x, weight] if residual is None else [x, residual, weight]
     h_shape = (0,) if residual is None else x.shape
     dtype = HALF_AND_SINGLE.index(x.dtype)
-    return run(program, ["fwd", dtype, *x.shape, EPS, int(residual is not None), 0, offset], inputs,
-               [(x.shape, x.dtype), (h_shape, x.dtype), (x.shape[:1], torch.float32)])
+    return run(
+        program,
+        ["fwd", dtype, *x.shape, EPS, int(residual is not None), 0, offset],
+        inputs,
+        [(x.shape, x.dtype), (h_shape, x.dtype), (x.shape[:1], torch.float32)],
+    )
 
 
 def backward(program, dy, x, weight, rstd, dresidual, splits, offset=0):
@@ -36,8 +41,12 @@ def backward(program, dy, x, weight, rstd, dresidual, splits, offset=0):
     inputs = [dy, x, weight, rstd] + ([] if dresidual is None else [dresidual])
     dtype = HALF_AND_SINGLE.index(x.dtype)
     arguments = ["bwd", dtype, *x.shape, 0, int(dresidual is not None), splits, offset]
-    return run(program, arguments, inputs,
-               [(x.shape, x.dtype), (weight.shape if splits else (0,), x.dtype)])
+    return run(
+        program,
+        arguments,
+        inputs,
+        [(x.shape, x.dtype), (weight.shape if splits else (0,), x.dtype)],
+    )
 
 
 def differentiable(program, splits, offset=0):
@@ -61,18 +70,37 @@ def differentiable(program, splits, offset=0):
 
 # 16-byte accesses with 1, 2, 4 and 8 vectors a thread and from cache; single elements for odd rows.
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
-@pytest.mark.parametrize("rows, hidden, splits", [
-    (3, 1, 1), (63, 3, 8), (5, 17, 2), (9, 64, 9), (3, 100, 1), (2, 1028, 2), (1, 4096, 1),
-    (3, 4099, 2), (2, 6000, 1), (2, 8200, 2)], ids=str)
+@pytest.mark.parametrize(
+    "rows, hidden, splits",
+    [
+        (3, 1, 1),
+        (63, 3, 8),
+        (5, 17, 2),
+        (9, 64, 9),
+        (3, 100, 1),
+        (2, 1028, 2),
+        (1, 4096, 1),
+        (3, 4099, 2),
+        (2, 6000, 1),
+        (2, 8200, 2),
+    ],
+    ids=str,
+)
 def test_against_fp64(program, rows, hidden, splits, dtype):
-    matches_fp64(differentiable(program, splits), formulas.add_rms_norm,
-                 lambda: add_rms_norm_inputs((rows, hidden), dtype))
+    matches_fp64(
+        differentiable(program, splits),
+        formulas.add_rms_norm,
+        lambda: add_rms_norm_inputs((rows, hidden), dtype),
+    )
 
 
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
 def test_unaligned_tensors(program, dtype):
-    matches_fp64(differentiable(program, 2, offset=dtype.itemsize), formulas.add_rms_norm,
-                 lambda: add_rms_norm_inputs((3, 64), dtype))
+    matches_fp64(
+        differentiable(program, 2, offset=dtype.itemsize),
+        formulas.add_rms_norm,
+        lambda: add_rms_norm_inputs((3, 64), dtype),
+    )
 
 
 @pytest.mark.parametrize("hidden", [17, 64, 9000])
@@ -94,8 +122,10 @@ def test_no_rows(program):
     assert same_bits(dweight, torch.zeros(64))
 
 
-@pytest.mark.parametrize("rows, hidden, splits, offset", [
-    (3, 17, 2, 0), (2, 64, 1, 0), (2, 64, 1, 4), (1, 2052, 1, 0), (1, 9000, 1, 0)])
+@pytest.mark.parametrize(
+    "rows, hidden, splits, offset",
+    [(3, 17, 2, 0), (2, 64, 1, 0), (2, 64, 1, 4), (1, 2052, 1, 0), (1, 9000, 1, 0)],
+)
 def test_sanitizers_find_nothing(sanitized, rows, hidden, splits, offset):
     for dtype in HALF_AND_SINGLE:
         x, residual, weight = add_rms_norm_inputs((rows, hidden), dtype)

@@ -38,5 +38,5 @@ def cut_after_end(sequences: Tensor, prompt: int, ends: list[int]) -> list[list[
     rows = []
     for row in sequences[:, prompt:].tolist():
         stops = [i for i, token in enumerate(row) if token in ends]
-        rows.append(row[:stops[0]] if stops else row)
+        rows.append(row[: stops[0]] if stops else row)
     return rows

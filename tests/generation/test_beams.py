@@ -45,8 +45,9 @@ def test_texts_are_those_of_transformers(ends):
     ids, mask = prompts([7, 3, 5])
     options = dict(num_beams=2 + ends % 4, max_length=20, pad_token_id=0, length_penalty=0.0)
     ends = list(range(10, 10 + ends))
-    theirs = twin.generate(ids, attention_mask=mask, do_sample=False, eos_token_id=ends or None,
-                           **options)
+    theirs = twin.generate(
+        ids, attention_mask=mask, do_sample=False, eos_token_id=ends or None, **options
+    )
     ours = model.generate(ids, mask, eos_token_id=ends, **options)
     assert cut_after_end(ours, 7, ends) == cut_after_end(theirs, 7, ends)
 
@@ -66,10 +67,17 @@ def test_as_many_beams_as_texts_find_the_best_one(prefix):
         total = sum(float(logits[i, tokens[i]]) for i in range(stop))
         scored[tokens[:stop]] = total / (2 + stop - (end in tokens))
     best = max(scored, key=scored.get)
-    output = search(model, prompt, torch.ones_like(prompt), vocabulary ** new, 2 + new,
-                    eos_token_id=end, pad_token_id=0)
+    output = search(
+        model,
+        prompt,
+        torch.ones_like(prompt),
+        vocabulary**new,
+        2 + new,
+        eos_token_id=end,
+        pad_token_id=0,
+    )
     # Where all texts end early, the longest one's end token is the last column.
-    assert tuple(output.sequences[0, 2:2 + len(best)].tolist()) == best
+    assert tuple(output.sequences[0, 2 : 2 + len(best)].tolist()) == best
     assert output.scores.item() == pytest.approx(scored[best], rel=1e-5)
 
 
@@ -79,7 +87,9 @@ def test_hypotheses_follow_the_rules():
     ids = torch.tensor([[1, 2, 3], [4, 5, 6]])
     # An end token counts among the first two candidates, not behind them.
     assert one.step([-3.0, -4.0, -5.0, -6.0], [1, 0, 0, 1], [9, 7, 9, 8], ids, [9]) == [
-        (0, 7, -4.0), (1, 8, -6.0)]
+        (0, 7, -4.0),
+        (1, 8, -6.0),
+    ]
     assert [(text.score, text.ids.tolist()) for text in one.best] == [(-1.0, [4, 5, 6])]
     assert not one.done
     # The best candidate is worth -2.7 / 3, better than the worst finished text, -1.
@@ -95,12 +105,23 @@ def test_hypotheses_follow_the_rules():
 def test_prompts_that_are_done_leave_the_batch_without_effect(do_sample):
     model = small_model()
     ids, mask = prompts([6, 2, 4, 5])
-    options = dict(num_beams=3, max_length=30, eos_token_id=list(range(20, 35)), pad_token_id=0,
-                   do_sample=do_sample)
+    options = dict(
+        num_beams=3,
+        max_length=30,
+        eos_token_id=list(range(20, 35)),
+        pad_token_id=0,
+        do_sample=do_sample,
+    )
     dropped, kept = (
-        model.generate(ids, mask, logits_processor=processors,
-                       generator=torch.Generator().manual_seed(1), **options)
-        for processors in ([], [Recorder()]))
+        model.generate(
+            ids,
+            mask,
+            logits_processor=processors,
+            generator=torch.Generator().manual_seed(1),
+            **options,
+        )
+        for processors in ([], [Recorder()])
+    )
     assert torch.equal(dropped, kept)
     lengths = (dropped != 0).sum(1)
     assert lengths.min() < lengths.max()
@@ -111,16 +132,24 @@ def test_a_batch_is_its_rows():
     model = small_model()
     lengths = [6, 2, 9]
     ids, mask = prompts(lengths)
-    options = dict(num_beams=4, length_penalty=0.0, repetition_penalty=1.2, max_new_tokens=12,
-                   pad_token_id=0, eos_token_id=list(range(20, 28)))
+    options = dict(
+        num_beams=4,
+        length_penalty=0.0,
+        repetition_penalty=1.2,
+        max_new_tokens=12,
+        pad_token_id=0,
+        eos_token_id=list(range(20, 28)),
+    )
     batch = cut_after_end(model.generate(ids, mask, **options), 9, options["eos_token_id"])
     for row, length in enumerate(lengths):
-        alone = model.generate(ids[row:row + 1, -length:], **options)
+        alone = model.generate(ids[row : row + 1, -length:], **options)
         assert cut_after_end(alone, length, options["eos_token_id"]) == [batch[row]]
 
 
-@pytest.mark.parametrize(("temperature", "top_k", "top_p"),
-                         [(1.0, 50, 1.0), (0.95, 50, 0.7), (1.7, 1, 1.0), (0.6, 0, 0.01)])
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p"),
+    [(1.0, 50, 1.0), (0.95, 50, 0.7), (1.7, 1, 1.0), (0.6, 0, 0.01)],
+)
 def test_beam_sampling(temperature, top_k, top_p):
     """Against the rules written down plainly: whole texts through the model, every beam's sum
     warped by transformers' own warpers, which keep two tokens."""
@@ -146,22 +175,37 @@ def test_beam_sampling(temperature, top_k, top_p):
         for place in ended:
             finished.append((float(flat[place]) / ids.shape[1], ids[place // 151].tolist()))
         finished = sorted(finished)[-beams:]
-        done = (len(finished) == beams
-                and finished[0][0] >= float(flat[drawn[0]]) / ids.shape[1])
+        done = len(finished) == beams and finished[0][0] >= float(flat[drawn[0]]) / ids.shape[1]
         going_on = [place for place in drawn if place % 151 not in end][:beams]
         ids = torch.stack([torch.cat([ids[p // 151], torch.tensor([p % 151])]) for p in going_on])
         sums = flat[going_on]
     if not done:
-        finished += [(float(total) / max_length, text.tolist())
-                     for total, text in zip(sums, ids, strict=True)]
+        finished += [
+            (float(total) / max_length, text.tolist())
+            for total, text in zip(sums, ids, strict=True)
+        ]
     expected = max(finished)[1]
-    text = model.generate(prompt, num_beams=beams, max_length=max_length, do_sample=True,
-                          temperature=temperature, top_k=top_k, top_p=top_p, eos_token_id=end,
-                          generator=torch.Generator().manual_seed(9))[0].tolist()
+    text = model.generate(
+        prompt,
+        num_beams=beams,
+        max_length=max_length,
+        do_sample=True,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        eos_token_id=end,
+        generator=torch.Generator().manual_seed(9),
+    )[0].tolist()
     assert text == (expected + end[:1])[:max_length]
 
 
 def test_sums_that_leave_the_range_are_told():
     with pytest.raises(ValueError, match="temperature 0.01 divides the sums .* use temperature 1"):
-        small_model().generate(torch.randint(151, (1, 3)), num_beams=2, do_sample=True,
-                               temperature=0.01, max_length=40, eos_token_id=[])
+        small_model().generate(
+            torch.randint(151, (1, 3)),
+            num_beams=2,
+            do_sample=True,
+            temperature=0.01,
+            max_length=40,
+            eos_token_id=[],
+        )

@@ -14,7 +14,8 @@ from tests.generation.oracles import Recorder, cut_after_end, glm_twin, prompts
 from tests.model.oracles import recorded_model, relative_error, small_model
 
 VARIANTS = {
-    "groups": {}, "one group": dict(multi_query_group_num=1),
+    "groups": {},
+    "one group": dict(multi_query_group_num=1),
     "interleaved": dict(multi_query_attention=False, multi_query_group_num=4),
     "layernorm": dict(rmsnorm=False, add_bias_linear=True),
     "post": dict(apply_residual_connection_post_layernorm=True, post_layer_norm=False),
@@ -33,15 +34,26 @@ def cases(folder):
 
 # The official record
 
-@pytest.mark.parametrize("name", ["plain_b1", "plain_leftpad", "prefix_b1", "prefix_leftpad",
-                                  "prefix_reppen", "prefix_eos_leftpad"])
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "plain_b1",
+        "plain_leftpad",
+        "prefix_b1",
+        "prefix_leftpad",
+        "prefix_reppen",
+        "prefix_eos_leftpad",
+    ],
+)
 def test_recorded_greedy_texts_and_scores(folder, cases, name):
     case = load_file(folder / f"gen_{name}.safetensors")
     asked = cases[f"gen_{name}"]["kwargs"]
     weights = load_file(folder / "weights_eos_variant.safetensors") if "eos" in name else None
     model = recorded_model(folder, "noproj" if "prefix" in name else None, weights=weights)
-    options = dict(max_length=asked["max_length"],
-                   repetition_penalty=asked.get("repetition_penalty", 1.0))
+    options = dict(
+        max_length=asked["max_length"], repetition_penalty=asked.get("repetition_penalty", 1.0)
+    )
     prompt = case["input_ids"], case["attention_mask"]
     assert torch.equal(model.generate(*prompt, **options), case["sequences"])
 
@@ -52,8 +64,10 @@ def test_recorded_greedy_texts_and_scores(folder, cases, name):
     assert relative_error(torch.stack(recorder.scores, 1), case["scores"]) < 1e-5
 
 
-@pytest.mark.parametrize(("temperature", "top_k", "top_p"),
-                         [(0.01, 50, 0.8), (0.8, 50, 0.8), (0.95, 50, 0.7), (1.0, 0, 0.5)])
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p"),
+    [(0.01, 50, 0.8), (0.8, 50, 0.8), (0.95, 50, 0.7), (1.0, 0, 0.5)],
+)
 def test_recorded_warpers(folder, temperature, top_k, top_p):
     case = load_file(folder / "sampling.safetensors")
     expected = case[f"warped_t{temperature}_k{top_k}_p{top_p}"]
@@ -72,8 +86,9 @@ def test_recorded_stream_over_two_rounds(folder, cases):
     past = KeyValueCache(model)
     for turn, cached in (("turn1", case["past_tokens"]), ("turn2", None)):
         prompt, expected = torch.tensor(case[f"{turn}_input"]), case[turn]
-        steps = list(model.stream_generate(prompt, max_length=len(expected[-1]),
-                                           past_key_values=past))
+        steps = list(
+            model.stream_generate(prompt, max_length=len(expected[-1]), past_key_values=past)
+        )
         assert [step.tolist() for step in steps] == [[ids] for ids in expected]
         if cached:
             assert past.lens.tolist() == [cached]
@@ -81,14 +96,16 @@ def test_recorded_stream_over_two_rounds(folder, cases):
 
 # transformers
 
+
 @pytest.mark.parametrize("prefix", [None, 5])
 def test_sampled_texts_are_those_of_transformers(prefix):
     """The same seed draws the same tokens, also after some rows have ended and left the batch."""
     model = small_model(pre_seq_len=prefix)
     ids, mask = prompts([7, 3, 1, 5, 4])
     ends = list(range(10, 30))
-    options = dict(max_length=40, do_sample=True, top_p=0.9, top_k=20, temperature=1.3,
-                   eos_token_id=ends)
+    options = dict(
+        max_length=40, do_sample=True, top_p=0.9, top_k=20, temperature=1.3, eos_token_id=ends
+    )
     torch.manual_seed(3)
     ours = model.generate(ids, mask, pad_token_id=0, **options)
     ended = torch.isin(ours[:, 7:], torch.tensor(ends)).any(1).sum()
@@ -114,15 +131,17 @@ def test_repetition_penalty_is_that_of_transformers():
 
 # A batch, a step, a cache
 
+
 def test_repetition_is_counted_row_by_row():
     model = small_model()
     lengths = [3, 8, 1]
     ids, mask = prompts(lengths)
     batch = model.generate(ids, mask, max_new_tokens=25, repetition_penalty=1.6)
     for row, length in enumerate(lengths):
-        alone = model.generate(ids[row:row + 1, -length:], max_new_tokens=25,
-                               repetition_penalty=1.6)
-        assert torch.equal(batch[row, 8 - length:], alone[0])
+        alone = model.generate(
+            ids[row : row + 1, -length:], max_new_tokens=25, repetition_penalty=1.6
+        )
+        assert torch.equal(batch[row, 8 - length :], alone[0])
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -137,12 +156,13 @@ def test_a_batch_is_its_rows(variant, prefix):
     ends = free[:2, 14].tolist()  # so that two rows end at their sixth new token at the latest
     batch = model.generate(ids, mask, max_new_tokens=30, eos_token_id=ends, pad_token_id=150)
     for row, length in enumerate(lengths):
-        alone = model.generate(ids[row:row + 1, -length:], max_new_tokens=30, eos_token_id=ends,
-                               pad_token_id=150)[0]
-        text = batch[row, 9 - length:]
-        assert torch.equal(text[:len(alone)], alone)
-        assert (text[len(alone):] == 150).all()
-        logits = model(alone.unsqueeze(0)).logits[0, length - 1:-1]
+        alone = model.generate(
+            ids[row : row + 1, -length:], max_new_tokens=30, eos_token_id=ends, pad_token_id=150
+        )[0]
+        text = batch[row, 9 - length :]
+        assert torch.equal(text[: len(alone)], alone)
+        assert (text[len(alone) :] == 150).all()
+        logits = model(alone.unsqueeze(0)).logits[0, length - 1 : -1]
         assert torch.equal(logits.argmax(-1), alone[length:])
 
 
@@ -151,14 +171,17 @@ def test_ended_rows_cost_nothing_and_the_prefix_is_made_once(monkeypatch, num_be
     model = small_model(projection=True)
     ids, mask = prompts([6, 2, 4, 5])
     ends = list(range(20, 35))
-    options = dict(max_length=40, num_beams=num_beams, eos_token_id=ends, pad_token_id=0,
-                   length_penalty=0.0)
+    options = dict(
+        max_length=40, num_beams=num_beams, eos_token_id=ends, pad_token_id=0, length_penalty=0.0
+    )
     rows, made = [], []
     read, encode = KeyValueCache.read, type(model.prefix_encoder).forward
-    monkeypatch.setattr(KeyValueCache, "read",
-                        lambda self, new: rows.append(len(new)) or read(self, new))
-    monkeypatch.setattr(type(model.prefix_encoder), "forward",
-                        lambda self: made.append(self) or encode(self))
+    monkeypatch.setattr(
+        KeyValueCache, "read", lambda self, new: rows.append(len(new)) or read(self, new)
+    )
+    monkeypatch.setattr(
+        type(model.prefix_encoder), "forward", lambda self: made.append(self) or encode(self)
+    )
     text = model.generate(ids, mask, **options)
     assert len(made) == 1
     assert rows == sorted(rows, reverse=True) and rows[0] > rows[-1]
@@ -186,7 +209,7 @@ def test_generation_grows_its_cache_by_blocks():
     for _ in model.stream_generate(text[:, :-1], max_new_tokens=1, past_key_values=whole):
         pass
     for grown, fresh in zip(past._layers, whole._layers, strict=True):
-        assert relative_error(grown[:, :, :length - 1], fresh[:, :, :length - 1]) < 1e-5
+        assert relative_error(grown[:, :, : length - 1], fresh[:, :, : length - 1]) < 1e-5
 
 
 def test_a_text_continued_on_its_cache():
@@ -207,7 +230,7 @@ def test_streaming_yields_every_step_of_generate():
     steps = list(model.stream_generate(ids, mask, max_length=16))
     assert [step.shape[1] for step in steps] == list(range(6, 17))
     whole = model.generate(ids, mask, max_length=16)
-    assert all(torch.equal(step, whole[:, :step.shape[1]]) for step in steps)
+    assert all(torch.equal(step, whole[:, : step.shape[1]]) for step in steps)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -236,7 +259,8 @@ def test_a_generator_makes_draws_repeatable():
     options = dict(max_length=30, do_sample=True, temperature=2.0)
     first, second, other = (
         model.generate(prompt, generator=torch.Generator().manual_seed(seed), **options)
-        for seed in (5, 5, 6))
+        for seed in (5, 5, 6)
+    )
     assert torch.equal(first, second)
     assert not torch.equal(first, other)
 
@@ -256,6 +280,7 @@ def test_processors_act_in_their_order():
         def allow(input_ids, scores):
             assert input_ids.shape[0] == scores.shape[0] == 2
             return torch.full_like(scores, -1.0).index_fill(1, torch.tensor([token]), 0.0)
+
         return allow
 
     text = model.generate(prompt, max_new_tokens=3, logits_processor=[only(7), only(9)])
@@ -281,27 +306,35 @@ def test_processors_may_write_into_their_scores():
 
     prompt = torch.randint(151, (2, 4))
     for num_beams in (1, 2):
-        text = small_model().generate(prompt, max_length=9, num_beams=num_beams,
-                                      logits_processor=[forbid], eos_token_id=[])
+        text = small_model().generate(
+            prompt, max_length=9, num_beams=num_beams, logits_processor=[forbid], eos_token_id=[]
+        )
         assert (text[:, 4:] < 7).all()
 
 
 def test_dropout_never_acts():
     model, prompt = small_model(dict(hidden_dropout=0.5)), torch.randint(151, (2, 4))
-    assert torch.equal(model.generate(prompt, max_length=20),
-                       model.train().generate(prompt, max_length=20))
+    assert torch.equal(
+        model.generate(prompt, max_length=20), model.train().generate(prompt, max_length=20)
+    )
 
 
-@pytest.mark.parametrize(("options", "sentence"), [
-    (dict(max_length=4), "max_length 4 counts the prompt, which has 4 tokens"),
-    (dict(max_length=65), "max_length 65 .* the model has 64 positions"),
-    (dict(max_length=9, attention_mask=torch.tensor([[1, 1, 1, 0]])), "pad prompts on the left"),
-    (dict(max_length=9, attention_mask=torch.ones(4)), r"must be \[B, S\] and not empty"),
-    (dict(max_length=9, do_sample=True, temperature=0.0), "temperature must be above 0"),
-    (dict(max_length=9, do_sample=True, top_p=0.0), "top_p in"),
-    (dict(max_length=9, num_beams=0), "num_beams must be at least 1, not 0"),
-    (dict(max_length=9, repetition_penalty=0.0), "repetition_penalty must be above 0, not 0.0"),
-])
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (dict(max_length=4), "max_length 4 counts the prompt, which has 4 tokens"),
+        (dict(max_length=65), "max_length 65 .* the model has 64 positions"),
+        (
+            dict(max_length=9, attention_mask=torch.tensor([[1, 1, 1, 0]])),
+            "pad prompts on the left",
+        ),
+        (dict(max_length=9, attention_mask=torch.ones(4)), r"must be \[B, S\] and not empty"),
+        (dict(max_length=9, do_sample=True, temperature=0.0), "temperature must be above 0"),
+        (dict(max_length=9, do_sample=True, top_p=0.0), "top_p in"),
+        (dict(max_length=9, num_beams=0), "num_beams must be at least 1, not 0"),
+        (dict(max_length=9, repetition_penalty=0.0), "repetition_penalty must be above 0, not 0.0"),
+    ],
+)
 def test_options_out_of_range(options, sentence):
     with pytest.raises(ValueError, match=sentence):
         small_model().generate(torch.ones(1, 4, dtype=torch.int64), **options)
@@ -333,7 +366,8 @@ def test_a_callers_cache_keeps_its_rows():
     model, prompt = small_model(), torch.randint(151, (2, 3))
     end = int(model.generate(prompt, max_new_tokens=3, eos_token_id=[])[0, 4])
     past = KeyValueCache(model)
-    *_, text = model.stream_generate(prompt, max_new_tokens=6, past_key_values=past,
-                                     eos_token_id=[end])
+    *_, text = model.stream_generate(
+        prompt, max_new_tokens=6, past_key_values=past, eos_token_id=[end]
+    )
     assert len(past.lens) == 2
     next(model.stream_generate(text[:, -1:], max_new_tokens=2, past_key_values=past))

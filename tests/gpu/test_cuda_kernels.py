@@ -20,15 +20,19 @@ def _cuda():
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_rms_norm(shape, dtype):
-    matches_fp64(ops.rms_norm, formulas.rms_norm,
-                 lambda: formulas.rms_norm_inputs(shape, dtype, "cuda"))
+    matches_fp64(
+        ops.rms_norm, formulas.rms_norm, lambda: formulas.rms_norm_inputs(shape, dtype, "cuda")
+    )
 
 
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_add_rms_norm(shape, dtype):
-    matches_fp64(ops.add_rms_norm, formulas.add_rms_norm,
-                 lambda: formulas.add_rms_norm_inputs(shape, dtype, "cuda"))
+    matches_fp64(
+        ops.add_rms_norm,
+        formulas.add_rms_norm,
+        lambda: formulas.add_rms_norm_inputs(shape, dtype, "cuda"),
+    )
 
 
 def test_the_same_bits_on_every_run():

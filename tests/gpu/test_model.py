@@ -16,7 +16,7 @@ def step_and_text(model: ChatGLM, batch: dict, prompts: torch.Tensor) -> list[to
     """Loss and the prefix's gradient, with dropout, and greedy ids; all on the CPU."""
     packed, _ = unpad(**batch)
     loss = model.train().loss(packed, dropout_offset=6, seed=3)
-    gradient, = torch.autograd.grad(loss, model.prefix_encoder.embedding.weight)
+    (gradient,) = torch.autograd.grad(loss, model.prefix_encoder.embedding.weight)
     ids = model.eval().generate(prompts, max_new_tokens=9, eos_token_id=[])
     return [x.detach().cpu() for x in (loss, gradient, ids)]
 

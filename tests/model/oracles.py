@@ -14,9 +14,18 @@ from glmkern.model.config import ChatGLMConfig
 
 # Odd on purpose: hidden != heads * kv_channels, nothing a multiple of a tile.
 SMALL: dict[str, Any] = dict(
-    num_layers=3, padded_vocab_size=151, hidden_size=50, ffn_hidden_size=39, kv_channels=12,
-    num_attention_heads=4, multi_query_attention=True, multi_query_group_num=2, seq_length=64,
-    add_qkv_bias=True, torch_dtype="float32")
+    num_layers=3,
+    padded_vocab_size=151,
+    hidden_size=50,
+    ffn_hidden_size=39,
+    kv_channels=12,
+    num_attention_heads=4,
+    multi_query_attention=True,
+    multi_query_group_num=2,
+    seq_length=64,
+    add_qkv_bias=True,
+    torch_dtype="float32",
+)
 
 
 def random_weights(config: ChatGLMConfig) -> dict[str, Tensor]:
@@ -30,8 +39,13 @@ def random_weights(config: ChatGLMConfig) -> dict[str, Tensor]:
     return weights
 
 
-def small_model(overrides: dict | None = None, *, pre_seq_len: int | None = 5,
-                projection: bool = False, dtype: torch.dtype = torch.float32) -> ChatGLM:
+def small_model(
+    overrides: dict | None = None,
+    *,
+    pre_seq_len: int | None = 5,
+    projection: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> ChatGLM:
     """A random model in evaluation mode."""
     config = ChatGLMConfig.from_dict(SMALL | (overrides or {}))
     model = ChatGLM(config, pre_seq_len=pre_seq_len, prefix_projection=projection)
@@ -39,18 +53,28 @@ def small_model(overrides: dict | None = None, *, pre_seq_len: int | None = 5,
     return model.eval()
 
 
-def recorded_model(folder: Path, prefix: str | None = None, dtype: torch.dtype = torch.float32,
-                   weights: dict[str, Tensor] | None = None, **options) -> ChatGLM:
+def recorded_model(
+    folder: Path,
+    prefix: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    weights: dict[str, Tensor] | None = None,
+    **options,
+) -> ChatGLM:
     """The tiny model of the official record; `prefix` is None, "noproj" or "proj", `weights`
     replace some of the recorded ones."""
-    model = ChatGLM(ChatGLMConfig.from_pretrained(folder), pre_seq_len=prefix and 8,
-                    prefix_projection=prefix == "proj", **options)
+    model = ChatGLM(
+        ChatGLMConfig.from_pretrained(folder),
+        pre_seq_len=prefix and 8,
+        prefix_projection=prefix == "proj",
+        **options,
+    )
     state = load_file(folder / "weights.safetensors") | (weights or {})
     model.load_base(state.items(), dtype, "cpu")
     if prefix:
         state = load_file(folder / f"prefix_{prefix}.safetensors")
         model.prefix_encoder.load_state_dict(
-            {k.removeprefix("transformer.prefix_encoder."): v for k, v in state.items()})
+            {k.removeprefix("transformer.prefix_encoder."): v for k, v in state.items()}
+        )
     return model.eval()
 
 
@@ -58,12 +82,15 @@ def diffusers_twin(model: ChatGLM) -> torch.nn.Module:
     """The official architecture as diffusers carries it, with the model's own weights."""
     from diffusers.pipelines.kolors.text_encoder import ChatGLMConfig as TheirConfig
     from diffusers.pipelines.kolors.text_encoder import ChatGLMModel
+
     values = model.config.to_dict() | {"use_cache": False}
     for theirs_differ in ("model_type", "torch_dtype", "max_length"):
         del values[theirs_differ]
     if model.prefix_encoder is not None:
-        values |= {"pre_seq_len": len(model.prefix_encoder.embedding.weight),
-                   "prefix_projection": model.prefix_encoder.trans is not None}
+        values |= {
+            "pre_seq_len": len(model.prefix_encoder.embedding.weight),
+            "prefix_projection": model.prefix_encoder.trans is not None,
+        }
     twin = ChatGLMModel(TheirConfig(**values), empty_init=False)
     state = {k.removeprefix("transformer."): v.float() for k, v in model.state_dict().items()}
     missing, unexpected = twin.load_state_dict(state, strict=False)
@@ -71,12 +98,22 @@ def diffusers_twin(model: ChatGLM) -> torch.nn.Module:
     return twin.eval()
 
 
-def twin_forward(twin: torch.nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None,
-                 position_ids: Tensor | None = None, labels: Tensor | None = None
-                 ) -> tuple[Tensor | None, Tensor]:
+def twin_forward(
+    twin: torch.nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    labels: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor]:
     """(the official loss, logits [B, S, V])."""
-    hidden = twin(input_ids, position_ids=position_ids, attention_mask=attention_mask,
-                  use_cache=False, output_hidden_states=False, return_dict=False)[0]
+    hidden = twin(
+        input_ids,
+        position_ids=position_ids,
+        attention_mask=attention_mask,
+        use_cache=False,
+        output_hidden_states=False,
+        return_dict=False,
+    )[0]
     logits = twin.output_layer(hidden).transpose(0, 1)
     if labels is None:
         return None, logits
@@ -92,8 +129,10 @@ def padded_batch(lengths: list[int], vocabulary: int, side: str) -> dict[str, Te
     """input_ids, attention_mask, position_ids and labels of rows padded on one side; labels on
     roughly two thirds of the tokens that have a real predecessor."""
     widest = max(lengths)
-    batch = {name: torch.zeros(len(lengths), widest, dtype=torch.int64)
-             for name in ("input_ids", "attention_mask", "position_ids")}
+    batch = {
+        name: torch.zeros(len(lengths), widest, dtype=torch.int64)
+        for name in ("input_ids", "attention_mask", "position_ids")
+    }
     batch["labels"] = torch.full((len(lengths), widest), -100)
     for b, length in enumerate(lengths):
         place = slice(widest - length, widest) if side == "left" else slice(0, length)

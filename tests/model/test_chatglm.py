@@ -17,7 +17,7 @@ def random_rows(lengths):
     rows = []
     for n in lengths:
         ids = torch.randint(SMALL["padded_vocab_size"], (n,)).tolist()
-        labels = [-100] * (n // 2) + ids[n // 2:]
+        labels = [-100] * (n // 2) + ids[n // 2 :]
         rows.append(types.SimpleNamespace(input_ids=ids, labels=labels))
     return rows
 
@@ -33,9 +33,12 @@ def gradient(model, *losses):
 def test_packed_equals_padded(side):
     model = small_model()
     batch = padded_batch([9, 1, 17, 4], SMALL["padded_vocab_size"], side)
-    rows = [types.SimpleNamespace(input_ids=ids[mask].tolist(), labels=labels[mask].tolist())
-            for ids, labels, mask in zip(batch["input_ids"], batch["labels"],
-                                         batch["attention_mask"].bool(), strict=True)]
+    rows = [
+        types.SimpleNamespace(input_ids=ids[mask].tolist(), labels=labels[mask].tolist())
+        for ids, labels, mask in zip(
+            batch["input_ids"], batch["labels"], batch["attention_mask"].bool(), strict=True
+        )
+    ]
     assert model.loss(pack_rows(rows)) == model(**batch).loss
 
 
@@ -52,7 +55,9 @@ def test_packing_changes_neither_masks_nor_gradient(recompute):
     def loss(chosen):
         return lambda: model.loss(
             pack_rows([rows[i] for i in chosen], chosen, [weights[i] for i in chosen]),
-            dropout_offset=12, seed=3)
+            dropout_offset=12,
+            seed=3,
+        )
 
     together = gradient(model, loss([0, 1, 2, 3]))
     apart = gradient(model, loss([2]), loss([3, 0]), loss([1]))
@@ -109,7 +114,8 @@ def test_gradient_against_finite_differences():
     model.prefix_encoder.double()
     batch = pack_rows(random_rows([5, 3]))
     exact = gradient(model, lambda: model.loss(batch, 7, 2)).view_as(
-        model.prefix_encoder.embedding.weight)
+        model.prefix_encoder.embedding.weight
+    )
     weight, step = model.prefix_encoder.embedding.weight, 1e-6
     for row, column in torch.randint(5, (12, 2)).tolist():
         column *= weight.shape[1] // 5
@@ -119,44 +125,72 @@ def test_gradient_against_finite_differences():
             weight[row, column] -= 2 * step
             down = model.loss(batch, 7, 2)
             weight[row, column] += step
-        assert (up - down).item() / (2 * step) == pytest.approx(exact[row, column].item(),
-                                                               rel=1e-5, abs=1e-9)
+        assert (up - down).item() / (2 * step) == pytest.approx(
+            exact[row, column].item(), rel=1e-5, abs=1e-9
+        )
 
 
 def test_only_the_prefix_trains():
     model = small_model(projection=True)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert trained == {f"transformer.prefix_encoder.{name}" for name in (
-        "embedding.weight", "trans.0.weight", "trans.0.bias", "trans.2.weight", "trans.2.bias")}
+    assert trained == {
+        f"transformer.prefix_encoder.{name}"
+        for name in (
+            "embedding.weight",
+            "trans.0.weight",
+            "trans.0.bias",
+            "trans.2.weight",
+            "trans.2.bias",
+        )
+    }
     model.loss(pack_rows(random_rows([4]))).backward()
     assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
 
 
 def test_parameter_count_of_the_6b_shape():
-    model = small_model(dict(num_layers=28, kv_channels=128, multi_query_group_num=2),
-                        pre_seq_len=136)
+    model = small_model(
+        dict(num_layers=28, kv_channels=128, multi_query_group_num=2), pre_seq_len=136
+    )
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 1_949_696
 
 
-@pytest.mark.parametrize(("change", "sentence"), [
-    (dict(input_ids=torch.tensor([0, 151])), "token ids run from 0 to 151, but this model has 0"),
-    (dict(input_ids=torch.tensor([-1, 3])), "token ids run from -1 to 3"),
-    (dict(positions=torch.tensor([0, 64])), "positions run from 0 to 64, .* 0 to 63"),
-    (dict(labels=torch.tensor([151, -100])), "labels run from 151 to 151, but this model has 0"),
-    (dict(labels=torch.tensor([-100, -100])), "no token carries a label"),
-])
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (
+            dict(input_ids=torch.tensor([0, 151])),
+            "token ids run from 0 to 151, but this model has 0",
+        ),
+        (dict(input_ids=torch.tensor([-1, 3])), "token ids run from -1 to 3"),
+        (dict(positions=torch.tensor([0, 64])), "positions run from 0 to 64, .* 0 to 63"),
+        (
+            dict(labels=torch.tensor([151, -100])),
+            "labels run from 151 to 151, but this model has 0",
+        ),
+        (dict(labels=torch.tensor([-100, -100])), "no token carries a label"),
+    ],
+)
 def test_values_out_of_range(change, sentence):
     batch = pack_rows([types.SimpleNamespace(input_ids=[1, 2], labels=[-100, 2])])
     with pytest.raises(ValueError, match=sentence):
         small_model().loss(PackedBatch(**{**vars(batch), **change}))
 
 
-@pytest.mark.parametrize(("arguments", "sentence"), [
-    (dict(input_ids=torch.zeros(3, dtype=torch.int64)), r"input_ids must be \[B, S\]"),
-    (dict(attention_mask=torch.ones(1, 2)), r"attention_mask must have input_ids' shape \[2, 3\]"),
-    (dict(labels=torch.zeros(2, 2)), "labels must have input_ids' shape"),
-    (dict(attention_mask=torch.tensor([[1, 1, 1], [0, 0, 0]])), "row 1 of attention_mask is all"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (dict(input_ids=torch.zeros(3, dtype=torch.int64)), r"input_ids must be \[B, S\]"),
+        (
+            dict(attention_mask=torch.ones(1, 2)),
+            r"attention_mask must have input_ids' shape \[2, 3\]",
+        ),
+        (dict(labels=torch.zeros(2, 2)), "labels must have input_ids' shape"),
+        (
+            dict(attention_mask=torch.tensor([[1, 1, 1], [0, 0, 0]])),
+            "row 1 of attention_mask is all",
+        ),
+    ],
+)
 def test_padded_call_out_of_shape(arguments, sentence):
     call = dict(input_ids=torch.zeros(2, 3, dtype=torch.int64)) | arguments
     with pytest.raises(ValueError, match=sentence):
@@ -169,12 +203,17 @@ def test_empty_rows_are_refused(rows):
         pack_rows(rows)
 
 
-@pytest.mark.parametrize(("arguments", "sentence"), [
-    (dict(sequence_ids=[]), "sequence_ids must have one value a row, 1, not 0"),
-    (dict(token_weight_per_row=[1.0, 2.0]), "token_weight_per_row must have one value a row"),
-    (dict(rows=[types.SimpleNamespace(input_ids=[1, 2], labels=[1])]),
-     r"\[2\] tokens and \[1\] labels"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (dict(sequence_ids=[]), "sequence_ids must have one value a row, 1, not 0"),
+        (dict(token_weight_per_row=[1.0, 2.0]), "token_weight_per_row must have one value a row"),
+        (
+            dict(rows=[types.SimpleNamespace(input_ids=[1, 2], labels=[1])]),
+            r"\[2\] tokens and \[1\] labels",
+        ),
+    ],
+)
 def test_values_must_be_one_a_row_or_token(arguments, sentence):
     with pytest.raises(ValueError, match=sentence):
         pack_rows(**{"rows": random_rows([3])} | arguments)
@@ -202,8 +241,12 @@ def test_from_pretrained(folder):
     again = ChatGLM.from_pretrained(path / "base", prefix_checkpoint=path).eval()
     assert again.dtype == torch.float32
     assert again.loss(batch) == model.loss(batch)
-    half = ChatGLM.from_pretrained(path / "base", dtype=torch.float16, pre_seq_len=5,
-                                   prefix_checkpoint=path / "pytorch_model.bin").eval()
+    half = ChatGLM.from_pretrained(
+        path / "base",
+        dtype=torch.float16,
+        pre_seq_len=5,
+        prefix_checkpoint=path / "pytorch_model.bin",
+    ).eval()
     assert half.prefix_encoder.embedding.weight.dtype == torch.float32
     assert half.loss(batch).item() == pytest.approx(model.loss(batch).item(), rel=1e-2)
 
@@ -217,8 +260,10 @@ def test_a_folder_that_holds_its_own_prefix(tmp_path):
     assert again.loss(rows) == model.loss(rows)
     quantize_folder(tmp_path, tmp_path / "base", 8)
     assert ChatGLM.from_pretrained(tmp_path / "base").prefix_encoder is None
-    save_file({k: v for k, v in model.state_dict().items() if "prefix" not in k},
-              tmp_path / "model.safetensors")
+    save_file(
+        {k: v for k, v in model.state_dict().items() if "prefix" not in k},
+        tmp_path / "model.safetensors",
+    )
     with pytest.raises(InputError, match="holds no prefix"):
         ChatGLM.from_pretrained(tmp_path)
 
@@ -231,8 +276,9 @@ def test_half_weights_stay_as_they_are_on_a_cpu(tmp_path, stored):
     write_base(tmp_path, model.config, state)
     kept = ChatGLM.from_pretrained(tmp_path, "cpu", pre_seq_len=5).eval()
     copied = ChatGLM(kept.config, pre_seq_len=5).eval()
-    copied.load_base(((name, weight.float()) for name, weight in state.items()), torch.float32,
-                     "cpu")
+    copied.load_base(
+        ((name, weight.float()) for name, weight in state.items()), torch.float32, "cpu"
+    )
     copied.prefix_encoder.load_state_dict(kept.prefix_encoder.state_dict())
     dtypes = {name: p.dtype for name, p in kept.named_parameters()}
     assert kept.dtype == torch.float32
@@ -243,18 +289,22 @@ def test_half_weights_stay_as_they_are_on_a_cpu(tmp_path, stored):
     results = []
     for each in (kept, copied):
         loss = each.loss(batch)
-        gradient, = torch.autograd.grad(loss, each.prefix_encoder.embedding.weight)
-        results.append((each(ids).logits, loss, gradient,
-                        each.generate(ids, max_length=9, do_sample=False)))
+        (gradient,) = torch.autograd.grad(loss, each.prefix_encoder.embedding.weight)
+        results.append(
+            (each(ids).logits, loss, gradient, each.generate(ids, max_length=9, do_sample=False))
+        )
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
     assert torch.equal(results[0][-1], results[1][-1])
 
 
-@pytest.mark.parametrize(("arguments", "sentence"), [
-    (dict(pre_seq_len=6), "holds 5 virtual tokens, but pre_seq_len is 6"),
-    (dict(prefix_projection=True), "was trained without prefix_projection"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (dict(pre_seq_len=6), "holds 5 virtual tokens, but pre_seq_len is 6"),
+        (dict(prefix_projection=True), "was trained without prefix_projection"),
+    ],
+)
 def test_prefix_must_fit(folder, arguments, sentence):
     path, _ = folder
     with pytest.raises(InputError, match=sentence):

@@ -21,7 +21,7 @@ def results(model: ChatGLM, batch: dict[str, Tensor], backend: str, device: str)
     batch = {name: x.to(device) for name, x in batch.items()}
     with glmkern.backend(backend):
         loss = model.train().loss(unpad(**batch)[0], seed=3)
-        gradient, = torch.autograd.grad(loss, model.prefix_encoder.embedding.weight)
+        (gradient,) = torch.autograd.grad(loss, model.prefix_encoder.embedding.weight)
         with torch.no_grad():
             logits = model.eval()(**batch).logits
     return [x.detach().cpu().double() for x in (logits, loss, gradient)]
@@ -51,7 +51,8 @@ def test_half_is_as_near_as_the_reference(dtype, device):
     ours = results(model, batch, "triton", device)
     for result, usual, expected in zip(ours, theirs, exact, strict=True):
         assert relative_error(result, expected) <= (
-            3 * relative_error(usual, expected) + torch.finfo(dtype).eps)
+            3 * relative_error(usual, expected) + torch.finfo(dtype).eps
+        )
 
 
 def test_the_same_bits_on_every_run(device):
@@ -66,6 +67,7 @@ def test_generates_the_same(device):
     replies = []
     for backend, place in (("reference", "cpu"), ("triton", device)):
         with glmkern.backend(backend):
-            replies.append(model.to(place).generate(prompt.to(place), max_length=10,
-                                                    do_sample=False).cpu())
+            replies.append(
+                model.to(place).generate(prompt.to(place), max_length=10, do_sample=False).cpu()
+            )
     assert torch.equal(*replies)

@@ -34,8 +34,9 @@ def record(golden):
 
 
 def call(model, case):
-    return model(case["input_ids"], case.get("attention_mask"), case.get("position_ids"),
-                 case["labels"])
+    return model(
+        case["input_ids"], case.get("attention_mask"), case.get("position_ids"), case["labels"]
+    )
 
 
 def check_gradients(model, case):
@@ -117,12 +118,19 @@ def test_recorded_dropout_mask(record, prefix, monkeypatch):
     total = 0
     for b in range(len(keep)):
         factors = (keep[b].transpose(0, 1) / 0.9).unbind(0)
-        masked = [(k * factors[2 * i], v * factors[2 * i + 1])
-                  for i, (k, v) in enumerate(model.prefix_encoder())]
+        masked = [
+            (k * factors[2 * i], v * factors[2 * i + 1])
+            for i, (k, v) in enumerate(model.prefix_encoder())
+        ]
         monkeypatch.setattr(model, "prefix", lambda masked=masked: masked)
-        loss, logits = call(model, {k: v[b:b + 1] for k, v in case.items()
-                                    if k in ("input_ids", "attention_mask", "position_ids",
-                                             "labels")})
+        loss, logits = call(
+            model,
+            {
+                k: v[b : b + 1]
+                for k, v in case.items()
+                if k in ("input_ids", "attention_mask", "position_ids", "labels")
+            },
+        )
         assert relative_error(logits[0].detach(), case["logits"][b]) < TOLERANCE
         total = total + loss * labelled[b] / labelled.sum()
     assert total.item() == pytest.approx(record.cases[name]["loss"], rel=TOLERANCE)
@@ -145,8 +153,9 @@ def test_half_precision_is_as_near_to_float64_as_the_official_code(record, dtype
     gradient = model.prefix_encoder.embedding.weight.grad / 1024
     exact_gradient = exact.prefix_encoder.embedding.weight.grad
     for ours, theirs, true in (
-            (logits, case["logits"], exact_logits),
-            (gradient, case[f"grad.{PREFIX}embedding.weight"], exact_gradient)):
+        (logits, case["logits"], exact_logits),
+        (gradient, case[f"grad.{PREFIX}embedding.weight"], exact_gradient),
+    ):
         error, official = ((x.double() - true).square().mean().sqrt() for x in (ours, theirs))
         assert error <= 1.25 * official, (error, official)
     # One number is a draw: the record's own rounding to half is what it can tell apart.
@@ -154,9 +163,14 @@ def test_half_precision_is_as_near_to_float64_as_the_official_code(record, dtype
     assert abs(loss - exact_loss) <= max(official, ulp_of_max(exact_loss, dtype) / 2)
 
 
-@pytest.mark.parametrize(("name", "dtype", "precision"), [
-    ("fp32", torch.float32, "float32"), ("fp16", torch.float16, "model"),
-    ("bf16", torch.bfloat16, "model")])
+@pytest.mark.parametrize(
+    ("name", "dtype", "precision"),
+    [
+        ("fp32", torch.float32, "float32"),
+        ("fp16", torch.float16, "model"),
+        ("bf16", torch.bfloat16, "model"),
+    ],
+)
 def test_rotary_table_at_real_size(golden, name, dtype, precision):
     recorded = load_file(golden / "rope_real.safetensors")
     table = rotary_table(ChatGLMConfig(seq_length=32768), dtype, precision)

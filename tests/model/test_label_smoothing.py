@@ -32,8 +32,10 @@ def test_loss_and_gradient_are_those_of_transformers(epsilon, micro_batches):
     expected.backward()
 
     lengths = batch["attention_mask"].sum(1).tolist()
-    rows = [Row(ids[:n].tolist(), labels[:n].tolist())
-            for n, ids, labels in zip(lengths, batch["input_ids"], batch["labels"], strict=True)]
+    rows = [
+        Row(ids[:n].tolist(), labels[:n].tolist())
+        for n, ids, labels in zip(lengths, batch["input_ids"], batch["labels"], strict=True)
+    ]
     weights = [0.0] * 3
     for members in micro_batches:
         labelled = sum(label != -100 for row in members for label in rows[row].labels[1:])
@@ -42,8 +44,12 @@ def test_loss_and_gradient_are_those_of_transformers(epsilon, micro_batches):
     loss = model.loss(pack_rows(rows, token_weight_per_row=weights))
     loss.backward()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
-    assert relative_error(model.prefix_encoder.embedding.weight.grad,
-                          twin.prefix_encoder.embedding.weight.grad) < 1e-5
+    assert (
+        relative_error(
+            model.prefix_encoder.embedding.weight.grad, twin.prefix_encoder.embedding.weight.grad
+        )
+        < 1e-5
+    )
     if len(micro_batches) == 1:  # without weights the mean over all labelled tokens
         assert model.loss(pack_rows(rows)).item() == pytest.approx(expected.item(), rel=1e-5)
 

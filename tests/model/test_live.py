@@ -80,6 +80,7 @@ def test_without_prefix(side):
 def test_native_glm(groups):
     """GlmForCausalLM without a prefix, and with one as past keys and values."""
     from transformers import DynamicCache, GlmConfig, GlmForCausalLM
+
     prefix = 5
     model = small_model(dict(multi_query_group_num=groups), pre_seq_len=prefix)
     state = {k: v for k, v in model.state_dict().items() if "prefix_encoder" not in k}
@@ -89,13 +90,18 @@ def test_native_glm(groups):
     batch = padded_batch([13, 13], SMALL["padded_vocab_size"], "right")
     ids, labels, positions = batch["input_ids"], batch["labels"], batch["position_ids"]
 
-    segments = [(k.detach().requires_grad_(), v.detach().requires_grad_())
-                for k, v in model.prefix()]
+    segments = [
+        (k.detach().requires_grad_(), v.detach().requires_grad_()) for k, v in model.prefix()
+    ]
     cache = DynamicCache()
     for i, segment in enumerate(segments):
         cache.update(*(x.transpose(0, 1).expand(2, -1, -1, -1) for x in segment), i)
-    logits = glm(ids, position_ids=positions, past_key_values=cache,
-                 attention_mask=torch.ones(2, prefix + 13)).logits
+    logits = glm(
+        ids,
+        position_ids=positions,
+        past_key_values=cache,
+        attention_mask=torch.ones(2, prefix + 13),
+    ).logits
     their_loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
     loss, ours = model(ids, position_ids=positions, labels=labels)
     assert relative_error(ours.detach(), logits.detach()) < TOLERANCE
@@ -108,5 +114,9 @@ def test_native_glm(groups):
 
     plain = small_model(dict(multi_query_group_num=groups), pre_seq_len=None)
     plain.load_state_dict(state)
-    assert relative_error(plain(ids, position_ids=positions).logits,
-                          glm(ids, position_ids=positions).logits) < TOLERANCE
+    assert (
+        relative_error(
+            plain(ids, position_ids=positions).logits, glm(ids, position_ids=positions).logits
+        )
+        < TOLERANCE
+    )

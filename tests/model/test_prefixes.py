@@ -25,16 +25,20 @@ def test_prefixes_by_name(tmp_path):
         encoder = PrefixEncoder(model.config, length, projection)
         write_prefix(tmp_path / name, encoder.state_dict())
         alone = small_model(pre_seq_len=length, projection=projection)
-        alone.load_state_dict({k: v for k, v in model.state_dict().items() if "prefix" not in k},
-                              strict=False, assign=True)
+        alone.load_state_dict(
+            {k: v for k, v in model.state_dict().items() if "prefix" not in k},
+            strict=False,
+            assign=True,
+        )
         alone.prefix_encoder.load_state_dict(encoder.state_dict())
         texts[name] = alone.generate(prompt, max_length=60).tolist()
         model.load_prefix(tmp_path / name, name)
         assert model.prefix_name == "default"  # loading changes nothing
     assert model.prefix_names == ["default", "law", "ads"]
     plain = small_model(pre_seq_len=None)
-    plain.load_state_dict({k: v for k, v in model.state_dict().items() if "prefix" not in k},
-                          assign=True)
+    plain.load_state_dict(
+        {k: v for k, v in model.state_dict().items() if "prefix" not in k}, assign=True
+    )
     texts[None] = plain.generate(prompt, max_length=60).tolist()
     assert len({json.dumps(each) for each in texts.values()}) == 4
 

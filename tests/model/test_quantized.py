@@ -11,13 +11,7 @@ import glmkern
 from glmkern import ChatGLM, ChatGLMConfig, ops
 from glmkern.model.modules import FrozenLinear, frozen
 from glmkern.model.packing import unpad
-from tests.model.oracles import (
-    SMALL,
-    padded_batch,
-    random_weights,
-    relative_error,
-    small_model,
-)
+from tests.model.oracles import SMALL, padded_batch, random_weights, relative_error, small_model
 from tests.ops.numerics import same_bits
 
 TOLERANCE = 1e-5
@@ -26,8 +20,11 @@ LENGTHS = [7, 1, 12]
 
 
 def linears(model: ChatGLM) -> dict[str, FrozenLinear]:
-    return {name: m for name, m in model.named_modules()
-            if isinstance(m, FrozenLinear) and ".layers." in name}
+    return {
+        name: m
+        for name, m in model.named_modules()
+        if isinstance(m, FrozenLinear) and ".layers." in name
+    }
 
 
 def dense_twin(model: ChatGLM) -> ChatGLM:
@@ -44,14 +41,15 @@ def results(model: ChatGLM, batch: dict[str, Tensor]) -> list[Tensor]:
     prefix = model.prefix_encoder.embedding.weight
     packed, _ = unpad(**batch)
     loss = model.train().loss(packed, seed=3)
-    gradient, = torch.autograd.grad(loss, prefix)
+    (gradient,) = torch.autograd.grad(loss, prefix)
     with torch.no_grad():
         logits = model.eval()(**batch).logits
     return [logits, loss.detach(), gradient]
 
 
-@pytest.mark.parametrize("overrides", [{}, dict(add_bias_linear=True, hidden_dropout=0.2)],
-                         ids=["usual", "bias-dropout"])
+@pytest.mark.parametrize(
+    "overrides", [{}, dict(add_bias_linear=True, hidden_dropout=0.2)], ids=["usual", "bias-dropout"]
+)
 @pytest.mark.parametrize("recompute", ["none", "mlp", "layer"])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_equals_the_dense_weights(bits, recompute, overrides):
@@ -94,8 +92,9 @@ def test_generates_the_same(bits):
 def test_what_is_quantised():
     model = small_model(EVEN)
     dense = {name: linear.weight for name, linear in linears(model).items()}
-    rest = {name: p for name, p in model.named_parameters()
-            if name.removesuffix(".weight") not in dense}
+    rest = {
+        name: p for name, p in model.named_parameters() if name.removesuffix(".weight") not in dense
+    }
     assert model.quantize(4) is model
     assert model.config.quantization_bit == 4
     assert len(dense) == 4 * model.config.num_layers

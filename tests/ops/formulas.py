@@ -19,8 +19,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
     return (weight * h).to(x.dtype)
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor,
-                 eps: float = 1e-5) -> tuple[Tensor, Tensor]:
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-5
+) -> tuple[Tensor, Tensor]:
     h = x + residual
     return rms_norm(h, weight, eps), h
 
@@ -31,8 +32,9 @@ def rms_norm_inputs(shape: Sequence[int], dtype: torch.dtype, device: str = "cpu
     return [x, weight]
 
 
-def add_rms_norm_inputs(shape: Sequence[int], dtype: torch.dtype,
-                        device: str = "cpu") -> list[Tensor]:
+def add_rms_norm_inputs(
+    shape: Sequence[int], dtype: torch.dtype, device: str = "cpu"
+) -> list[Tensor]:
     """x, residual and weight. Errors grow with 1 / rms, so no row is near zero: x and residual have
     the same signs."""
     x = moderate(shape)
@@ -51,8 +53,13 @@ def rotated(x: Tensor, cos_sin: Tensor, positions: Tensor, inverse: bool = False
     return torch.cat([turned.to(x.dtype), x[..., width:]], -1)
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor | ops.QuantizedWeight, labels: Tensor,
-                         token_weight: Tensor | None, label_smoothing: float = 0.0) -> Tensor:
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor | ops.QuantizedWeight,
+    labels: Tensor,
+    token_weight: Tensor | None,
+    label_smoothing: float = 0.0,
+) -> Tensor:
     """From all logits, in hidden's precision (float32 for half)."""
     if isinstance(weight, ops.QuantizedWeight):
         weight = ops.dequantize(weight, hidden.dtype)

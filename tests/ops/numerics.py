@@ -29,8 +29,9 @@ def moderate(shape: Sequence[int]) -> Tensor:
     return torch.randn(shape).sign() * (torch.rand(shape) * 1.5 + 0.5)
 
 
-def assert_close_to_fp64(result: Tensor, exact: Tensor, same_precision: Tensor, factor: float,
-                         name: str = "result") -> None:
+def assert_close_to_fp64(
+    result: Tensor, exact: Tensor, same_precision: Tensor, factor: float, name: str = "result"
+) -> None:
     """Asserts the rule for one tensor.
 
     Args:
@@ -42,9 +43,12 @@ def assert_close_to_fp64(result: Tensor, exact: Tensor, same_precision: Tensor, 
     _check_all([{name: (result, exact, same_precision, factor)}])
 
 
-def matches_fp64(kernel: Callable, formula: Callable,
-                 inputs: Sequence[Tensor | None] | Callable[[], Sequence[Tensor | None]],
-                 sample: int = SAMPLE) -> None:
+def matches_fp64(
+    kernel: Callable,
+    formula: Callable,
+    inputs: Sequence[Tensor | None] | Callable[[], Sequence[Tensor | None]],
+    sample: int = SAMPLE,
+) -> None:
     """Asserts the rule for every output of `kernel(*inputs)` and the gradient of every input.
 
     `formula` is an independent definition in differentiable PyTorch, written so that it computes
@@ -83,8 +87,10 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     """True where shape, dtype and every bit agree (a NaN equals itself, 0.0 is not -0.0)."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
-    return torch.equal(a.detach().contiguous().view(-1).view(torch.uint8),
-                       b.detach().contiguous().view(-1).view(torch.uint8))
+    return torch.equal(
+        a.detach().contiguous().view(-1).view(torch.uint8),
+        b.detach().contiguous().view(-1).view(torch.uint8),
+    )
 
 
 @contextlib.contextmanager
@@ -119,10 +125,14 @@ def _compare(kernel, formula, inputs) -> Comparison:
         gradients = _gradients(results, upstream, leaves)
     theirs, their_gradients = _forward_and_gradients(formula, inputs, upstream, None)
     exact, exact_gradients = _forward_and_gradients(formula, inputs, upstream, torch.float64)
-    compared = {f"output {i}": (*tensors, FORWARD)
-                for i, tensors in enumerate(zip(results, exact, theirs, strict=True))}
-    compared |= {f"gradient of input {i}": (g, exact_gradients[i], their_gradients[i], GRADIENT)
-                 for i, g in gradients.items()}
+    compared = {
+        f"output {i}": (*tensors, FORWARD)
+        for i, tensors in enumerate(zip(results, exact, theirs, strict=True))
+    }
+    compared |= {
+        f"gradient of input {i}": (g, exact_gradients[i], their_gradients[i], GRADIENT)
+        for i, g in gradients.items()
+    }
     return compared
 
 
@@ -133,16 +143,21 @@ def _check_all(draws: Sequence[Comparison]) -> None:
         for result, exact, same_precision, factor in compared:
             error = _checked_error(name, result, exact, same_precision)
             allowed = factor * theirs + ulp_of_max(exact, result.dtype)
-            assert error <= allowed, f"{name}: error {error:.3g} against float64, allowed " \
+            assert error <= allowed, (
+                f"{name}: error {error:.3g} against float64, allowed "
                 f"{allowed:.3g} ({factor:g} x {theirs:.3g} of PyTorch in {result.dtype}, + ulp)"
+            )
 
 
 def _checked_error(name: str, result: Tensor, exact: Tensor, same_precision: Tensor) -> float:
     assert exact.dtype == torch.float64, f"{name}: the exact value is {exact.dtype}, not float64"
-    assert result.dtype == same_precision.dtype, f"{name}: {result.dtype}, expected " \
-        f"{same_precision.dtype}"
-    assert result.shape == exact.shape == same_precision.shape, f"{name}: shapes " \
+    assert result.dtype == same_precision.dtype, (
+        f"{name}: {result.dtype}, expected {same_precision.dtype}"
+    )
+    assert result.shape == exact.shape == same_precision.shape, (
+        f"{name}: shapes "
         f"{tuple(result.shape)}, {tuple(exact.shape)} and {tuple(same_precision.shape)} differ"
+    )
     bad = (~result.isfinite()).sum().item()
     assert bad == 0, f"{name}: {bad} of {result.numel()} elements are not finite"
     return max_error(result, exact)

@@ -51,8 +51,13 @@ def bias_dropout_add_fwd(device: str) -> Iterator[tuple]:
 
 def bias_dropout_add_bwd(device: str) -> Iterator[tuple]:
     for bias_grad in (True, False):
-        yield (random(device, 4, 6), 0.5, integers(device, *SEED), *one_sequence(device, 4),
-               bias_grad)
+        yield (
+            random(device, 4, 6),
+            0.5,
+            integers(device, *SEED),
+            *one_sequence(device, 4),
+            bias_grad,
+        )
 
 
 def one_sequence(device: str, tokens: int) -> tuple[Tensor, Tensor]:
@@ -80,7 +85,7 @@ def qkv_rope_bwd(device: str) -> Iterator[tuple]:
 
 
 def swiglu_fwd(device: str) -> Iterator[tuple]:
-    yield random(device, 3, 8, grad=True),
+    yield (random(device, 3, 8, grad=True),)
 
 
 def swiglu_bwd(device: str) -> Iterator[tuple]:
@@ -94,8 +99,11 @@ def attention_inputs(device: str, grad: bool) -> tuple[Tensor, ...]:
 
 
 def attention_sequences(device: str) -> tuple[Tensor, ...]:
-    return (integers(device, 0, 3, 5, dtype=torch.int32), integers(device, 0, 1),
-            integers(device, *SEED))
+    return (
+        integers(device, 0, 3, 5, dtype=torch.int32),
+        integers(device, 0, 1),
+        integers(device, *SEED),
+    )
 
 
 def prefix_attention_fwd(device: str) -> Iterator[tuple]:
@@ -107,15 +115,31 @@ def prefix_attention_bwd(device: str) -> Iterator[tuple]:
     inputs, sequences = attention_inputs(device, grad=False), attention_sequences(device)
     out, lse = kernels.prefix_attention_fwd(*inputs, *sequences, 0.5, 0.25)
     for token_grad, prefix_grad in ((True, True), (False, True), (True, False)):
-        yield (torch.randn_like(out), *inputs, out, lse, *sequences, 0.5, 0.25, token_grad,
-               prefix_grad)
+        yield (
+            torch.randn_like(out),
+            *inputs,
+            out,
+            lse,
+            *sequences,
+            0.5,
+            0.25,
+            token_grad,
+            prefix_grad,
+        )
 
 
 def prefix_attention_decode_fwd(device: str) -> Iterator[tuple]:
     *_, prefix_k, prefix_v = attention_inputs(device, grad=False)
     caches = random(device, 2, 2, 5, 2, 6)
-    yield (random(device, 2, 3, 4, 6), *caches, integers(device, 5, 4), prefix_k, prefix_v,
-           integers(device, 3, 1), 0.5)
+    yield (
+        random(device, 2, 3, 4, 6),
+        *caches,
+        integers(device, 5, 4),
+        prefix_k,
+        prefix_v,
+        integers(device, 3, 1),
+        0.5,
+    )
 
 
 def quant_linear_fwd(device: str) -> Iterator[tuple]:
@@ -133,8 +157,17 @@ def quant_linear_bwd(device: str) -> Iterator[tuple]:
 def linear_cross_entropy_fwd(device: str) -> Iterator[tuple]:
     labels, token_weight = integers(device, 1, IGNORE_INDEX, 4, 0), torch.rand(4, device=device)
     for smoothing in (0.0, 0.1):
-        yield (random(device, 4, 3, grad=True), random(device, 5, 3), None, 32, labels,
-               token_weight, IGNORE_INDEX, smoothing, True)
+        yield (
+            random(device, 4, 3, grad=True),
+            random(device, 5, 3),
+            None,
+            32,
+            labels,
+            token_weight,
+            IGNORE_INDEX,
+            smoothing,
+            True,
+        )
 
 
 def linear_cross_entropy_bwd(device: str) -> Iterator[tuple]:
@@ -143,15 +176,34 @@ def linear_cross_entropy_bwd(device: str) -> Iterator[tuple]:
 
 
 # By the op's name: a function of the device that gives its arguments, some cases of them.
-ARGUMENTS: dict[str, Callable[[str], Iterator[tuple]]] = {case.__name__: case for case in (
-    rms_norm_fwd, add_rms_norm_fwd, rms_norm_bwd, bias_dropout_add_fwd, bias_dropout_add_bwd,
-    rope_fwd, rope_bwd, qkv_rope_fwd, qkv_rope_bwd, swiglu_fwd, swiglu_bwd, prefix_attention_fwd,
-    prefix_attention_bwd, prefix_attention_decode_fwd, quant_linear_fwd, quant_linear_bwd,
-    linear_cross_entropy_fwd, linear_cross_entropy_bwd)}
+ARGUMENTS: dict[str, Callable[[str], Iterator[tuple]]] = {
+    case.__name__: case
+    for case in (
+        rms_norm_fwd,
+        add_rms_norm_fwd,
+        rms_norm_bwd,
+        bias_dropout_add_fwd,
+        bias_dropout_add_bwd,
+        rope_fwd,
+        rope_bwd,
+        qkv_rope_fwd,
+        qkv_rope_bwd,
+        swiglu_fwd,
+        swiglu_bwd,
+        prefix_attention_fwd,
+        prefix_attention_bwd,
+        prefix_attention_decode_fwd,
+        quant_linear_fwd,
+        quant_linear_bwd,
+        linear_cross_entropy_fwd,
+        linear_cross_entropy_bwd,
+    )
+}
 
 
 def compiled_calls(device: str) -> dict[str, tuple[Callable, Callable[[int], list[Tensor]]]]:
     """By the public op's name: a call of it, and what gives its tensors for a number of tokens."""
+
     def grad(*shape: int) -> Tensor:
         return random(device, *shape, grad=True)
 
@@ -160,21 +212,31 @@ def compiled_calls(device: str) -> dict[str, tuple[Callable, Callable[[int], lis
     *_, prefix_k, prefix_v = attention_inputs(device, grad=False)
     return {
         "rms_norm": (ops.rms_norm, lambda n: [grad(n, 6), weight]),
-        "add_rms_norm": (lambda *inputs: sum(ops.add_rms_norm(*inputs)),
-                         lambda n: [grad(n, 6), grad(n, 6), weight]),
-        "bias_dropout_add": (lambda x, b, r: ops.bias_dropout_add(x, b, r, 0.5, seed),
-                             lambda n: [grad(n, 6), bias, grad(n, 6)]),
-        "rope": (lambda x, positions: ops.rope(x, table, positions),
-                 lambda n: [grad(n, 2, 6), torch.arange(n, device=device)]),
+        "add_rms_norm": (
+            lambda *inputs: sum(ops.add_rms_norm(*inputs)),
+            lambda n: [grad(n, 6), grad(n, 6), weight],
+        ),
+        "bias_dropout_add": (
+            lambda x, b, r: ops.bias_dropout_add(x, b, r, 0.5, seed),
+            lambda n: [grad(n, 6), bias, grad(n, 6)],
+        ),
+        "rope": (
+            lambda x, positions: ops.rope(x, table, positions),
+            lambda n: [grad(n, 2, 6), torch.arange(n, device=device)],
+        ),
         "swiglu": (ops.swiglu, lambda n: [grad(n, 8)]),
         "prefix_attention": (
             lambda q, k, v: ops.prefix_attention(q, k, v, prefix_k, prefix_v),
-            lambda n: [grad(n, 4, 6), grad(n, 2, 6), grad(n, 2, 6)]),
-        "quant_linear": (lambda x, b: ops.quant_linear(x, qweight, b),
-                         lambda n: [grad(n, 6), grad(5)]),
+            lambda n: [grad(n, 4, 6), grad(n, 2, 6), grad(n, 2, 6)],
+        ),
+        "quant_linear": (
+            lambda x, b: ops.quant_linear(x, qweight, b),
+            lambda n: [grad(n, 6), grad(5)],
+        ),
         "linear_cross_entropy": (
             lambda hidden, labels: ops.linear_cross_entropy(hidden, output_layer, labels),
-            lambda n: [grad(n, 6), torch.randint(7, (n,), device=device)]),
+            lambda n: [grad(n, 6), torch.randint(7, (n,), device=device)],
+        ),
     }
 
 
@@ -193,7 +255,7 @@ def check_layouts(function: Callable, inputs: Sequence, refused: tuple = ()) -> 
             continue
         apart = torch.stack([x, torch.full_like(x, 77)], -1)[..., 0]
         try:
-            result = function(*inputs[:i], apart, *inputs[i + 1:])
+            result = function(*inputs[:i], apart, *inputs[i + 1 :])
         except refused as error:
             assert "is not contiguous" in str(error)
         else:

@@ -36,8 +36,7 @@ def test_against_fp64(backend, shape, dtype, with_bias, p):
         y = x if bias is None else x + bias
         return (y * keep / (1 - p) if p else y) + residual
 
-    matches_fp64(lambda x, b, r: ops.bias_dropout_add(x, b, r, p, SEED), formula,
-                 inputs)
+    matches_fp64(lambda x, b, r: ops.bias_dropout_add(x, b, r, p, SEED), formula, inputs)
 
 
 @pytest.mark.parametrize("p", [1e-12, 0.1, 0.5, 0.999, 1 - 1e-12])
@@ -50,8 +49,12 @@ def test_the_mask_is_the_contract_s(backend, hidden, p):
     cu_seqlens = torch.tensor([0, 3, 4, 13], dtype=torch.int32)
     with poisoned_memory():
         dx = bwd(torch.ones(13, hidden), p, seed, cu_seqlens, ids, False)[0]
-    keep = torch.cat([keep_mask(seed, ids[b:b + 1], n * hidden, p).view(n, hidden)
-                      for b, n in enumerate(lengths)])
+    keep = torch.cat(
+        [
+            keep_mask(seed, ids[b : b + 1], n * hidden, p).view(n, hidden)
+            for b, n in enumerate(lengths)
+        ]
+    )
     assert same_bits(dx, keep.float() / (1 - p))
 
 
@@ -80,10 +83,28 @@ def test_indices_that_need_all_their_bits(tmp_path, flags):
     firsts = [0, 2**31 - 32, 2**33 - 4, 2**33 + 4, 2**34 - 8, 2**36]
     seed, sequence = torch.tensor([2**40 + 3, -5]), 2**32 - 1
     source, program = tmp_path / "main.cpp", tmp_path / "main"
-    source.write_text(PROGRAM.format(seed=seed[0].item(), offset=seed[1].item(), sequence=sequence,
-                                     firsts=", ".join(f"{i}LL" for i in firsts)))
-    subprocess.run([os.environ.get("CXX", "c++"), "-std=c++17", "-O1", "-DCPU_ISA=DEFAULT", *flags,
-                    f"-I{ROOT}", source, "-o", program], check=True)
+    source.write_text(
+        PROGRAM.format(
+            seed=seed[0].item(),
+            offset=seed[1].item(),
+            sequence=sequence,
+            firsts=", ".join(f"{i}LL" for i in firsts),
+        )
+    )
+    subprocess.run(
+        [
+            os.environ.get("CXX", "c++"),
+            "-std=c++17",
+            "-O1",
+            "-DCPU_ISA=DEFAULT",
+            *flags,
+            f"-I{ROOT}",
+            source,
+            "-o",
+            program,
+        ],
+        check=True,
+    )
     result = subprocess.run([program], check=True, capture_output=True, text=True).stdout
     expected = ""
     for first in firsts:
@@ -95,14 +116,30 @@ def test_indices_that_need_all_their_bits(tmp_path, flags):
 
 def test_packing_does_not_change_a_mask(backend):
     rows = [torch.randn(n, 9) for n in (4, 1, 6)]
-    alone = [ops.bias_dropout_add(x, None, torch.zeros_like(x), 0.4, SEED,
-                                  cu_seqlens=torch.tensor([0, len(x)], dtype=torch.int32),
-                                  sequence_ids=torch.tensor([i])) for i, x in enumerate(rows)]
+    alone = [
+        ops.bias_dropout_add(
+            x,
+            None,
+            torch.zeros_like(x),
+            0.4,
+            SEED,
+            cu_seqlens=torch.tensor([0, len(x)], dtype=torch.int32),
+            sequence_ids=torch.tensor([i]),
+        )
+        for i, x in enumerate(rows)
+    ]
     order = [2, 0, 1]
     packed = torch.cat([rows[i] for i in order])
     cu_seqlens = torch.tensor([0, 6, 10, 11], dtype=torch.int32)
-    together = ops.bias_dropout_add(packed, None, torch.zeros_like(packed), 0.4, SEED,
-                                    cu_seqlens=cu_seqlens, sequence_ids=torch.tensor(order))
+    together = ops.bias_dropout_add(
+        packed,
+        None,
+        torch.zeros_like(packed),
+        0.4,
+        SEED,
+        cu_seqlens=cu_seqlens,
+        sequence_ids=torch.tensor(order),
+    )
     assert same_bits(together, torch.cat([alone[i] for i in order]))
 
 
@@ -128,8 +165,9 @@ def test_no_rows(backend):
 def test_inputs_with_strides(backend):
     x, residual, bias = torch.randn(10, 6), torch.randn(10, 6), torch.randn(20)
     seeds = torch.stack([SEED, SEED + 1], 1)
-    expected = ops.bias_dropout_add(x.t().contiguous(), bias[::2].contiguous(),
-                                    residual.t().contiguous(), 0.3, SEED)
+    expected = ops.bias_dropout_add(
+        x.t().contiguous(), bias[::2].contiguous(), residual.t().contiguous(), 0.3, SEED
+    )
     result = ops.bias_dropout_add(x.t(), bias[::2], residual.t(), 0.3, seeds[:, 0])
     assert same_bits(result, expected)
 
@@ -166,45 +204,68 @@ def test_a_large_output_has_the_bits_of_its_pieces(p):
 
     with glmkern.backend("cpu"), poisoned_memory():
         whole = both(x, residual, whole_batch, torch.arange(11))
-        parts = [both(a, b, whole_batch[:2], torch.tensor([i]))
-                 for i, (a, b) in enumerate(zip(x.split(100), residual.split(100), strict=True))]
-    assert all(same_bits(w, torch.cat(pieces)) for w, pieces
-               in zip(whole, zip(*parts, strict=True), strict=True))
+        parts = [
+            both(a, b, whole_batch[:2], torch.tensor([i]))
+            for i, (a, b) in enumerate(zip(x.split(100), residual.split(100), strict=True))
+        ]
+    assert all(
+        same_bits(w, torch.cat(pieces))
+        for w, pieces in zip(whole, zip(*parts, strict=True), strict=True)
+    )
 
 
-@pytest.mark.parametrize(("arguments", "sentence"), [
-    (dict(residual=torch.zeros(2, 4)), "residual must have x's shape"),
-    (dict(x=torch.zeros(3, 0), residual=torch.zeros(3, 0)), "a last dimension that is not empty"),
-    (dict(bias=torch.zeros(2)), r"bias must have shape \[3\]"),
-    (dict(bias=torch.zeros(3, dtype=torch.float64)), "bias is float64 but x is float32"),
-    (dict(p=1.0), r"must be in \[0, 1\), not 1.0"),
-    (dict(seed=None), "dropout needs seed"),
-    (dict(cu_seqlens=torch.tensor([0, 2])), "cu_seqlens must be an int32 tensor"),
-    (dict(cu_seqlens=torch.tensor([0, 0, 2], dtype=torch.int32)),
-     r"^bias_dropout_add: sequence 0 is empty \(cu_seqlens goes from 0 to 0\); leave it out"),
-    (dict(cu_seqlens=torch.tensor([0, 3, 2], dtype=torch.int32)), "sequence 1 is empty"),
-    (dict(cu_seqlens=torch.tensor([0, 3], dtype=torch.int32)),
-     "from 0 to the number of tokens, 2, not from 0 to 3$"),
-    (dict(cu_seqlens=torch.tensor([1, 2], dtype=torch.int32)), "not from 1 to 2$"),
-    (dict(sequence_ids=torch.tensor([0, 1])), r"sequence_ids must be an int64 tensor \[1\]"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (dict(residual=torch.zeros(2, 4)), "residual must have x's shape"),
+        (
+            dict(x=torch.zeros(3, 0), residual=torch.zeros(3, 0)),
+            "a last dimension that is not empty",
+        ),
+        (dict(bias=torch.zeros(2)), r"bias must have shape \[3\]"),
+        (dict(bias=torch.zeros(3, dtype=torch.float64)), "bias is float64 but x is float32"),
+        (dict(p=1.0), r"must be in \[0, 1\), not 1.0"),
+        (dict(seed=None), "dropout needs seed"),
+        (dict(cu_seqlens=torch.tensor([0, 2])), "cu_seqlens must be an int32 tensor"),
+        (
+            dict(cu_seqlens=torch.tensor([0, 0, 2], dtype=torch.int32)),
+            r"^bias_dropout_add: sequence 0 is empty \(cu_seqlens goes from 0 to 0\); leave it out",
+        ),
+        (dict(cu_seqlens=torch.tensor([0, 3, 2], dtype=torch.int32)), "sequence 1 is empty"),
+        (
+            dict(cu_seqlens=torch.tensor([0, 3], dtype=torch.int32)),
+            "from 0 to the number of tokens, 2, not from 0 to 3$",
+        ),
+        (dict(cu_seqlens=torch.tensor([1, 2], dtype=torch.int32)), "not from 1 to 2$"),
+        (dict(sequence_ids=torch.tensor([0, 1])), r"sequence_ids must be an int64 tensor \[1\]"),
+    ],
+)
 def test_errors(backend, arguments, sentence):
     call = dict(x=torch.zeros(2, 3), bias=None, residual=torch.zeros(2, 3), p=0.5, seed=SEED)
     with pytest.raises(ValueError, match=sentence):
         ops.bias_dropout_add(**{**call, **arguments})
 
 
-@pytest.mark.parametrize(("position", "wrong", "sentence"), [
-    (0, torch.zeros(8, 3).t(), "dy is not contiguous"),
-    (0, torch.zeros(3, 0), "dy needs a last dimension that is not empty"),
-    (2, torch.zeros(3, dtype=torch.int64), "seed must have 2 elements, not 3"),
-    (3, torch.zeros(2, dtype=torch.int64), "cu_seqlens has another dtype"),
-    (4, torch.zeros(2, dtype=torch.int64), "cu_seqlens must have 3 elements, not 2"),
-])
+@pytest.mark.parametrize(
+    ("position", "wrong", "sentence"),
+    [
+        (0, torch.zeros(8, 3).t(), "dy is not contiguous"),
+        (0, torch.zeros(3, 0), "dy needs a last dimension that is not empty"),
+        (2, torch.zeros(3, dtype=torch.int64), "seed must have 2 elements, not 3"),
+        (3, torch.zeros(2, dtype=torch.int64), "cu_seqlens has another dtype"),
+        (4, torch.zeros(2, dtype=torch.int64), "cu_seqlens must have 3 elements, not 2"),
+    ],
+)
 def test_the_kernels_guard_direct_calls(position, wrong, sentence):
     glmkern.backends("cpu")
-    arguments = [torch.zeros(3, 8), 0.5, SEED, torch.tensor([0, 3], dtype=torch.int32),
-                 torch.tensor([0]), True]
+    arguments = [
+        torch.zeros(3, 8),
+        0.5,
+        SEED,
+        torch.tensor([0, 3], dtype=torch.int32),
+        torch.tensor([0]),
+        True,
+    ]
     arguments[position] = wrong
     with pytest.raises(RuntimeError, match=f"^bias_dropout_add_bwd: {sentence}$"):
         torch.ops.glmkern_cpu.bias_dropout_add_bwd(*arguments)

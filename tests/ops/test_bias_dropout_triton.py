@@ -30,8 +30,12 @@ def sequences(lengths, device):
 
 
 def expected_mask(seed, lengths, ids, hidden, p):
-    return torch.cat([keep_mask(seed, ids[b:b + 1], n * hidden, p).view(n, hidden)
-                      for b, n in enumerate(lengths)])
+    return torch.cat(
+        [
+            keep_mask(seed, ids[b : b + 1], n * hidden, p).view(n, hidden)
+            for b, n in enumerate(lengths)
+        ]
+    )
 
 
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
@@ -83,8 +87,9 @@ def test_packing_does_not_change_a_mask(seed, device):
     ids = torch.tensor([5, 0, 2], device=device)
     packed = ops.bias_dropout_add(x, None, x, 0.4, seed, cu_seqlens=cu_seqlens, sequence_ids=ids)
     for b, (start, end) in enumerate([(0, 4), (4, 5), (5, 11)]):
-        alone = ops.bias_dropout_add(x[start:end], None, x[start:end], 0.4, seed,
-                                     sequence_ids=ids[b:b + 1])
+        alone = ops.bias_dropout_add(
+            x[start:end], None, x[start:end], 0.4, seed, sequence_ids=ids[b : b + 1]
+        )
         assert same_bits(packed[start:end], alone)
 
 
@@ -99,9 +104,11 @@ def test_partials_of_many_rows(shape, dtype, seed, device, monkeypatch):
     def formula(x, bias):
         return (x + bias) * keep / (1 - 0.3) + residual
 
-    matches_fp64(lambda x, b: ops.bias_dropout_add(x, b, residual, 0.3, seed), formula,
-                 lambda: [torch.randn(s).to(device, dtype).requires_grad_()
-                          for s in (shape, shape[1:])])
+    matches_fp64(
+        lambda x, b: ops.bias_dropout_add(x, b, residual, 0.3, seed),
+        formula,
+        lambda: [torch.randn(s).to(device, dtype).requires_grad_() for s in (shape, shape[1:])],
+    )
 
 
 def test_frozen_bias(seed, device):
@@ -119,8 +126,13 @@ def test_same_bits_every_time(seed, device):
     x, residual = torch.randn(40, 1030, device=device), torch.randn(40, 1030, device=device)
     drop = (0.3, seed, *sequences([33, 7], device))
     with poisoned_memory():
-        first, second = ((kernels.bias_dropout_add_fwd(x, x[0], residual, *drop),
-                          *kernels.bias_dropout_add_bwd(x, *drop, True)) for _ in range(2))
+        first, second = (
+            (
+                kernels.bias_dropout_add_fwd(x, x[0], residual, *drop),
+                *kernels.bias_dropout_add_bwd(x, *drop, True),
+            )
+            for _ in range(2)
+        )
     assert all(map(same_bits, first, second))
 
 
@@ -159,8 +171,9 @@ def test_no_rows(seed, device):
 def test_inputs_with_strides(seed, device):
     x, residual, bias = (torch.randn(s, device=device) for s in ((10, 6), (10, 6), 20))
     seeds = torch.stack([seed, seed + 1], 1)
-    expected = ops.bias_dropout_add(x.t().contiguous(), bias[::2].contiguous(),
-                                    residual.t().contiguous(), 0.3, seed)
+    expected = ops.bias_dropout_add(
+        x.t().contiguous(), bias[::2].contiguous(), residual.t().contiguous(), 0.3, seed
+    )
     result = ops.bias_dropout_add(x.t(), bias[::2], residual.t(), 0.3, seeds[:, 0])
     assert same_bits(result, expected)
 
@@ -177,8 +190,10 @@ def test_forced_backend_runs_the_kernels(seed, device):
     x = torch.ones(2, 8, device=device, requires_grad=True)
     with mock.patch.object(kernels, "launch", wraps=kernels.launch) as launch:
         ops.bias_dropout_add(x, None, x.detach(), 0.5, seed).sum().backward()
-    assert [call.args[0] for call in launch.call_args_list] == \
-        [kernels.bias_dropout_add_fwd_kernel, kernels.bias_dropout_add_bwd_kernel]
+    assert [call.args[0] for call in launch.call_args_list] == [
+        kernels.bias_dropout_add_fwd_kernel,
+        kernels.bias_dropout_add_bwd_kernel,
+    ]
 
 
 def test_forced_backend_refuses_float64(device):

@@ -24,9 +24,15 @@ def labelled(tokens, classes):
     return labels
 
 
-@pytest.mark.parametrize(("dtype", "stored"), [
-    *((dtype, dtype) for dtype in HALF_AND_SINGLE), (torch.float32, torch.float16),
-    (torch.float32, torch.bfloat16)], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "stored"),
+    [
+        *((dtype, dtype) for dtype in HALF_AND_SINGLE),
+        (torch.float32, torch.float16),
+        (torch.float32, torch.bfloat16),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize(("tokens", "width", "classes"), SHAPES)
 def test_against_fp64(backend, tokens, width, classes, weighted, dtype, stored, monkeypatch):
@@ -36,20 +42,26 @@ def test_against_fp64(backend, tokens, width, classes, weighted, dtype, stored, 
     weight, labels = torch.randn(classes, width).to(stored), labelled(tokens, classes)
     token_weight = torch.rand(tokens) if weighted else None
 
-    matches_fp64(lambda h: ops.linear_cross_entropy(h, weight, labels, token_weight=token_weight),
-                 lambda h: linear_cross_entropy(h, weight, labels, token_weight),
-                 lambda: [torch.randn(tokens, width).to(dtype).requires_grad_()])
+    matches_fp64(
+        lambda h: ops.linear_cross_entropy(h, weight, labels, token_weight=token_weight),
+        lambda h: linear_cross_entropy(h, weight, labels, token_weight),
+        lambda: [torch.randn(tokens, width).to(dtype).requires_grad_()],
+    )
 
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
 @pytest.mark.parametrize(("tokens", "width", "classes"), [(1, 2, 2), (17, 34, 101), (131, 64, 33)])
 def test_quantised_weight(backend, tokens, width, classes, dtype, bits):
-    weight, labels = ops.quantize(torch.randn(classes, width).half(), bits), \
-        labelled(tokens, classes)
-    matches_fp64(lambda h: ops.linear_cross_entropy(h, weight, labels),
-                 lambda h: linear_cross_entropy(h, weight, labels, None),
-                 lambda: [torch.randn(tokens, width).to(dtype).requires_grad_()])
+    weight, labels = (
+        ops.quantize(torch.randn(classes, width).half(), bits),
+        labelled(tokens, classes),
+    )
+    matches_fp64(
+        lambda h: ops.linear_cross_entropy(h, weight, labels),
+        lambda h: linear_cross_entropy(h, weight, labels, None),
+        lambda: [torch.randn(tokens, width).to(dtype).requires_grad_()],
+    )
 
 
 @pytest.mark.parametrize("smoothing", [0.1, 1.0])
@@ -59,10 +71,13 @@ def test_quantised_weight(backend, tokens, width, classes, dtype, bits):
 def test_label_smoothing(backend, tokens, width, classes, weighted, dtype, smoothing):
     weight, labels = torch.randn(classes, width).to(dtype), labelled(tokens, classes)
     token_weight = torch.rand(tokens) if weighted else None
-    matches_fp64(lambda h: ops.linear_cross_entropy(h, weight, labels, token_weight=token_weight,
-                                                    label_smoothing=smoothing),
-                 lambda h: linear_cross_entropy(h, weight, labels, token_weight, smoothing),
-                 lambda: [torch.randn(tokens, width).to(dtype).requires_grad_()])
+    matches_fp64(
+        lambda h: ops.linear_cross_entropy(
+            h, weight, labels, token_weight=token_weight, label_smoothing=smoothing
+        ),
+        lambda h: linear_cross_entropy(h, weight, labels, token_weight, smoothing),
+        lambda: [torch.randn(tokens, width).to(dtype).requires_grad_()],
+    )
 
 
 def test_only_labelled_rows_matter(backend):
@@ -82,7 +97,8 @@ def test_the_same_bits_on_every_run_and_number_of_threads(threads, dtype):
         threads(count)
         with poisoned_memory(), glmkern.backend("cpu"):
             loss, dhidden = torch.ops.glmkern.linear_cross_entropy_fwd(
-                hidden, weight, None, 8 * weight.element_size(), labels, None, -100, 0.0, True)
+                hidden, weight, None, 8 * weight.element_size(), labels, None, -100, 0.0, True
+            )
             scaled = torch.ops.glmkern.linear_cross_entropy_bwd(torch.tensor(3.0), dhidden, dtype)
             return loss, dhidden, scaled
 
@@ -94,29 +110,37 @@ def test_the_same_bits_on_every_run_and_number_of_threads(threads, dtype):
 @pytest.mark.parametrize("size", [1e3, 1e-3])
 def test_logits_far_from_and_near_zero(backend, size):
     weight, labels = torch.randn(30, 8) * size, labelled(9, 30)
-    matches_fp64(lambda h: ops.linear_cross_entropy(h, weight, labels),
-                 lambda h: F.cross_entropy(h @ weight.to(h.dtype).T, labels),
-                 lambda: [torch.randn(9, 8).requires_grad_()])
+    matches_fp64(
+        lambda h: ops.linear_cross_entropy(h, weight, labels),
+        lambda h: F.cross_entropy(h @ weight.to(h.dtype).T, labels),
+        lambda: [torch.randn(9, 8).requires_grad_()],
+    )
 
 
 def test_arguments_of_any_strides(backend):
     hidden, packed, scale = torch.randn(5, 6), *ops.quantize(torch.randn(9, 6), 8)[:2]
     labels, token_weight = torch.randint(9, (5,)), torch.rand(5)
-    expected = ops.linear_cross_entropy(hidden, ops.QuantizedWeight(packed, scale, 8), labels,
-                                        token_weight=token_weight)
+    expected = ops.linear_cross_entropy(
+        hidden, ops.QuantizedWeight(packed, scale, 8), labels, token_weight=token_weight
+    )
 
     def strided(x):
         return torch.stack([x, x], -1)[..., 0]
 
     weight = ops.QuantizedWeight(strided(packed), strided(scale), 8)
-    assert ops.linear_cross_entropy(strided(hidden), weight, strided(labels),
-                                    token_weight=strided(token_weight)) == expected
+    assert (
+        ops.linear_cross_entropy(
+            strided(hidden), weight, strided(labels), token_weight=strided(token_weight)
+        )
+        == expected
+    )
 
 
 def test_without_gradient(backend):
     hidden, weight, labels = torch.randn(9, 8), torch.randn(30, 8), labelled(9, 30)
     loss, dhidden = torch.ops.glmkern.linear_cross_entropy_fwd(
-        hidden, weight, None, 32, labels, None, -100, 0.0, False)
+        hidden, weight, None, 32, labels, None, -100, 0.0, False
+    )
     assert dhidden.shape == (0,)
     with_gradient = ops.linear_cross_entropy(hidden.requires_grad_(), weight, labels)
     assert same_bits(loss, with_gradient.detach())
@@ -147,23 +171,41 @@ def test_a_loss_scale_acts_before_rounding_to_half(backend):
     assert (hidden.grad != 0).float().mean() > 0.9
 
 
-@pytest.mark.parametrize(("arguments", "sentence"), [
-    (dict(labels=torch.full((4,), -100)), "no row carries a label"),
-    (dict(labels=torch.tensor([0, 5, 1, 2])), "labels run from 0 to 5, but the classes are 0 to 4"),
-    (dict(labels=torch.tensor([0, -1, 1, 2])), "labels run from -1"),
-    (dict(weight=torch.zeros(7, 3, dtype=torch.float64)), "must have hidden's dtype or a narrower"),
-    (dict(labels=torch.zeros(3, dtype=torch.int64)), r"labels must be int64 \[4\]"),
-    (dict(weight=torch.zeros(5, 3, requires_grad=True)), "pass weight.detach"),
-    (dict(weight=ops.QuantizedWeight(torch.zeros(5, 2, dtype=torch.int8), torch.ones(5), 8)),
-     r"weight \[V, H\], not \(4, 3\) and \(5, 2\)"),
-    (dict(weight=ops.QuantizedWeight(torch.zeros(5, 3, dtype=torch.int8), torch.ones(4), 8)),
-     r"scale must have shape \[5\]"),
-    (dict(label_smoothing=1.5), r"label_smoothing must be in \[0, 1\], not 1.5"),
-    (dict(weight=torch.zeros(5, 2)), r"hidden must be \[T, H\] and weight \[V, H\]"),
-    (dict(token_weight=torch.zeros(4, dtype=torch.float64)), r"token_weight must be float32 \[4\]"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (dict(labels=torch.full((4,), -100)), "no row carries a label"),
+        (
+            dict(labels=torch.tensor([0, 5, 1, 2])),
+            "labels run from 0 to 5, but the classes are 0 to 4",
+        ),
+        (dict(labels=torch.tensor([0, -1, 1, 2])), "labels run from -1"),
+        (
+            dict(weight=torch.zeros(7, 3, dtype=torch.float64)),
+            "must have hidden's dtype or a narrower",
+        ),
+        (dict(labels=torch.zeros(3, dtype=torch.int64)), r"labels must be int64 \[4\]"),
+        (dict(weight=torch.zeros(5, 3, requires_grad=True)), "pass weight.detach"),
+        (
+            dict(weight=ops.QuantizedWeight(torch.zeros(5, 2, dtype=torch.int8), torch.ones(5), 8)),
+            r"weight \[V, H\], not \(4, 3\) and \(5, 2\)",
+        ),
+        (
+            dict(weight=ops.QuantizedWeight(torch.zeros(5, 3, dtype=torch.int8), torch.ones(4), 8)),
+            r"scale must have shape \[5\]",
+        ),
+        (dict(label_smoothing=1.5), r"label_smoothing must be in \[0, 1\], not 1.5"),
+        (dict(weight=torch.zeros(5, 2)), r"hidden must be \[T, H\] and weight \[V, H\]"),
+        (
+            dict(token_weight=torch.zeros(4, dtype=torch.float64)),
+            r"token_weight must be float32 \[4\]",
+        ),
+    ],
+)
 def test_errors(backend, arguments, sentence):
-    call = dict(hidden=torch.zeros(4, 3), weight=torch.zeros(5, 3),
-                labels=torch.tensor([0, 1, 2, 3])) | arguments
+    call = (
+        dict(hidden=torch.zeros(4, 3), weight=torch.zeros(5, 3), labels=torch.tensor([0, 1, 2, 3]))
+        | arguments
+    )
     with pytest.raises(ValueError, match=sentence):
         ops.linear_cross_entropy(call.pop("hidden"), call.pop("weight"), call.pop("labels"), **call)

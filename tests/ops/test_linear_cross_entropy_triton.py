@@ -30,9 +30,11 @@ def test_against_fp64(tokens, width, classes, weighted, dtype, device, monkeypat
     labels = labelled(tokens, classes).to(device)
     token_weight = torch.rand(tokens).to(device) if weighted else None
 
-    matches_fp64(lambda h: ops.linear_cross_entropy(h, weight, labels, token_weight=token_weight),
-                 lambda h: linear_cross_entropy(h, weight, labels, token_weight),
-                 lambda: [torch.randn(tokens, width).to(device, dtype).requires_grad_()])
+    matches_fp64(
+        lambda h: ops.linear_cross_entropy(h, weight, labels, token_weight=token_weight),
+        lambda h: linear_cross_entropy(h, weight, labels, token_weight),
+        lambda: [torch.randn(tokens, width).to(device, dtype).requires_grad_()],
+    )
 
 
 @pytest.mark.parametrize(("bits", "smoothing"), [(8, 0.0), (4, 0.2), (8, 1.0)])
@@ -42,17 +44,22 @@ def test_quantised_weight_and_label_smoothing(dtype, bits, smoothing, device, mo
     packed, scale, _ = ops.quantize(torch.randn(37, 16).half(), bits)
     weight = ops.QuantizedWeight(packed.to(device), scale.to(device), bits)
     labels = labelled(5, 37).to(device)
-    matches_fp64(lambda h: ops.linear_cross_entropy(h, weight, labels, label_smoothing=smoothing),
-                 lambda h: linear_cross_entropy(h, weight, labels, None, smoothing),
-                 lambda: [torch.randn(5, 16).to(device, dtype).requires_grad_()], sample=30)
+    matches_fp64(
+        lambda h: ops.linear_cross_entropy(h, weight, labels, label_smoothing=smoothing),
+        lambda h: linear_cross_entropy(h, weight, labels, None, smoothing),
+        lambda: [torch.randn(5, 16).to(device, dtype).requires_grad_()],
+        sample=30,
+    )
 
 
 @pytest.mark.parametrize("size", [1e3, 1e-3])
 def test_logits_far_from_and_near_zero(size, device):
     weight, labels = torch.randn(30, 8).to(device) * size, labelled(9, 30).to(device)
-    matches_fp64(lambda h: ops.linear_cross_entropy(h, weight, labels),
-                 lambda h: F.cross_entropy(h @ weight.to(h.dtype).T, labels),
-                 lambda: [torch.randn(9, 8).to(device).requires_grad_()])
+    matches_fp64(
+        lambda h: ops.linear_cross_entropy(h, weight, labels),
+        lambda h: F.cross_entropy(h @ weight.to(h.dtype).T, labels),
+        lambda: [torch.randn(9, 8).to(device).requires_grad_()],
+    )
 
 
 @pytest.mark.parametrize("classes", [5, 9001])
@@ -62,7 +69,7 @@ def test_a_row_of_logits(classes, device):
     z = torch.randn(5, classes, dtype=torch.float64)
     z[0], z[1], z[2] = z[0].sort()[0] * 50, z[1].sort(descending=True)[0] * 50, -1e30
     z[3, 1:] = -torch.inf
-    z[4, classes // 2:] = -torch.inf
+    z[4, classes // 2 :] = -torch.inf
     z, labels = z.float().to(device), torch.tensor([classes - 1, 0, 1, 0, 1], device=device)
     weight, loss = torch.rand(5, device=device), torch.full((5,), torch.nan, device=device)
     exact = weight.double() * F.cross_entropy(z.double(), labels, reduction="none")
@@ -95,8 +102,9 @@ def test_only_labelled_rows_matter(device):
     loss.backward()
     assert loss == expected
     assert (hidden.grad[labels == -100] == 0).all()
-    assert ops.linear_cross_entropy(hidden[:1].detach(), weight, labels[1:2],
-                                    ignore_index=-1).isnan()
+    assert ops.linear_cross_entropy(
+        hidden[:1].detach(), weight, labels[1:2], ignore_index=-1
+    ).isnan()
 
 
 def test_chunks_are_as_equal_as_they_can_be(device, monkeypatch):
@@ -142,9 +150,12 @@ def test_same_bits_every_time(dtype, device):
     hidden, weight = torch.randn(50, 70).to(device, dtype), torch.randn(300, 70).to(device, dtype)
     labels = labelled(50, 300).to(device)
     with poisoned_memory():
-        first, second = (library.linear_cross_entropy_fwd(
-            hidden, weight, None, 8 * weight.element_size(), labels, None, -100, 0.0, True)
-            for _ in range(2))
+        first, second = (
+            library.linear_cross_entropy_fwd(
+                hidden, weight, None, 8 * weight.element_size(), labels, None, -100, 0.0, True
+            )
+            for _ in range(2)
+        )
     assert all(map(same_bits, first, second))
 
 
@@ -170,9 +181,13 @@ def test_touches_nothing_outside(classes, device, monkeypatch):
     assert (guarded[-margin:] == 7.0).all()
 
 
-@pytest.mark.parametrize(("labels", "sentence"), [
-    ([-100, -100], "no row carries a label"),
-    ([0, 5], "labels run from 0 to 5, but the classes are 0 to 4")])
+@pytest.mark.parametrize(
+    ("labels", "sentence"),
+    [
+        ([-100, -100], "no row carries a label"),
+        ([0, 5], "labels run from 0 to 5, but the classes are 0 to 4"),
+    ],
+)
 def test_labels_are_checked_where_reading_them_is_free(labels, sentence, device, monkeypatch):
     monkeypatch.setenv("GLMKERN_CHECK", "1")
     hidden, weight = torch.zeros(2, 3, device=device), torch.zeros(5, 3, device=device)
@@ -185,8 +200,10 @@ def test_forced_backend_runs_the_kernels(device):
     weight, labels = torch.ones(4, 8, device=device), torch.tensor([1, 2], device=device)
     with mock.patch.object(kernels, "launch", wraps=kernels.launch) as launch:
         ops.linear_cross_entropy(hidden, weight, labels).backward()
-    assert [call.args[0] for call in launch.call_args_list] == \
-        [kernels.cross_entropy_kernel, kernels.scale_kernel]
+    assert [call.args[0] for call in launch.call_args_list] == [
+        kernels.cross_entropy_kernel,
+        kernels.scale_kernel,
+    ]
 
 
 def test_forced_backend_refuses_float64(device):

@@ -6,13 +6,19 @@ import torch
 from glmkern.ops.philox import check_dropout, keep_mask, philox4x32
 
 
-@pytest.mark.parametrize(("key", "counter", "lanes"), [
-    # Known answers of Random123 for philox4x32-10.
-    (0, (0, 0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
-    (-1, (-1, -1, -1), (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
-    (0x299F31D0A4093822, (0x243F6A88, 0x85A308D3, 0x0370734413198A2E),
-     (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1)),
-])
+@pytest.mark.parametrize(
+    ("key", "counter", "lanes"),
+    [
+        # Known answers of Random123 for philox4x32-10.
+        (0, (0, 0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        (-1, (-1, -1, -1), (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+        (
+            0x299F31D0A4093822,
+            (0x243F6A88, 0x85A308D3, 0x0370734413198A2E),
+            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+        ),
+    ],
+)
 def test_known_answers(key, counter, lanes):
     first, second, offset = counter
     result = philox4x32(torch.tensor([key, offset]), torch.tensor(first), torch.tensor(second))
@@ -28,11 +34,19 @@ def test_a_sequence_keeps_its_mask_wherever_it_stands():
 
 
 def test_masks_differ_between_sequences_offsets_and_seeds():
-    masks = [keep_mask(torch.tensor([seed, offset]), torch.tensor([sequence]), 256, 0.5)
-             for seed, offset, sequence in
-             [(1, 0, 0), (1, 0, 1), (1, 1, 0), (1, 1 << 48, 0), (2, 0, 0), (1 << 33, 0, 0)]]
+    masks = [
+        keep_mask(torch.tensor([seed, offset]), torch.tensor([sequence]), 256, 0.5)
+        for seed, offset, sequence in [
+            (1, 0, 0),
+            (1, 0, 1),
+            (1, 1, 0),
+            (1, 1 << 48, 0),
+            (2, 0, 0),
+            (1 << 33, 0, 0),
+        ]
+    ]
     for i, a in enumerate(masks):
-        for b in masks[i + 1:]:
+        for b in masks[i + 1 :]:
             assert 64 < (a ^ b).sum() < 192
 
 

@@ -16,8 +16,9 @@ def draw_kernel(seed, sequence_ids, o_groups, words, BS: tl.constexpr, BG: tl.co
     """words [BS, BG, 4] of sequences [BS] and groups [BG]."""
     o_s, o_g = tl.arange(0, BS), tl.arange(0, BG)
     # [BS, BG]
-    b_words = philox.draw(seed, tl.load(sequence_ids + o_s)[:, None],
-                          tl.load(o_groups + o_g)[None, :])
+    b_words = philox.draw(
+        seed, tl.load(sequence_ids + o_s)[:, None], tl.load(o_groups + o_g)[None, :]
+    )
     p_words = words + (o_s[:, None] * BG + o_g[None, :]) * 4
     for lane in tl.static_range(4):
         tl.store(p_words + lane, b_words[lane].to(tl.int64))
@@ -41,7 +42,7 @@ def keep_of_one_kernel(seed, sequence_ids, threshold, mask, BN: tl.constexpr):
     tl.store(mask + o_i, philox.keep(seed, tl.load(sequence_ids), o_i, threshold))
 
 
-@pytest.mark.parametrize("seed", [(0, 0), (-1, -1), tuple(SEED), (2**31, -2**31)], ids=str)
+@pytest.mark.parametrize("seed", [(0, 0), (-1, -1), tuple(SEED), (2**31, -(2**31))], ids=str)
 def test_numbers(seed, device):
     """Keys, offsets, ids and counters that need all their bits; counters beyond 32 wrap."""
     seed = torch.tensor(seed, device=device)

@@ -12,11 +12,7 @@ from tests.ops.numerics import (
     same_bits,
 )
 from tests.ops.test_prefix_attention import dense, tensors
-from tests.ops.test_prefix_attention_triton import (  # noqa: F401 (the fixtures)
-    WIDE_AND_NARROW,
-    _device,
-    launched,
-)
+from tests.ops.test_prefix_attention_triton import WIDE_AND_NARROW, _device, launched  # noqa: F401 (the fixtures)
 
 
 def decoding(cached, new, sizes, dtype, length, width):
@@ -28,21 +24,27 @@ def decoding(cached, new, sizes, dtype, length, width):
     queries = torch.full((batch, width, n, c), torch.nan, dtype=dtype)
     for b, rows in enumerate(torch.arange(sum(cached)).split(cached)):
         for cache, x in zip(caches, (k, v), strict=True):
-            cache[b, :cached[b]] = x[rows]
-        queries[b, :new[b]] = q[rows[-new[b]:]]
-    expected = [dense(*(x.to(t) for x in (q, k, v, pk, pv)), cached).split(cached)
-                for t in (torch.float64, dtype)]
+            cache[b, : cached[b]] = x[rows]
+        queries[b, : new[b]] = q[rows[-new[b] :]]
+    expected = [
+        dense(*(x.to(t) for x in (q, k, v, pk, pv)), cached).split(cached)
+        for t in (torch.float64, dtype)
+    ]
     return (queries, *caches, torch.tensor(cached), pk, pv), expected
 
 
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
-@pytest.mark.parametrize(("cached", "new", "sizes"), [
-    ([7, 1, 12], [3, 1, 2], (4, 2, 6, 0)),
-    ([7, 1, 12], [3, 1, 2], (6, 2, 6, 5)),
-    ([300, 170, 3], [4, 1, 3], (16, 2, 10, 20)),   # keys are split; not the prefix
-    ([90, 40], [1, 1], (16, 1, 32, 150)),          # the prefix is split too
-    ([34, 30], [20, 13], (32, 1, 10, 20)),         # more rows than are split
-], ids=str)
+@pytest.mark.parametrize(
+    ("cached", "new", "sizes"),
+    [
+        ([7, 1, 12], [3, 1, 2], (4, 2, 6, 0)),
+        ([7, 1, 12], [3, 1, 2], (6, 2, 6, 5)),
+        ([300, 170, 3], [4, 1, 3], (16, 2, 10, 20)),  # keys are split; not the prefix
+        ([90, 40], [1, 1], (16, 1, 32, 150)),  # the prefix is split too
+        ([34, 30], [20, 13], (32, 1, 10, 20)),  # more rows than are split
+    ],
+    ids=str,
+)
 def test_decode_against_fp64(cached, new, sizes, dtype):
     inputs, (exact, theirs) = decoding(cached, new, sizes, dtype, max(cached) + 20, max(new) + 2)
     with poisoned_memory():
@@ -60,13 +62,14 @@ def test_bits_of_decode_depend_on_the_row_alone(dtype):
 
     def run(rows):
         with poisoned_memory():
-            return ops.prefix_attention_decode(q[rows], *caches[:, rows], lens[rows], *prefix,
-                                               q_lens=q_lens[rows])
+            return ops.prefix_attention_decode(
+                q[rows], *caches[:, rows], lens[rows], *prefix, q_lens=q_lens[rows]
+            )
 
     together = run(slice(0, 3))
     assert same_bits(run(slice(0, 3)), together)
     for b in range(3):
-        assert same_bits(run(slice(b, b + 1)), together[b:b + 1])
+        assert same_bits(run(slice(b, b + 1)), together[b : b + 1])
 
 
 def test_decode_launches(launched):  # noqa: F811 (the fixture)
@@ -79,10 +82,16 @@ def test_decode_launches(launched):  # noqa: F811 (the fixture)
         assert launched == ["prefix_attention_decode_kernel", *names]
 
 
-@pytest.mark.parametrize(("cache_lens", "q_lens"), [([6, 1], [1, 1]), ([3, 1], [1, 2]),
-                                                    ([3, 1], [0, 1]), ([5, 5], [4, 1])])
+@pytest.mark.parametrize(
+    ("cache_lens", "q_lens"),
+    [([6, 1], [1, 1]), ([3, 1], [1, 2]), ([3, 1], [0, 1]), ([5, 5], [4, 1])],
+)
 def test_decode_lengths_must_fit(cache_lens, q_lens, monkeypatch):
     monkeypatch.setenv("GLMKERN_CHECK", "1")
     with pytest.raises(ValueError, match="1 <= queries <= entries must hold"):
-        ops.prefix_attention_decode(torch.zeros(2, 3, 4, 6), *torch.zeros(2, 2, 5, 2, 6),
-                                    torch.tensor(cache_lens), q_lens=torch.tensor(q_lens))
+        ops.prefix_attention_decode(
+            torch.zeros(2, 3, 4, 6),
+            *torch.zeros(2, 2, 5, 2, 6),
+            torch.tensor(cache_lens),
+            q_lens=torch.tensor(q_lens),
+        )

@@ -15,13 +15,7 @@ from glmkern.triton_kernels import prefix_attention_decode as decode
 from glmkern.triton_kernels import prefix_attention_dkv as dkv
 from glmkern.triton_kernels import prefix_attention_shared as shared
 from glmkern.triton_kernels import tiles
-from tests.ops.numerics import (
-    HALF_AND_SINGLE,
-    SAMPLE,
-    matches_fp64,
-    poisoned_memory,
-    same_bits,
-)
+from tests.ops.numerics import HALF_AND_SINGLE, SAMPLE, matches_fp64, poisoned_memory, same_bits
 from tests.ops.test_prefix_attention import (
     case_id,
     check_packing,
@@ -77,9 +71,11 @@ def launched(monkeypatch):
     """The names of the kernels that were launched."""
     names = []
     for file in FILES:
+
         def keep(kernel, *args, _launch=file.launch, **options):
             names.append(kernel.__name__)
             _launch(kernel, *args, **options)
+
         monkeypatch.setattr(file, "launch", keep)
     return names
 
@@ -93,17 +89,26 @@ def attend(lengths, **options):
 def test_against_fp64(case, dtype):
     lengths = case[0]
     sample = 500 if max(lengths) == 1 else SAMPLE  # PyTorch's error in few keys is luck
-    matches_fp64(attend(lengths), lambda *x: dense(*x, lengths), lambda: tensors(*case, dtype),
-                 sample)
+    matches_fp64(
+        attend(lengths), lambda *x: dense(*x, lengths), lambda: tensors(*case, dtype), sample
+    )
 
 
-@pytest.mark.parametrize("case", [  # heads that divide 16, that 16 divides, and neither; C over 128
-    ([20, 1, 9], 8, 1, 16, 18), ([3, 6], 32, 1, 15, 7), ([9, 12], 6, 2, 5, 0), ([5], 2, 2, 140, 3),
-], ids=case_id)
+@pytest.mark.parametrize(
+    "case",
+    [  # heads that divide 16, that 16 divides, and neither; C over 128
+        ([20, 1, 9], 8, 1, 16, 18),
+        ([3, 6], 32, 1, 15, 7),
+        ([9, 12], 6, 2, 5, 0),
+        ([5], 2, 2, 140, 3),
+    ],
+    ids=case_id,
+)
 def test_small_tiles(small_tiles, case):
     lengths = case[0]
-    matches_fp64(attend(lengths), lambda *x: dense(*x, lengths),
-                 lambda: tensors(*case, torch.float32))
+    matches_fp64(
+        attend(lengths), lambda *x: dense(*x, lengths), lambda: tensors(*case, torch.float32)
+    )
 
 
 @pytest.mark.parametrize("dtype", WIDE_AND_NARROW, ids=str)
@@ -116,8 +121,11 @@ def test_tiles_of_every_class(kib, dtype, device, monkeypatch):
     for file, table in TILES.items():
         monkeypatch.setattr(file, "TILES", table)
     lengths = [18, 3]
-    matches_fp64(attend(lengths), lambda *x: dense(*x, lengths),
-                 lambda: tensors(lengths, 8, 1, 24, 70, dtype))
+    matches_fp64(
+        attend(lengths),
+        lambda *x: dense(*x, lengths),
+        lambda: tensors(lengths, 8, 1, 24, 70, dtype),
+    )
 
 
 @pytest.mark.parametrize("case", [CASES[2], CASES[4]], ids=case_id)
@@ -125,24 +133,28 @@ def test_late_values(monkeypatch, case):
     """Each block's product with the values after the scores of the next block."""
     set_tiles(monkeypatch, SMALL._replace(late=True))
     lengths = case[0]
-    matches_fp64(attend(lengths), lambda *x: dense(*x, lengths),
-                 lambda: tensors(*case, torch.float32))
+    matches_fp64(
+        attend(lengths), lambda *x: dense(*x, lengths), lambda: tensors(*case, torch.float32)
+    )
 
 
 @pytest.mark.parametrize("dtype", WIDE_AND_NARROW, ids=str)
 @pytest.mark.parametrize("scale", [0.0, -0.4])
 def test_scale_not_above_zero(small_tiles, scale, dtype):
     """The largest score is then not that of the largest product."""
+
     def scaled(q, *rest):
         return dense(q * (scale * q.shape[-1] ** 0.5), *rest, [20, 9])
 
-    matches_fp64(attend([20, 9], scale=scale), scaled,
-                 lambda: tensors([20, 9], 4, 2, 16, 18, dtype))
+    matches_fp64(
+        attend([20, 9], scale=scale), scaled, lambda: tensors([20, 9], 4, 2, 16, 18, dtype)
+    )
 
 
 @pytest.mark.parametrize("size", [10, 1000])
 def test_weights_of_almost_one_key(size):
     """Scores so far apart that most weights are 0."""
+
     def inputs():
         q, *rest = tensors([25, 7], 4, 2, 16, 9, torch.float32)
         return (q.detach() * size).requires_grad_(), *rest
@@ -157,8 +169,11 @@ def test_weights_of_almost_one_key(size):
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
 def test_without_prefix(dtype):
     lengths = [5, 1, 9]
-    matches_fp64(attend(lengths), lambda *x: dense(*x, None, None, lengths),
-                 lambda: tensors(lengths, 4, 2, 10, 1, dtype)[:3])
+    matches_fp64(
+        attend(lengths),
+        lambda *x: dense(*x, None, None, lengths),
+        lambda: tensors(lengths, 4, 2, 10, 1, dtype)[:3],
+    )
 
 
 def test_many_sequences():
@@ -169,16 +184,20 @@ def test_many_sequences():
 
 
 @pytest.mark.parametrize("dtype", WIDE_AND_NARROW, ids=str)
-@pytest.mark.parametrize(("lengths", "shape"), [
-    ([5, 1, 9], (6, 2, 10)), ([5, 1, 9], (7, 1, 15)), ([60, 1, 8], (9, 1, 13))],
-    ids=["three", "rows of 15", "long"])
+@pytest.mark.parametrize(
+    ("lengths", "shape"),
+    [([5, 1, 9], (6, 2, 10)), ([5, 1, 9], (7, 1, 15)), ([60, 1, 8], (9, 1, 13))],
+    ids=["three", "rows of 15", "long"],
+)
 def test_dropout_against_fp64(seed, lengths, shape, dtype):
     (p, g, c), batch, rate = shape, len(lengths), 0.3
     ids = torch.arange(batch).flip(0) + 2**32 - 2
     keep = keep_mask(seed, ids, 2 * p * g * c, rate).view(batch, 2, p, g, c)
-    matches_fp64(attend(lengths, prefix_dropout=rate, seed=seed, sequence_ids=ids),
-                 lambda *x: dense(*x, lengths, keep / (1 - rate)),
-                 lambda: tensors(lengths, 4 * g, g, c, p, dtype))
+    matches_fp64(
+        attend(lengths, prefix_dropout=rate, seed=seed, sequence_ids=ids),
+        lambda *x: dense(*x, lengths, keep / (1 - rate)),
+        lambda: tensors(lengths, 4 * g, g, c, p, dtype),
+    )
 
 
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
@@ -205,8 +224,11 @@ def test_dropout_of_zeros(seed):
         *tokens, pk, pv = tensors(lengths, 4, 1, 17, 6, torch.float32)
         return *tokens, *((x.detach().sign() * 0.0).requires_grad_() for x in (pk, pv))
 
-    matches_fp64(attend(lengths, prefix_dropout=rate, seed=seed),
-                 lambda *x: dense(*x, lengths, keep / (1 - rate)), inputs)
+    matches_fp64(
+        attend(lengths, prefix_dropout=rate, seed=seed),
+        lambda *x: dense(*x, lengths, keep / (1 - rate)),
+        inputs,
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -215,8 +237,10 @@ def test_float32_prefix_beside_half_tokens(seed, dtype, rate):
     lengths = [5, 1, 9]
     inputs = tensors(lengths, 4, 2, 6, 3, dtype, torch.float32)
     rounded = [x.detach().to(dtype).requires_grad_() for x in inputs]
-    mixed, half = (torch.autograd.grad(
-        attend(lengths, prefix_dropout=rate, seed=seed)(*x).sum(), x) for x in (inputs, rounded))
+    mixed, half = (
+        torch.autograd.grad(attend(lengths, prefix_dropout=rate, seed=seed)(*x).sum(), x)
+        for x in (inputs, rounded)
+    )
     assert [g.dtype for g in mixed] == [dtype] * 3 + [torch.float32] * 2
     for a, b in zip(mixed, half, strict=True):
         assert same_bits(a.to(dtype), b)
@@ -247,12 +271,15 @@ def test_only_what_is_asked_for_is_computed(seed, launched, rate):
     everything = torch.ops.glmkern.prefix_attention_bwd(*call, True, True)
     drop = ["drop_prefix_kernel"] if rate else []
     add = ["prefix_attention_bwd_sum_kernel"] if rate else []  # two sequences, two sums
-    delta, dq, dk, dprefix = (f"prefix_attention_bwd_{name}_kernel"
-                              for name in ("delta", "dq", "dkv", "dprefix"))
+    delta, dq, dk, dprefix = (
+        f"prefix_attention_bwd_{name}_kernel" for name in ("delta", "dq", "dkv", "dprefix")
+    )
     assert launched == [*drop, "prefix_attention_fwd_kernel", *drop, delta, dq, dk, dprefix, *add]
     for token_grad, prefix_grad, names in (
-            (False, True, [*drop, delta, dprefix, *add]), (True, False, [*drop, delta, dq, dk]),
-            (False, False, [])):
+        (False, True, [*drop, delta, dprefix, *add]),
+        (True, False, [*drop, delta, dq, dk]),
+        (False, False, []),
+    ):
         launched.clear()
         part = torch.ops.glmkern.prefix_attention_bwd(*call, token_grad, prefix_grad)
         assert launched == names
@@ -278,7 +305,7 @@ def test_splits(small_tiles, seed, rows, rate, monkeypatch):
 
 
 def test_splits_depend_on_shapes_alone():
-    assert dkv._splits(programs=6, rows=192 * 16) == 12   # a short sequence: 256 rows each
+    assert dkv._splits(programs=6, rows=192 * 16) == 12  # a short sequence: 256 rows each
     assert dkv._splits(programs=64, rows=2048 * 16) == 5  # 264 programs
     assert dkv._splits(programs=10**4, rows=10**6) == 1
     assert dkv._splits(programs=0, rows=1) == 1
@@ -287,18 +314,19 @@ def test_splits_depend_on_shapes_alone():
 def test_slices_of_one_wider_row(seed):
     n, g, c, lengths = 4, 2, 6, [20, 9]
     qkv = torch.randn(29, n + 2 * g, c)
-    slices = qkv[:, :n], qkv[:, n:n + g], qkv[:, n + g:]
+    slices = qkv[:, :n], qkv[:, n : n + g], qkv[:, n + g :]
     prefix = torch.randn(2, 3, g, c)
-    batch = (cumulative(lengths), torch.arange(2), None, c ** -0.5, 0.0)
+    batch = (cumulative(lengths), torch.arange(2), None, c**-0.5, 0.0)
     out, lse = torch.ops.glmkern.prefix_attention_fwd(*slices, *prefix, *batch)
     copies = [x.contiguous() for x in slices]
     expected = torch.ops.glmkern.prefix_attention_fwd(*copies, *prefix, *batch)
     assert all(map(same_bits, (out, lse), expected))
     dout = torch.randn(29, n + 1, c)[:, 1:]
     transposed = dout.transpose(1, 2).contiguous().transpose(1, 2)
-    results, theirs, expected = (torch.ops.glmkern.prefix_attention_bwd(
-        d, *x, *prefix, out, lse, *batch, True, True)
-        for d, x in ((dout, slices), (transposed, slices), (dout.contiguous(), copies)))
+    results, theirs, expected = (
+        torch.ops.glmkern.prefix_attention_bwd(d, *x, *prefix, out, lse, *batch, True, True)
+        for d, x in ((dout, slices), (transposed, slices), (dout.contiguous(), copies))
+    )
     assert all(map(same_bits, results, expected))
     assert all(map(same_bits, theirs, expected))
 
@@ -324,7 +352,7 @@ def test_touches_nothing_outside(small_tiles, seed, sizes, rate, monkeypatch):
     def surrounded(shape, dtype, fill):
         count = torch.Size(shape).numel()
         buffers.append(torch.full((count + 8192,), fill, dtype=dtype))
-        return buffers[-1][4096:4096 + count].view(shape)
+        return buffers[-1][4096 : 4096 + count].view(shape)
 
     def new_empty(self, *shape, dtype=None, **options):
         if options:  # the interpreter's own
@@ -335,8 +363,10 @@ def test_touches_nothing_outside(small_tiles, seed, sizes, rate, monkeypatch):
     allocate = torch.Tensor.new_empty
 
     lengths, n, g, c, p = sizes
-    q, k, v, *prefix = (surrounded(x.shape, x.dtype, torch.nan).copy_(x.detach())
-                        for x in tensors(*sizes, torch.float32))
+    q, k, v, *prefix = (
+        surrounded(x.shape, x.dtype, torch.nan).copy_(x.detach())
+        for x in tensors(*sizes, torch.float32)
+    )
     caches = [surrounded((2, 40, g, c), q.dtype, torch.nan) for _ in range(2)]
     lens, new = torch.tensor([1, 37]), torch.tensor([1, 2])
     for cache in caches:
@@ -368,8 +398,9 @@ def test_sequences_must_fit(seed, call, monkeypatch):
         if call == "fwd":
             forward.prefix_attention_fwd(q, k, v, pk, pv, cumulative([4]), *batch)
         else:
-            forward.prefix_attention_bwd(dout, q, k, v, pk, pv, out, lse, cumulative([4]), *batch,
-                                         True, True)
+            forward.prefix_attention_bwd(
+                dout, q, k, v, pk, pv, out, lse, cumulative([4]), *batch, True, True
+            )
 
 
 def test_forced_backend_refuses_float64():

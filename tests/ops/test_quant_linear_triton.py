@@ -13,8 +13,14 @@ from tests.ops.numerics import HALF_AND_SINGLE, matches_fp64, poisoned_memory, s
 
 # Odd rows, columns of 2 mod 4 and of 4 mod 8, whole words, more than one tile. With fewer rows,
 # matches_fp64 would draw more often.
-SHAPES = [(1, 37, 70), (3, 51, 66), (8, 51, 264), (15, 35, 100), (17, 70, 136),
-          (63, 35, 34)]  # M, N, K
+SHAPES = [
+    (1, 37, 70),
+    (3, 51, 66),
+    (8, 51, 264),
+    (15, 35, 100),
+    (17, 70, 136),
+    (63, 35, 34),
+]  # M, N, K
 REAL_TILES = [(17, 131, 142), (63, 130, 518)]
 VARIANTS = ["gemv", "fused", "slab"]
 
@@ -33,8 +39,10 @@ def small_tiles(monkeypatch):
 @pytest.fixture
 def forced(monkeypatch):
     """forced(variant) makes the op choose it."""
+
     def force(variant):
         monkeypatch.setattr(kernels, "choose", lambda *args: variant)
+
     return force
 
 
@@ -50,9 +58,11 @@ def inputs(m, n, k, dtype, device):
 
 def check(m, n, k, dtype, bits, device, scale_dtype=torch.float16):
     qweight = quantized(n, k, bits, device, scale_dtype)
-    matches_fp64(lambda x, b: ops.quant_linear(x, qweight, b),
-                 lambda x, b: F.linear(x, ops.dequantize(qweight, x.dtype), b),
-                 lambda: inputs(m, n, k, dtype, device))
+    matches_fp64(
+        lambda x, b: ops.quant_linear(x, qweight, b),
+        lambda x, b: F.linear(x, ops.dequantize(qweight, x.dtype), b),
+        lambda: inputs(m, n, k, dtype, device),
+    )
 
 
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
@@ -76,8 +86,10 @@ def test_fused_with_columns_joined(m, n, k, dtype, device, small_tiles, forced, 
 def test_smallest(variant, dtype, device):
     """One token, one row, one byte: 3 * 1.5 - 7 * 2."""
     packed = torch.tensor([[0x39]], dtype=torch.int8, device=device)
-    x, scale, bias, dy = (torch.tensor(value, dtype=dtype, device=device)
-                          for value in ([[1.5, 2.0]], [0.5], [0.25], [[4.0]]))
+    x, scale, bias, dy = (
+        torch.tensor(value, dtype=dtype, device=device)
+        for value in ([[1.5, 2.0]], [0.5], [0.25], [[4.0]])
+    )
     y = kernels.quant_linear_fwd(x, packed, scale, 4, bias, variant=variant)
     dx = kernels.quant_linear_bwd(dy, packed, scale, 4, variant=variant)
     assert y.tolist() == [[-4.5]]
@@ -101,8 +113,9 @@ def test_gemv(m, n, k, bits, dtype, device, forced):
 
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize(("m", "n", "k", "l2"), [(5, 36, 34, 2 ** 11), (17, 70, 136, 2 ** 13),
-                                                 (63, 51, 34, 2 ** 13)])
+@pytest.mark.parametrize(
+    ("m", "n", "k", "l2"), [(5, 36, 34, 2**11), (17, 70, 136, 2**13), (63, 51, 34, 2**13)]
+)
 def test_slab(m, n, k, l2, bits, dtype, device, forced, monkeypatch):
     """Slabs of six rows or columns, and of more."""
     monkeypatch.setattr(kernels, "l2_bytes", lambda device: l2)
@@ -118,17 +131,26 @@ def test_scale_of_another_dtype(variant, dtype, scale_dtype, device, small_tiles
     check(7, 51, 66, dtype, 4, device, scale_dtype)
 
 
-@pytest.mark.parametrize(("dtype", "stored"), [
-    (torch.float32, torch.float16), (torch.float32, torch.bfloat16),
-    (torch.float32, torch.float32), (torch.float16, torch.float16),
-    (torch.bfloat16, torch.bfloat16)], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "stored"),
+    [
+        (torch.float32, torch.float16),
+        (torch.float32, torch.bfloat16),
+        (torch.float32, torch.float32),
+        (torch.float16, torch.float16),
+        (torch.bfloat16, torch.bfloat16),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize(("m", "n", "k"), [(1, 51, 131), (17, 51, 70)])
 def test_dense(m, n, k, dtype, stored, device, monkeypatch):
-    monkeypatch.setattr(kernels, "l2_bytes", lambda device: 2 ** 11)
+    monkeypatch.setattr(kernels, "l2_bytes", lambda device: 2**11)
     weight = (torch.randn(n, k) * 0.02).to(device, stored)
-    matches_fp64(lambda x, b: ops.quant_linear(x, weight, b),
-                 lambda x, b: F.linear(x, weight.to(x.dtype), b),
-                 lambda: inputs(m, n, k, dtype, device))
+    matches_fp64(
+        lambda x, b: ops.quant_linear(x, weight, b),
+        lambda x, b: F.linear(x, weight.to(x.dtype), b),
+        lambda: inputs(m, n, k, dtype, device),
+    )
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -156,7 +178,7 @@ def test_gradients_far_below_the_smallest_half(variant, device, small_tiles):
     dy = (torch.randn(5, 64) * 1e-5).to(device).half()
     dx = kernels.quant_linear_bwd(dy, *qweight, variant=variant)
     weight = ops.dequantize(qweight, torch.float64)
-    allowed = 2 ** -25  # half a subnormal's step
+    allowed = 2**-25  # half a subnormal's step
     if variant != "gemv":
         allowed += dy.double().abs() @ (weight - weight.half().double()).abs()
     assert ((dx.double() - dy.double() @ weight).abs() <= allowed).all()
@@ -167,7 +189,7 @@ def test_gradients_far_below_the_smallest_half_as_chosen(device):
     dy = (torch.randn(5, 64) * 1e-5).to(device).half()
     dx = torch.ops.glmkern.quant_linear_bwd(dy, *qweight)
     exact = dy.double() @ ops.dequantize(qweight, torch.float64)
-    assert (dx.double() - exact).abs().max() <= 2 ** -25
+    assert (dx.double() - exact).abs().max() <= 2**-25
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -177,8 +199,9 @@ def test_what_is_not_finite_stays_so(variant, value, device, small_tiles, forced
     weight = torch.tensor([[1.0, -3.0, 7.0, 0.0], [0.0, -7.0, 0.0, 2.0]])
     x = torch.ones(5, 4)
     x[2, 1] = value
-    result = ops.quant_linear(x.to(device), ops.QuantizedWeight(
-        *(t.to(device) for t in ops.quantize(weight)[:2]), 4))
+    result = ops.quant_linear(
+        x.to(device), ops.QuantizedWeight(*(t.to(device) for t in ops.quantize(weight)[:2]), 4)
+    )
     torch.testing.assert_close(result.cpu(), F.linear(x, weight), equal_nan=True, rtol=0, atol=0)
 
 
@@ -191,8 +214,10 @@ def test_same_bits_every_time(variant, dtype, device, small_tiles):
 
     def run():
         with poisoned_memory():
-            return [kernels.quant_linear_fwd(x, *qweight, bias, variant=variant),
-                    kernels.quant_linear_bwd(dy, *qweight, variant=variant)]
+            return [
+                kernels.quant_linear_fwd(x, *qweight, bias, variant=variant),
+                kernels.quant_linear_bwd(dy, *qweight, variant=variant),
+            ]
 
     assert all(map(same_bits, run(), run()))
 
@@ -201,19 +226,20 @@ def test_same_bits_every_time(variant, dtype, device, small_tiles):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_touches_nothing_outside(variant, m, n, k, device, small_tiles, monkeypatch):
     """Inputs lie between NaNs (codes between sevens), outputs between guards."""
-    monkeypatch.setattr(kernels, "l2_bytes", lambda device: 2 ** 10)
+    monkeypatch.setattr(kernels, "l2_bytes", lambda device: 2**10)
     buffers = []
 
     def surrounded(shape, fill, dtype=torch.float32):
         size = torch.Size(shape).numel()
         buffers.append(torch.full((size + 4096,), fill, device=device, dtype=dtype))
-        return buffers[-1][2048:2048 + size].view(shape)
+        return buffers[-1][2048 : 2048 + size].view(shape)
 
     qweight = quantized(n, k, 4, device)
     packed = surrounded(qweight.packed.shape, 0x77, torch.int8).copy_(qweight.packed)
     scale = surrounded([n], torch.nan).copy_(qweight.scale)
-    x, dy, bias = (surrounded(shape, torch.nan).copy_(torch.randn(shape))
-                   for shape in ([m, k], [m, n], [n]))
+    x, dy, bias = (
+        surrounded(shape, torch.nan).copy_(torch.randn(shape)) for shape in ([m, k], [m, n], [n])
+    )
     inside = len(buffers)
     new_empty = torch.Tensor.new_empty
 
@@ -241,17 +267,21 @@ def test_leading_dimensions_and_no_rows(lead, bits, device):
     x = torch.randn(*lead, 8).to(device).requires_grad_()
     y = ops.quant_linear(x, qweight)
     dy = torch.randn(y.shape).to(device)
-    dx, = torch.autograd.grad(y, x, dy)
+    (dx,) = torch.autograd.grad(y, x, dy)
     torch.testing.assert_close(y, F.linear(x, dense))
     torch.testing.assert_close(dx, dy @ dense)
     assert y.is_contiguous() and dx.is_contiguous()
 
 
-@pytest.mark.parametrize(("m", "bits", "names"), [
-    (1, 4, ["gemv_fwd_kernel", "gemv_bwd_kernel"]),
-    (8, 8, ["gemv_fwd_kernel", "gemv_bwd_kernel"]),
-    (16, 4, ["fused_fwd_kernel", "fused_bwd_kernel"]),
-    (16, 8, ["dequantize_kernel", "dequantize_kernel"])])
+@pytest.mark.parametrize(
+    ("m", "bits", "names"),
+    [
+        (1, 4, ["gemv_fwd_kernel", "gemv_bwd_kernel"]),
+        (8, 8, ["gemv_fwd_kernel", "gemv_bwd_kernel"]),
+        (16, 4, ["fused_fwd_kernel", "fused_bwd_kernel"]),
+        (16, 8, ["dequantize_kernel", "dequantize_kernel"]),
+    ],
+)
 def test_forced_backend_runs_the_kernels(m, bits, names, device):
     qweight = quantized(4, 8, bits, device)
     x, dy = (torch.ones(m, size, device=device).half() for size in (8, 4))
@@ -261,19 +291,32 @@ def test_forced_backend_runs_the_kernels(m, bits, names, device):
     assert [call.args[0].__name__ for call in launch.call_args_list] == names
 
 
-@pytest.mark.parametrize(("direction", "m", "dtype", "bits", "variant"), [
-    ("fwd", 1, torch.float16, 4, "gemv"), ("fwd", 2, torch.bfloat16, 4, "fused"),
-    ("bwd", 8, torch.float16, 4, "gemv"), ("bwd", 9, torch.float16, 4, "fused"),
-    ("fwd", 512, torch.float16, 4, "fused"), ("fwd", 513, torch.float16, 4, "slab"),
-    ("fwd", 8, torch.float32, 4, "gemv"), ("fwd", 32, torch.float32, 4, "fused"),
-    ("bwd", 33, torch.float32, 4, "slab"), ("fwd", 8, torch.float16, 8, "gemv"),
-    ("fwd", 9, torch.float16, 8, "slab"), ("fwd", 1, torch.float16, 16, "slab")], ids=str)
+@pytest.mark.parametrize(
+    ("direction", "m", "dtype", "bits", "variant"),
+    [
+        ("fwd", 1, torch.float16, 4, "gemv"),
+        ("fwd", 2, torch.bfloat16, 4, "fused"),
+        ("bwd", 8, torch.float16, 4, "gemv"),
+        ("bwd", 9, torch.float16, 4, "fused"),
+        ("fwd", 512, torch.float16, 4, "fused"),
+        ("fwd", 513, torch.float16, 4, "slab"),
+        ("fwd", 8, torch.float32, 4, "gemv"),
+        ("fwd", 32, torch.float32, 4, "fused"),
+        ("bwd", 33, torch.float32, 4, "slab"),
+        ("fwd", 8, torch.float16, 8, "gemv"),
+        ("fwd", 9, torch.float16, 8, "slab"),
+        ("fwd", 1, torch.float16, 16, "slab"),
+    ],
+    ids=str,
+)
 def test_choice(direction, m, dtype, bits, variant):
     assert kernels.choose(direction, m, dtype, bits) == variant
 
 
-@pytest.mark.parametrize(("tokens", "rows"), [(1, 16), (17, 32), (33, 64), (63, 64), (100, 128),
-                                              (192, 64), (320, 128), (511, 128)])
+@pytest.mark.parametrize(
+    ("tokens", "rows"),
+    [(1, 16), (17, 32), (33, 64), (63, 64), (100, 128), (192, 64), (320, 128), (511, 128)],
+)
 def test_tile_wastes_little(tokens, rows, monkeypatch):
     monkeypatch.setattr(kernels, "by_shared_memory", lambda table, device: table[227])
     for table in (kernels.fused.FWD_TILES, kernels.fused.BWD_TILES):
@@ -288,8 +331,10 @@ def test_splits_cover_the_reduction(blocks, programs):
     assert splits * programs <= max(programs, kernels.PROGRAMS)
 
 
-@pytest.mark.parametrize(("length", "each", "l2"), [(27392, 8192, 50 * 2 ** 20), (5, 2, 4),
-                                                    (4096, 8192, 2 ** 20), (300, 600, 10 ** 9)])
+@pytest.mark.parametrize(
+    ("length", "each", "l2"),
+    [(27392, 8192, 50 * 2**20), (5, 2, 4), (4096, 8192, 2**20), (300, 600, 10**9)],
+)
 def test_slab_size(length, each, l2):
     size = kernels.slab_size(length, each, l2)
     assert size == length or size % 2 == 0

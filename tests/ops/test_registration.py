@@ -24,8 +24,9 @@ def test_opcheck(op):
 @pytest.mark.parametrize("op", registration.ARGUMENTS)
 def test_layouts(op):
     for inputs in registration.ARGUMENTS[op]("cpu"):
-        registration.check_layouts(getattr(registration.kernels, op).default, inputs,
-                                   refused=(RuntimeError,))
+        registration.check_layouts(
+            getattr(registration.kernels, op).default, inputs, refused=(RuntimeError,)
+        )
 
 
 @pytest.mark.parametrize("name", registration.compiled_calls("cpu"))

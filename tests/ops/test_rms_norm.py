@@ -1,6 +1,5 @@
 """rms_norm and add_rms_norm, reference and C++: numbers, registration, determinism, errors."""
 
-
 import pytest
 import torch
 
@@ -25,22 +24,25 @@ def test_against_fp64(backend, shape, dtype):
 def test_eps(backend, eps):
     """Rows whose mean square is far below, near and far above eps."""
     scale = torch.tensor([1e-6, 1e-3, 1.0, 1e3]).unsqueeze(1)
-    matches_fp64(lambda x, w: ops.rms_norm(x, w, eps), lambda x, w: formulas.rms_norm(x, w, eps),
-                 lambda: [(torch.randn(4, 100) * scale).requires_grad_(),
-                          torch.randn(100).requires_grad_()])
+    matches_fp64(
+        lambda x, w: ops.rms_norm(x, w, eps),
+        lambda x, w: formulas.rms_norm(x, w, eps),
+        lambda: [(torch.randn(4, 100) * scale).requires_grad_(), torch.randn(100).requires_grad_()],
+    )
 
 
 def test_the_gradient_of_a_frozen_weight_is_not_computed(backend):
     x, weight = rms_norm_inputs((5, 12), torch.float32)
     weight = weight.detach()
     y = ops.rms_norm(x, weight)
-    dx, = torch.autograd.grad(y, x, torch.ones_like(y))
+    (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
     rstd = torch.ops.glmkern.rms_norm_fwd(x.detach(), weight, 1e-5)[1]
     bwd = torch.ops.glmkern.rms_norm_bwd
     for dresidual in (None, torch.zeros_like(dx)):
         for weight_grad, numel in ((False, 0), (True, 12)):
-            again, dweight = bwd(torch.ones_like(y), x.detach(), weight, rstd, dresidual,
-                                 weight_grad)
+            again, dweight = bwd(
+                torch.ones_like(y), x.detach(), weight, rstd, dresidual, weight_grad
+            )
             assert same_bits(again, dx) and dweight.numel() == numel
 
 
@@ -61,8 +63,13 @@ def test_inputs_with_strides(backend):
 def test_float64():
     inputs = [t.double() for t in add_rms_norm_inputs((4, 7), torch.float32)]
     assert torch.autograd.gradcheck(ops.add_rms_norm, [t.detach().requires_grad_() for t in inputs])
-    with pytest.raises(RuntimeError, match="'cpu' is forced, but cannot serve rms_norm_fwd: "
-                                           "float64 has no kernel"), glmkern.backend("cpu"):
+    with (
+        pytest.raises(
+            RuntimeError,
+            match="'cpu' is forced, but cannot serve rms_norm_fwd: float64 has no kernel",
+        ),
+        glmkern.backend("cpu"),
+    ):
         ops.rms_norm(inputs[0], inputs[2])
 
 
@@ -102,26 +109,37 @@ def test_a_large_output_has_the_bits_of_its_pieces():
     x, residual, weight = torch.randn(1100, 4096), torch.randn(1100, 4096), torch.randn(4096)
     with glmkern.backend("cpu"), poisoned_memory():
         whole = torch.ops.glmkern.add_rms_norm_fwd(x, residual, weight, 1e-5)
-        parts = [torch.ops.glmkern.add_rms_norm_fwd(a, b, weight, 1e-5)
-                 for a, b in zip(x.split(100), residual.split(100), strict=True)]
+        parts = [
+            torch.ops.glmkern.add_rms_norm_fwd(a, b, weight, 1e-5)
+            for a, b in zip(x.split(100), residual.split(100), strict=True)
+        ]
         bwd = torch.ops.glmkern.rms_norm_bwd
         dx = bwd(residual, x, weight, whole[2], None, False)[0]
-        dx_parts = [bwd(b, a, weight, part[2], None, False)[0] for a, b, part
-                    in zip(x.split(100), residual.split(100), parts, strict=True)]
-    assert all(same_bits(w, torch.cat(p)) for w, p in zip(whole, zip(*parts, strict=True),
-                                                         strict=True))
+        dx_parts = [
+            bwd(b, a, weight, part[2], None, False)[0]
+            for a, b, part in zip(x.split(100), residual.split(100), parts, strict=True)
+        ]
+    assert all(
+        same_bits(w, torch.cat(p)) for w, p in zip(whole, zip(*parts, strict=True), strict=True)
+    )
     assert same_bits(dx, torch.cat(dx_parts))
 
 
-@pytest.mark.parametrize(("arguments", "sentence"), [
-    (dict(x=torch.zeros(3, 8, dtype=torch.int32)), "x must be float32, .* not int32"),
-    (dict(x=torch.tensor(1.0)), r"weight must have shape \[H\]"),
-    (dict(weight=torch.zeros(7)), r"weight must have shape \[8\], .* not \[7\]"),
-    (dict(weight=torch.zeros(8).half()), "weight is float16 but x is float32"),
-    (dict(weight=torch.zeros(8, device="meta")), "weight is on meta but x is on cpu"),
-    (dict(x=torch.zeros(3, 0), weight=torch.zeros(0)), r"last dimension is empty, x is \(3, 0\)"),
-    (dict(eps=0.0), "eps must be positive, not 0.0"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (dict(x=torch.zeros(3, 8, dtype=torch.int32)), "x must be float32, .* not int32"),
+        (dict(x=torch.tensor(1.0)), r"weight must have shape \[H\]"),
+        (dict(weight=torch.zeros(7)), r"weight must have shape \[8\], .* not \[7\]"),
+        (dict(weight=torch.zeros(8).half()), "weight is float16 but x is float32"),
+        (dict(weight=torch.zeros(8, device="meta")), "weight is on meta but x is on cpu"),
+        (
+            dict(x=torch.zeros(3, 0), weight=torch.zeros(0)),
+            r"last dimension is empty, x is \(3, 0\)",
+        ),
+        (dict(eps=0.0), "eps must be positive, not 0.0"),
+    ],
+)
 def test_errors(arguments, sentence):
     arguments = dict(x=torch.zeros(3, 8), weight=torch.zeros(8)) | arguments
     with pytest.raises(ValueError, match=f"^rms_norm: .*{sentence}"):
@@ -133,13 +151,16 @@ def test_a_residual_of_another_shape_is_refused():
         ops.add_rms_norm(torch.zeros(3, 8), torch.zeros(8), torch.zeros(8))
 
 
-@pytest.mark.parametrize(("position", "wrong", "sentence"), [
-    (0, torch.zeros(2, 8), "dy must have 24 elements, not 16"),
-    (1, torch.zeros(8, 3).t(), "x is not contiguous"),
-    (2, torch.zeros(8).half(), "weight has another dtype"),
-    (3, torch.zeros(4), "rstd must have 3 elements, not 4"),
-    (4, torch.zeros(3, 7), "dresidual must have 24 elements, not 21"),
-])
+@pytest.mark.parametrize(
+    ("position", "wrong", "sentence"),
+    [
+        (0, torch.zeros(2, 8), "dy must have 24 elements, not 16"),
+        (1, torch.zeros(8, 3).t(), "x is not contiguous"),
+        (2, torch.zeros(8).half(), "weight has another dtype"),
+        (3, torch.zeros(4), "rstd must have 3 elements, not 4"),
+        (4, torch.zeros(3, 7), "dresidual must have 24 elements, not 21"),
+    ],
+)
 def test_the_kernels_guard_direct_calls(position, wrong, sentence):
     glmkern.backends("cpu")
     arguments = [torch.zeros(3, 8), torch.zeros(3, 8), torch.zeros(8), torch.zeros(3), None, True]

@@ -10,12 +10,7 @@ from glmkern import ops
 from glmkern.triton_kernels import rms_norm as kernels
 from glmkern.triton_kernels.tiles import row_tile
 from tests.ops.formulas import add_rms_norm_inputs, rms_norm_inputs
-from tests.ops.numerics import (
-    HALF_AND_SINGLE,
-    matches_fp64,
-    poisoned_memory,
-    same_bits,
-)
+from tests.ops.numerics import HALF_AND_SINGLE, matches_fp64, poisoned_memory, same_bits
 
 EPS = 1e-5
 # rows of less than a vector, of odd length, of exactly one block, of half a block, of five blocks
@@ -33,16 +28,21 @@ def formula(x, weight):
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_rms_norm(shape, dtype, device):
-    matches_fp64(lambda x, w: ops.rms_norm(x, w, EPS), formula,
-                 lambda: rms_norm_inputs(shape, dtype, device=device))
+    matches_fp64(
+        lambda x, w: ops.rms_norm(x, w, EPS),
+        formula,
+        lambda: rms_norm_inputs(shape, dtype, device=device),
+    )
 
 
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_add_rms_norm(shape, dtype, device):
-    matches_fp64(lambda x, r, w: ops.add_rms_norm(x, r, w, EPS),
-                 lambda x, r, w: (formula(x + r, w), x + r),
-                 lambda: add_rms_norm_inputs(shape, dtype, device=device))
+    matches_fp64(
+        lambda x, r, w: ops.add_rms_norm(x, r, w, EPS),
+        lambda x, r, w: (formula(x + r, w), x + r),
+        lambda: add_rms_norm_inputs(shape, dtype, device=device),
+    )
 
 
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
@@ -72,8 +72,11 @@ def test_frozen_weight(shape, device):
 def test_partials_of_many_rows(shape, device, monkeypatch):
     """A program that sums the weight gradient of several tiles, the last program of fewer."""
     monkeypatch.setattr(kernels, "MAX_PARTIALS", 4)
-    matches_fp64(lambda x, w: ops.rms_norm(x, w, EPS), formula,
-                 lambda: rms_norm_inputs(shape, torch.float32, device=device))
+    matches_fp64(
+        lambda x, w: ops.rms_norm(x, w, EPS),
+        formula,
+        lambda: rms_norm_inputs(shape, torch.float32, device=device),
+    )
 
 
 def test_same_bits_every_time(device):
@@ -94,7 +97,7 @@ def test_touches_nothing_outside(shape, device, monkeypatch):
 
     def surrounded(fill):
         buffers.append(torch.full((2 * margin + M * H,), fill, device=device))
-        return buffers[-1][margin:margin + M * H].view(M, H)
+        return buffers[-1][margin : margin + M * H].view(M, H)
 
     x, residual, dy = (surrounded(torch.nan).copy_(torch.randn(shape)) for _ in range(3))
     weight = surrounded(torch.nan)[0].copy_(torch.randn(H))
@@ -128,7 +131,7 @@ def test_forced_backend_runs_the_kernel(device):
     x, weight = torch.ones(2, 8, device=device), torch.ones(8, device=device)
     with mock.patch.object(kernels, "launch", wraps=kernels.launch) as launch:
         ops.rms_norm(x, weight)
-    launched, = [call.args[0] for call in launch.call_args_list]
+    (launched,) = [call.args[0] for call in launch.call_args_list]
     assert launched is kernels.rms_norm_fwd_kernel
 
 
@@ -147,5 +150,5 @@ def test_row_tile_holds_the_row(length):
 
 
 def test_row_tile_of_long_rows():
-    assert row_tile(8193) == row_tile(10 ** 6)
+    assert row_tile(8193) == row_tile(10**6)
     assert row_tile(8193).columns < 8193

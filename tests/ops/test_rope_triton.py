@@ -16,8 +16,13 @@ library = torch.ops.glmkern
 # heads of several programs
 SHAPES = [(1, 1, 2, 1), (3, 5, 12, 3), (3, 34, 128, 32), (7, 2, 10, 5), (4, 3, 83, 41)]
 # tokens, heads, groups, channels, pairs, interleaved
-QKV_SHAPES = [(1, 1, 1, 2, 1, False), (5, 6, 2, 12, 3, False), (3, 32, 2, 128, 32, False),
-              (5, 3, 3, 10, 2, True), (2, 11, 11, 83, 41, True)]
+QKV_SHAPES = [
+    (1, 1, 1, 2, 1, False),
+    (5, 6, 2, 12, 3, False),
+    (3, 32, 2, 128, 32, False),
+    (5, 3, 3, 10, 2, True),
+    (2, 11, 11, 83, 41, True),
+]
 
 
 def table(pairs, dtype, device):
@@ -29,30 +34,46 @@ def random_positions(tokens, device):
     return torch.randint(50, (tokens,)).to(device)
 
 
-@pytest.mark.parametrize(("dtype", "table_dtype"), [
-    *((dtype, torch.float32) for dtype in HALF_AND_SINGLE),
-    (torch.bfloat16, torch.bfloat16), (torch.float32, torch.float16)], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "table_dtype"),
+    [
+        *((dtype, torch.float32) for dtype in HALF_AND_SINGLE),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float32, torch.float16),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_against_fp64(shape, dtype, table_dtype, device):
     tokens, heads, channels, pairs = shape
     cos_sin, positions = table(pairs, table_dtype, device), random_positions(tokens, device)
-    matches_fp64(lambda x: ops.rope(x, cos_sin, positions),
-                 lambda x: rotated(x, cos_sin, positions),
-                 lambda: [torch.randn(tokens, heads, channels).to(device, dtype).requires_grad_()])
+    matches_fp64(
+        lambda x: ops.rope(x, cos_sin, positions),
+        lambda x: rotated(x, cos_sin, positions),
+        lambda: [torch.randn(tokens, heads, channels).to(device, dtype).requires_grad_()],
+    )
 
 
 def test_strided_heads(device):
     cos_sin, positions = table(4, torch.float32, device), torch.arange(5, device=device)
     wide = torch.randn(5, 7, 16, device=device)
-    for x in (wide[:, 2:6], wide[:, ::2], torch.randn(16, 7, 5, device=device).permute(2, 1, 0),
-              torch.randn(7, 5, 16, device=device).transpose(0, 1), wide[:, :1].expand(5, 3, 16),
-              wide[:, :, 3:15], torch.randn(5, 7, 32, device=device)[:, :, ::2]):
+    for x in (
+        wide[:, 2:6],
+        wide[:, ::2],
+        torch.randn(16, 7, 5, device=device).permute(2, 1, 0),
+        torch.randn(7, 5, 16, device=device).transpose(0, 1),
+        wide[:, :1].expand(5, 3, 16),
+        wide[:, :, 3:15],
+        torch.randn(5, 7, 32, device=device)[:, :, ::2],
+    ):
         for op in (library.rope_fwd, library.rope_bwd):
             result = op(x, cos_sin, positions)
             assert result.is_contiguous()
             assert same_bits(result, op(x.contiguous(), cos_sin, positions))
-    strided = torch.randn(9, 2, 8, device=device).transpose(1, 2), \
-        torch.arange(10, device=device)[::2]
+    strided = (
+        torch.randn(9, 2, 8, device=device).transpose(1, 2),
+        torch.arange(10, device=device)[::2],
+    )
     assert same_bits(ops.rope(wide, *strided), ops.rope(wide, *(t.contiguous() for t in strided)))
 
 
@@ -98,7 +119,7 @@ def split_qkv(qkv, heads, groups, interleaved):
     rows = qkv.unflatten(1, (heads + 2 * groups, -1))
     if interleaved:
         return rows[:, 0::3], rows[:, 1::3], rows[:, 2::3]
-    return rows[:, :heads], rows[:, heads:heads + groups], rows[:, heads + groups:]
+    return rows[:, :heads], rows[:, heads : heads + groups], rows[:, heads + groups :]
 
 
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
@@ -112,8 +133,7 @@ def test_qkv_rope_against_fp64(shape, dtype, with_bias, device):
         return library.qkv_rope_fwd(qkv, bias, *angles, heads, groups, interleaved)
 
     def formula(qkv, bias):
-        wide = qkv if bias is None else \
-            (qkv if qkv.dtype == torch.float64 else qkv.float()) + bias
+        wide = qkv if bias is None else (qkv if qkv.dtype == torch.float64 else qkv.float()) + bias
         q, k, v = split_qkv(wide, heads, groups, interleaved)
         return tuple(x.to(qkv.dtype) for x in (rotated(q, *angles), rotated(k, *angles), v))
 
@@ -137,8 +157,13 @@ def test_qkv_rope_backward_against_fp64(shape, dtype, device):
         parts = rotated(dq, *angles, inverse=True), rotated(dk, *angles, inverse=True), dv
         return (torch.stack(parts, 2) if interleaved else torch.cat(parts, 1)).flatten(1)
 
-    matches_fp64(kernel, formula, lambda: [torch.randn(tokens, n, channels).to(device, dtype)
-                                           for n in (heads, groups, groups)])
+    matches_fp64(
+        kernel,
+        formula,
+        lambda: [
+            torch.randn(tokens, n, channels).to(device, dtype) for n in (heads, groups, groups)
+        ],
+    )
 
 
 @pytest.mark.parametrize(("groups", "interleaved"), [(2, False), (4, False), (4, True)])
@@ -161,16 +186,21 @@ def test_the_fused_form_has_the_bits_of_its_parts(groups, interleaved, device):
 def test_gradients_with_strides(interleaved, device):
     angles = table(2, torch.float32, device), random_positions(3, device)
     for layout in ((3, 6, 2), (6, 3, 2)):
-        grads = [torch.randn(layout, device=device).movedim(layout.index(3), 0).transpose(1, 2)
-                 for _ in range(3)]
+        grads = [
+            torch.randn(layout, device=device).movedim(layout.index(3), 0).transpose(1, 2)
+            for _ in range(3)
+        ]
         assert grads[0].shape == (3, 2, 6)
         result = library.qkv_rope_bwd(*grads, *angles, interleaved)
-        assert same_bits(result, library.qkv_rope_bwd(*(g.contiguous() for g in grads), *angles,
-                                                      interleaved))
+        assert same_bits(
+            result, library.qkv_rope_bwd(*(g.contiguous() for g in grads), *angles, interleaved)
+        )
     wide = torch.randn(3, 9, 6, device=device)
     parts = wide[:, :4], wide[:, 4:6], wide[:, 7:]
-    assert same_bits(library.qkv_rope_bwd(*parts, *angles, False),
-                     library.qkv_rope_bwd(*(g.contiguous() for g in parts), *angles, False))
+    assert same_bits(
+        library.qkv_rope_bwd(*parts, *angles, False),
+        library.qkv_rope_bwd(*(g.contiguous() for g in parts), *angles, False),
+    )
 
 
 def test_same_bits_every_time(device):
@@ -180,8 +210,14 @@ def test_same_bits_every_time(device):
     for _ in range(2):
         with poisoned_memory():
             parts = library.qkv_rope_fwd(qkv, bias, *angles, 32, 2, False)
-            runs.append([*parts, library.qkv_rope_bwd(*parts, *angles, False),
-                         library.rope_fwd(parts[0], *angles), library.rope_bwd(parts[0], *angles)])
+            runs.append(
+                [
+                    *parts,
+                    library.qkv_rope_bwd(*parts, *angles, False),
+                    library.rope_fwd(parts[0], *angles),
+                    library.rope_bwd(parts[0], *angles),
+                ]
+            )
     assert all(map(same_bits, *runs))
 
 
@@ -201,8 +237,13 @@ def test_touches_nothing_outside(shape, device, monkeypatch):
     cos_sin = surrounded(torch.nan, 50, pairs, 2).copy_(table(pairs, torch.float32, device))
     angles = cos_sin, torch.arange(50 - tokens, 50, device=device)
     new_empty = torch.Tensor.new_empty  # the interpreter uses it too
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda like, *size, **options: surrounded(
-        7.0, *size) if len(size) > 1 else new_empty(like, *size, **options))
+    monkeypatch.setattr(
+        torch.Tensor,
+        "new_empty",
+        lambda like, *size, **options: (
+            surrounded(7.0, *size) if len(size) > 1 else new_empty(like, *size, **options)
+        ),
+    )
     results = [kernels.rope_fwd(x, *angles), kernels.rope_bwd(x, *angles)]
     for interleaved in (False, True) if heads == groups else (False,):
         parts = kernels.qkv_rope_fwd(x.flatten(1), bias, *angles, heads, groups, interleaved)
@@ -219,9 +260,11 @@ def test_positions_are_checked_where_reading_them_is_free(device, monkeypatch):
     x = torch.zeros(3, 2, 8, device=device)
     angles = torch.zeros(9, 2, 2, device=device), torch.tensor([0, 9, 1], device=device)
     for name, arguments in {
-            "rope_fwd": (x, *angles), "rope_bwd": (x, *angles),
-            "qkv_rope_fwd": (x.flatten(1).repeat(1, 3), None, *angles, 2, 2, False),
-            "qkv_rope_bwd": (x, x, x, *angles, False)}.items():
+        "rope_fwd": (x, *angles),
+        "rope_bwd": (x, *angles),
+        "qkv_rope_fwd": (x.flatten(1).repeat(1, 3), None, *angles, 2, 2, False),
+        "qkv_rope_bwd": (x, x, x, *angles, False),
+    }.items():
         with pytest.raises(ValueError, match="^rope: positions run from 0 to 9, but the table"):
             getattr(library, name)(*arguments)
 
@@ -234,12 +277,17 @@ def test_forced_backend_runs_the_kernels(device):
         parts = library.qkv_rope_fwd(x.detach().flatten(1), None, *angles, 1, 1, False)
         library.qkv_rope_bwd(*parts, *angles, False)
     assert [call.args[0] for call in launch.call_args_list] == [
-        kernels.rope_kernel, kernels.rope_kernel, kernels.qkv_rope_fwd_kernel,
-        kernels.qkv_rope_bwd_kernel]
+        kernels.rope_kernel,
+        kernels.rope_kernel,
+        kernels.qkv_rope_fwd_kernel,
+        kernels.qkv_rope_bwd_kernel,
+    ]
 
 
 def test_forced_backend_refuses_float64(device):
-    x, angles = torch.ones(2, 3, 8, device=device), (table(2, torch.float64, device),
-                                                     random_positions(2, device))
+    x, angles = (
+        torch.ones(2, 3, 8, device=device),
+        (table(2, torch.float64, device), random_positions(2, device)),
+    )
     with pytest.raises(RuntimeError, match="'triton' is forced, but cannot serve rope_fwd"):
         ops.rope(x, *angles)

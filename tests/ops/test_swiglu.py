@@ -19,8 +19,7 @@ def formula(x):
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
 @pytest.mark.parametrize("shape", [(2,), (1, 2), (3, 34), (2, 3, 200), (63, 1370)], ids=str)
 def test_against_fp64(backend, shape, dtype):
-    matches_fp64(ops.swiglu, formula,
-                 lambda: [(3 * torch.randn(shape)).to(dtype).requires_grad_()])
+    matches_fp64(ops.swiglu, formula, lambda: [(3 * torch.randn(shape)).to(dtype).requires_grad_()])
 
 
 def test_gates_far_from_zero(backend):
@@ -73,12 +72,19 @@ def test_wrong_dtype():
         ops.swiglu(torch.zeros(2, 4, dtype=torch.int64))
 
 
-@pytest.mark.parametrize(("dy", "x", "sentence"), [
-    (torch.zeros(2, 4), torch.zeros(3, 8), "dy must have 12 elements, not 8"),
-    (torch.zeros(3, 4).half(), torch.zeros(3, 8), "dy has another dtype"),
-    (torch.zeros(3, 4), torch.zeros(8, 3).t(), "x is not contiguous"),
-    (torch.zeros(3, 4), torch.zeros(3, 7), "x's last dimension must hold two halves of one size"),
-])
+@pytest.mark.parametrize(
+    ("dy", "x", "sentence"),
+    [
+        (torch.zeros(2, 4), torch.zeros(3, 8), "dy must have 12 elements, not 8"),
+        (torch.zeros(3, 4).half(), torch.zeros(3, 8), "dy has another dtype"),
+        (torch.zeros(3, 4), torch.zeros(8, 3).t(), "x is not contiguous"),
+        (
+            torch.zeros(3, 4),
+            torch.zeros(3, 7),
+            "x's last dimension must hold two halves of one size",
+        ),
+    ],
+)
 def test_the_kernels_guard_direct_calls(dy, x, sentence):
     glmkern.backends("cpu")
     with pytest.raises(RuntimeError, match=f"^swiglu_bwd: {sentence}$"):

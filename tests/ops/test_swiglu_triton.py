@@ -23,8 +23,9 @@ def formula(x):
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_against_fp64(shape, dtype, device):
-    matches_fp64(ops.swiglu, formula,
-                 lambda: [(3 * torch.randn(shape)).to(device, dtype).requires_grad_()])
+    matches_fp64(
+        ops.swiglu, formula, lambda: [(3 * torch.randn(shape)).to(device, dtype).requires_grad_()]
+    )
 
 
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
@@ -54,8 +55,8 @@ def test_a_row_does_not_depend_on_the_others(device):
     x, dy = torch.randn(9, 1400, device=device), torch.randn(9, 700, device=device)
     y, dx = kernels.swiglu_fwd(x), kernels.swiglu_bwd(dy, x)
     for row in range(9):
-        assert same_bits(y[row:row + 1], kernels.swiglu_fwd(x[row:row + 1]))
-        assert same_bits(dx[row:row + 1], kernels.swiglu_bwd(dy[row:row + 1], x[row:row + 1]))
+        assert same_bits(y[row : row + 1], kernels.swiglu_fwd(x[row : row + 1]))
+        assert same_bits(dx[row : row + 1], kernels.swiglu_bwd(dy[row : row + 1], x[row : row + 1]))
 
 
 def test_same_bits_every_time(device):
@@ -78,8 +79,13 @@ def test_touches_nothing_outside(shape, device, monkeypatch):
     x = surrounded(torch.nan, M, 2 * width).copy_(torch.randn(M, 2 * width))
     dy = surrounded(torch.nan, M, width).copy_(torch.randn(shape))
     new_empty = torch.Tensor.new_empty  # the interpreter uses it too
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda like, *size, **options: surrounded(
-        7.0, *size) if size == tuple(shape) else new_empty(like, *size, **options))
+    monkeypatch.setattr(
+        torch.Tensor,
+        "new_empty",
+        lambda like, *size, **options: (
+            surrounded(7.0, *size) if size == tuple(shape) else new_empty(like, *size, **options)
+        ),
+    )
     monkeypatch.setattr(torch, "empty_like", lambda like: surrounded(7.0, *like.shape))
     y, dx = kernels.swiglu_fwd(x), kernels.swiglu_bwd(dy, x)
     assert y.isfinite().all()
@@ -94,8 +100,10 @@ def test_forced_backend_runs_the_kernels(device):
     x = torch.ones(2, 8, device=device, requires_grad=True)
     with mock.patch.object(kernels, "launch", wraps=kernels.launch) as launch:
         ops.swiglu(x).sum().backward()
-    assert [call.args[0] for call in launch.call_args_list] == \
-        [kernels.swiglu_fwd_kernel, kernels.swiglu_bwd_kernel]
+    assert [call.args[0] for call in launch.call_args_list] == [
+        kernels.swiglu_fwd_kernel,
+        kernels.swiglu_bwd_kernel,
+    ]
 
 
 def test_forced_backend_refuses_float64(device):

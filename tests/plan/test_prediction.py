@@ -45,8 +45,15 @@ RESULTS = REPOSITORY / "bench" / "results"
 
 def machine(rate: float = 1e12, memory: float = 0, device: str = "cpu") -> Machine:
     """One that reaches `rate` on plain matrix products."""
-    return Machine("a machine", device, int(memory), PROCESS + OPTIMISER,
-                   rate * machines.CPU_SHARE_OF_PRODUCT, 20e9, "nothing")
+    return Machine(
+        "a machine",
+        device,
+        int(memory),
+        PROCESS + OPTIMISER,
+        rate * machines.CPU_SHARE_OF_PRODUCT,
+        20e9,
+        "nothing",
+    )
 
 
 SINGLE = Precision("float32", "float32")
@@ -54,8 +61,14 @@ SINGLE = Precision("float32", "float32")
 
 def job(config, lengths, precision=SINGLE, **changes) -> Job:
     config = replace(config, pre_seq_len=config.pre_seq_len or 5)
-    values = {"micro_batch": len(lengths), "accumulation": 1, "budget": 2048, "recompute": "none",
-              "steps": 1, **changes}
+    values = {
+        "micro_batch": len(lengths),
+        "accumulation": 1,
+        "budget": 2048,
+        "recompute": "none",
+        "steps": 1,
+        **changes,
+    }
     return Job(config, precision, [RowLength(*each) for each in lengths], **values)
 
 
@@ -71,12 +84,15 @@ def random_rows(count: int, longest: int, vocabulary: int) -> list[Row]:
 
 # Against measurements
 
+
 def full_size() -> tuple[Prediction, float, float]:
     """A step of ChatGLM2-6B in 4 bits: predicted, and the seconds and MiB that were measured."""
     step = json.loads((RESULTS / "full_size.json").read_text())["stages"]["step"]
     config = replace(chatglm2_6b(), quantization_bit=4, pre_seq_len=PREFIX)
-    predicted = predict(job(config, [(PROMPT + RESPONSE, RESPONSE)],
-                            Precision("float32", "float16")), machine(step["gemm_flops_per_s"]))
+    predicted = predict(
+        job(config, [(PROMPT + RESPONSE, RESPONSE)], Precision("float32", "float16")),
+        machine(step["gemm_flops_per_s"]),
+    )
     assert predicted.flops == step["flops"]
     return predicted, step["seconds"], 1024 * step["gib"]
 
@@ -84,12 +100,14 @@ def full_size() -> tuple[Prediction, float, float]:
 def small_size(name: str) -> tuple[Prediction, float, float]:
     """The same of a workload of bench_train."""
     run = json.loads((RESULTS / "train.json").read_text())["cpu"]
-    row, = [r for r in run["rows"] if (r["name"], r["implementation"]) == (name, OURS)]
-    peak, = [m for m in run["memory"] if m["implementation"] == f"{name}: {OURS}"]
-    config = replace(make_model().config, pre_seq_len=PREFIX,
-                     quantization_bit=4 if name == "int4" else 0)
-    planned = job(config, [(sum(each), min(each[1], sum(each) - 1))
-                           for each in WORKLOADS[name].lengths])
+    (row,) = [r for r in run["rows"] if (r["name"], r["implementation"]) == (name, OURS)]
+    (peak,) = [m for m in run["memory"] if m["implementation"] == f"{name}: {OURS}"]
+    config = replace(
+        make_model().config, pre_seq_len=PREFIX, quantization_bit=4 if name == "int4" else 0
+    )
+    planned = job(
+        config, [(sum(each), min(each[1], sum(each) - 1)) for each in WORKLOADS[name].lengths]
+    )
     # The results have the share of the product rate that a step reached.
     seconds = row["median_ms"] / 1e3
     rate = predict(planned, machine()).flops / (seconds * row["fraction"])
@@ -102,12 +120,15 @@ def test_as_measured(name):
     predicted, seconds, mib = small_size(name) if name in WORKLOADS else full_size()
     assert predicted.total / 2**20 == pytest.approx(mib, rel=0.15)
     assert predicted.seconds == pytest.approx(seconds, rel=0.25)
-    row = (f"| {name} | {predicted.total / GIB:.2f} | {mib / 1024:.2f} | {predicted.seconds:.3g} | "
-           f"{seconds:.3g} |")
+    row = (
+        f"| {name} | {predicted.total / GIB:.2f} | {mib / 1024:.2f} | {predicted.seconds:.3g} | "
+        f"{seconds:.3g} |"
+    )
     assert row in (REPOSITORY / "docs" / "plan.md").read_text(), f"docs/plan.md lacks {row}"
 
 
 # Memory, counted
+
 
 @pytest.mark.parametrize("output_layer_bit", [0, 8])
 @pytest.mark.parametrize("bits", [0, 4, 8])
@@ -123,8 +144,11 @@ def test_base_bytes_are_those_of_a_model(dtype, rope, bits, output_layer_bit):
     precision = Precision.of(model.config, dtype, torch.device("cpu"), rope)
     model.cos_sin = model.cos_sin.to(getattr(torch, precision.rope))
     tensors = [*model.parameters(), *model.buffers()]
-    stored = replace(precision, weights=str(dtype).removeprefix("torch."),
-                     scales=str(dtype).removeprefix("torch."))  # not loaded from a folder
+    stored = replace(
+        precision,
+        weights=str(dtype).removeprefix("torch."),
+        scales=str(dtype).removeprefix("torch."),
+    )  # not loaded from a folder
     total = sum(each.nbytes for each in tensors)
     assert base_bytes(model.config, stored, output_layer_bit) == total
     embedding = model.transformer.embedding.word_embeddings.weight.nbytes
@@ -135,7 +159,8 @@ def test_base_bytes_are_those_of_a_model(dtype, rope, bits, output_layer_bit):
 def test_prefix_parameters(projection):
     model = small_model(projection=projection)
     assert prefix_parameters(model.config, 5) == sum(
-        p.numel() for p in model.prefix_encoder.parameters())
+        p.numel() for p in model.prefix_encoder.parameters()
+    )
 
 
 @pytest.mark.parametrize("recompute", ["none", "mlp", "layer"])
@@ -155,10 +180,13 @@ def test_saved_bytes_are_what_autograd_keeps(recompute):
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         loss = model.loss(batch)
     segments = {x.untyped_storage().data_ptr() for x in kept.values() if x.shape[0] == 5}
-    measured = sum(x.nbytes for x in kept.values()
-                   if x.untyped_storage().data_ptr() not in segments)
+    measured = sum(
+        x.nbytes for x in kept.values() if x.untyped_storage().data_ptr() not in segments
+    )
     pack = RowLength(len(batch.input_ids), 1)
-    assert saved_bytes(model.config, pack, "float32", recompute) == pytest.approx(measured, rel=.03)
+    assert saved_bytes(model.config, pack, "float32", recompute) == pytest.approx(
+        measured, rel=0.03
+    )
     assert loss.requires_grad
 
 
@@ -166,15 +194,17 @@ def test_saved_bytes_are_what_autograd_keeps(recompute):
 def test_packs_are_the_trainers(budget):
     made = random_rows(24, 50, 100)
     order = [list(range(place, place + 3)) for place in range(0, 24, 3)]
-    lengths = [(len(row.input_ids), sum(label != -100 for label in row.labels[1:]))
-               for row in made]
+    lengths = [(len(row.input_ids), sum(label != -100 for label in row.labels[1:])) for row in made]
     planned = job(chatglm2_6b(), lengths, micro_batch=3, accumulation=8, budget=budget)
-    packs = [(pack.tokens, int((pack.batch.labels != -100).sum()))
-             for pack in pack_step(made, order, budget)]
+    packs = [
+        (pack.tokens, int((pack.batch.labels != -100).sum()))
+        for pack in pack_step(made, order, budget)
+    ]
     assert planned.packs(planned.rows) == packs
 
 
 # Arithmetic, counted
+
 
 def test_linear_flops_are_those_torch_counts():
     """Forward, in diffusers' model: the linears of all layers and the output layer."""
@@ -206,15 +236,13 @@ def test_projection_flops_are_those_torch_counts():
 
 def test_attention_flops_count_what_is_seen():
     config, lengths = chatglm2_6b(), [RowLength(3, 1), RowLength(11, 4)]
-    seen = sum(1 for n, _ in lengths for query in range(n)
-               for key in range(-7, n) if key <= query)
+    seen = sum(1 for n, _ in lengths for query in range(n) for key in range(-7, n) if key <= query)
     assert attention_flops(config, lengths, 7) == 2 * 2 * 32 * 128 * seen
 
 
 def test_what_is_computed_again_costs_a_forward():
     config, lengths = chatglm2_6b(), [RowLength(100, 40)]
-    none, mlp, layer = (step_flops(config, lengths, 128, each)
-                        for each in ("none", "mlp", "layer"))
+    none, mlp, layer = (step_flops(config, lengths, 128, each) for each in ("none", "mlp", "layer"))
     assert mlp - none == 28 * 2 * 100 * 4096 * 27392
     again = 28 * 2 * 100 * 4096 * (4608 + 4096 + 27392)
     assert layer - none == again + 28 * attention_flops(config, lengths, 128)
@@ -225,9 +253,16 @@ def test_what_is_computed_again_costs_a_forward():
 WITH_A_LONG_ROW = [(19, 7)] * 1500 + [(202, 90)] + [(19, 7)] * 1500
 
 
-@pytest.mark.parametrize("budget, micro_batch, largest", [
-    (0, 1, (202, 90)), (0, 3, (240, 104)), (16, 1, (202, 90)), (64, 3, (202, 90)),
-    (2048, 20, (380, 140))])
+@pytest.mark.parametrize(
+    "budget, micro_batch, largest",
+    [
+        (0, 1, (202, 90)),
+        (0, 3, (240, 104)),
+        (16, 1, (202, 90)),
+        (64, 3, (202, 90)),
+        (2048, 20, (380, 140)),
+    ],
+)
 def test_a_long_row_is_planned_for_wherever_it_comes(budget, micro_batch, largest):
     planned = job(chatglm2_6b(), WITH_A_LONG_ROW, micro_batch=micro_batch, budget=budget)
     sampled = max(pack for step in planned.sampled_steps() for pack in planned.packs(step))
@@ -246,8 +281,10 @@ def test_fewer_rows_than_a_micro_batch():
 def test_the_default_leaves_room_for_the_longest_row():
     config = replace(chatglm2_6b(), quantization_bit=4)
     planned = job(config, WITH_A_LONG_ROW, micro_batch=1)
-    short, long = (predict(replace(planned, rows=[RowLength(*row)]), machine(device="cuda")).total
-                   for row in ((19, 7), (202, 90)))
+    short, long = (
+        predict(replace(planned, rows=[RowLength(*row)]), machine(device="cuda")).total
+        for row in ((19, 7), (202, 90))
+    )
     for memory, budget in ((1.01 * long, 2048), ((short + long) / 2, 202)):
         assert fitted(planned, machine(memory=MARGIN * memory, device="cuda")).budget == budget
 
@@ -255,12 +292,14 @@ def test_the_default_leaves_room_for_the_longest_row():
 def test_a_run_too_long_for_a_date():
     planned = job(chatglm2_6b(), [(192, 0)], steps=10**18)
     assert "more than 100 years for 1,000,000,000,000,000,000 steps" in "\n".join(
-        predict(planned, machine()).summary())
+        predict(planned, machine()).summary()
+    )
     assert as_duration(1e300) == "more than 100 years"
     assert as_duration(90061.4) == "1 day, 1:01:01"
 
 
 # Fitting
+
 
 @pytest.mark.parametrize("recompute", ["none", "mlp", "layer"])
 def test_largest_pack_just_fits(recompute):
@@ -276,8 +315,9 @@ def test_largest_pack_just_fits(recompute):
 def test_the_default_packs_what_fits(memory, budget):
     """Halved until there is room, but never below a row."""
     config = replace(chatglm2_6b(), quantization_bit=4)
-    planned = job(config, [(193, 129)] * 16, Precision("float32", "float16"), micro_batch=1,
-                  accumulation=16)
+    planned = job(
+        config, [(193, 129)] * 16, Precision("float32", "float16"), micro_batch=1, accumulation=16
+    )
     here = machine(memory=memory * GIB)
     found = fitted(planned, here)
     assert found.budget == budget
@@ -300,15 +340,26 @@ def test_reading_may_take_more_than_training():
     assert on_gpu.total == sum(on_gpu.memory.values())
 
 
-@pytest.mark.parametrize("memory, words", [
-    (30, None), (20, "--recompute mlp"), (14, "--recompute layer"),
-    (12.8, "--recompute layer --tokens_per_pack 193"),
-    (10, "--quantization_bit 4 --recompute mlp"),
-    (4.9, "--quantization_bit 4 --recompute layer --tokens_per_pack 193"),
-    (3, "lower --max_source_length")])
+@pytest.mark.parametrize(
+    "memory, words",
+    [
+        (30, None),
+        (20, "--recompute mlp"),
+        (14, "--recompute layer"),
+        (12.8, "--recompute layer --tokens_per_pack 193"),
+        (10, "--quantization_bit 4 --recompute mlp"),
+        (4.9, "--quantization_bit 4 --recompute layer --tokens_per_pack 193"),
+        (3, "lower --max_source_length"),
+    ],
+)
 def test_the_cure_is_the_least_that_fits(memory, words):
-    planned = job(chatglm2_6b(), [(193, 129)] * 16, Precision("float32", "float16"),
-                  micro_batch=1, accumulation=16)
+    planned = job(
+        chatglm2_6b(),
+        [(193, 129)] * 16,
+        Precision("float32", "float16"),
+        micro_batch=1,
+        accumulation=16,
+    )
     predicted = predict(planned, machine(memory=memory * GIB))
     assert predicted.fits == (words is None)
     if words is not None:
@@ -320,14 +371,22 @@ def test_the_cure_is_the_least_that_fits(memory, words):
 
 # Machines
 
+
 @pytest.mark.parametrize("name", ["RTX 4090", "rtx4090", "NVIDIA GeForce RTX 4090", "rtx-4090"])
 def test_a_gpu_has_many_spellings(name):
     assert named_gpu(name, "float16").name.startswith("RTX 4090 (data sheet: 24 GiB, 165.2 TFLOP")
 
 
-@pytest.mark.parametrize("name, dtype, rate", [
-    ("A100 80GB", "float16", 312), ("A100 80GB", "bfloat16", 312), ("A100 80GB", "float32", 19.5),
-    ("T4", "float16", 65), ("T4", "bfloat16", 8.1)])
+@pytest.mark.parametrize(
+    "name, dtype, rate",
+    [
+        ("A100 80GB", "float16", 312),
+        ("A100 80GB", "bfloat16", 312),
+        ("A100 80GB", "float32", 19.5),
+        ("T4", "float16", 65),
+        ("T4", "bfloat16", 8.1),
+    ],
+)
 def test_the_rate_is_that_of_the_precision(name, dtype, rate):
     gpu = named_gpu(name, dtype)
     assert gpu.flops == pytest.approx(rate * 1e12 * machines.GPU_SHARE_OF_DATA_SHEET)
@@ -361,18 +420,27 @@ def test_processes_of_a_machine_share_its_memory(monkeypatch):
     assert "5.0 GiB free for each of 3 processes" in shared.name and "each" not in alone.name
 
 
-@pytest.mark.parametrize("device, environment, sharing", [
-    ("cpu", {}, 1), ("cpu", {"WORLD_SIZE": "6", "LOCAL_WORLD_SIZE": "3"}, 3),
-    ("cuda:1", {"LOCAL_WORLD_SIZE": "3"}, 1)])
+@pytest.mark.parametrize(
+    "device, environment, sharing",
+    [
+        ("cpu", {}, 1),
+        ("cpu", {"WORLD_SIZE": "6", "LOCAL_WORLD_SIZE": "3"}, 3),
+        ("cuda:1", {"LOCAL_WORLD_SIZE": "3"}, 1),
+    ],
+)
 def test_a_run_knows_its_share(monkeypatch, device, environment, sharing):
     asked = []
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(plan_run, "this_machine",
-                        lambda *values: asked.append(values) or machine())
-    arguments = Arguments(ModelArguments(model_name_or_path="base", pre_seq_len=5),
-                          DataTrainingArguments(), TrainingArguments(output_dir="out"), ())
-    predict_run(arguments, chatglm2_6b(), random_rows(3, 9, 100), torch.device(device),
-                torch.float32)
+    monkeypatch.setattr(plan_run, "this_machine", lambda *values: asked.append(values) or machine())
+    arguments = Arguments(
+        ModelArguments(model_name_or_path="base", pre_seq_len=5),
+        DataTrainingArguments(),
+        TrainingArguments(output_dir="out"),
+        (),
+    )
+    predict_run(
+        arguments, chatglm2_6b(), random_rows(3, 9, 100), torch.device(device), torch.float32
+    )
     assert asked == [(device, "float32", sharing)]

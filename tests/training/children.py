@@ -48,8 +48,10 @@ def start_ranks(size: int, function: Callable, *args) -> list[multiprocessing.Pr
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     launched = {"WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    return [start(_with_environment, {**launched, "RANK": rank, "LOCAL_RANK": rank}, function,
-                  *args) for rank in range(size)]
+    return [
+        start(_with_environment, {**launched, "RANK": rank, "LOCAL_RANK": rank}, function, *args)
+        for rank in range(size)
+    ]
 
 
 def run_ranks(size: int, function: Callable, *args) -> list[int]:
@@ -86,7 +88,7 @@ def random_rows(count: int, longest: int, vocabulary: int = 151, seed: int = 0) 
     for _ in range(count):
         length = draw.randint(3, longest)
         ids = [draw.randrange(vocabulary) for _ in range(length)]
-        rows.append(Row(ids, [IGNORED] * (length // 2) + ids[length // 2:]))
+        rows.append(Row(ids, [IGNORED] * (length // 2) + ids[length // 2 :]))
     return rows
 
 
@@ -98,8 +100,11 @@ def model(dtype: torch.dtype = torch.float32, **overrides):
 
 def draws() -> dict[str, float]:
     """An "evaluation" that shows the state of every random number generator."""
-    return {"eval_loss": float(torch.rand(())), "eval_python": random.random(),
-            "eval_numpy": float(numpy.random.rand())}
+    return {
+        "eval_loss": float(torch.rand(())),
+        "eval_python": random.random(),
+        "eval_numpy": float(numpy.random.rand()),
+    }
 
 
 def train(folder: Path, flags: dict[str, object], until: int | None = None) -> None:
@@ -107,21 +112,38 @@ def train(folder: Path, flags: dict[str, object], until: int | None = None) -> N
     gets a SIGTERM at the end of step `until`."""
     args = run_arguments(folder, **flags)
     with join_world(args, CPU) as world:
-        trainer = Trainer(model(), random_rows(13, 12), args, world=world, evaluate=draws,
-                          folder=RunFolder(folder, args.save_total_limit))
+        trainer = Trainer(
+            model(),
+            random_rows(13, 12),
+            args,
+            world=world,
+            evaluate=draws,
+            folder=RunFolder(folder, args.save_total_limit),
+        )
         if world.rank == world.size - 1:
             trainer.optimizer.register_step_post_hook(
-                lambda *_: trainer.state.global_step + 1 == until and os.kill(os.getpid(), 15))
+                lambda *_: trainer.state.global_step + 1 == until and os.kill(os.getpid(), 15)
+            )
         trainer.train(find_checkpoint("auto", folder))
         if world.is_first:
             trainer.folder.write_state(trainer.state)
 
 
 def run_arguments(folder: Path, **flags) -> TrainingArguments:
-    return arguments(**{
-        "output_dir": str(folder), "per_device_train_batch_size": 2, "max_steps": 12,
-        "gradient_accumulation_steps": 3, "learning_rate": 1e-2, "logging_steps": 2,
-        "logging_first_step": True, "evaluation_strategy": "steps", "eval_steps": 3, **flags})
+    return arguments(
+        **{
+            "output_dir": str(folder),
+            "per_device_train_batch_size": 2,
+            "max_steps": 12,
+            "gradient_accumulation_steps": 3,
+            "learning_rate": 1e-2,
+            "logging_steps": 2,
+            "logging_first_step": True,
+            "evaluation_strategy": "steps",
+            "eval_steps": 3,
+            **flags,
+        }
+    )
 
 
 def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
@@ -135,15 +157,22 @@ def ten_losses(folder: Path, tokens_per_pack: str, seed: int) -> None:
     """Ten steps in float32, with dropout; every rank saves the losses, the first gradient and the
     last prefix. The model is wide enough for rounding to stay well below 1e-6 of the gradient."""
     args = arguments(
-        output_dir=str(folder), per_device_train_batch_size=2, gradient_accumulation_steps=4,
-        max_steps=10, learning_rate=1e-3, tokens_per_pack=tokens_per_pack, max_grad_norm=0)
+        output_dir=str(folder),
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=4,
+        max_steps=10,
+        learning_rate=1e-3,
+        tokens_per_pack=tokens_per_pack,
+        max_grad_norm=0,
+    )
     with join_world(args, CPU) as world:
         torch.manual_seed(seed)
-        tuned = small_model({"hidden_size": 96, "ffn_hidden_size": 128, "kv_channels": 16,
-                             "num_attention_heads": 6})
+        tuned = small_model(
+            {"hidden_size": 96, "ffn_hidden_size": 128, "kv_channels": 16, "num_attention_heads": 6}
+        )
         trainer = Trainer(tuned, random_rows(29, 40, seed=seed), args, world=world)
         compute, losses, gradients = trainer.gradient.compute, [], []
-        parameter, = trainer.gradient.parameters
+        (parameter,) = trainer.gradient.parameters
 
         def computed(*arguments):
             result = compute(*arguments)
@@ -153,8 +182,10 @@ def ten_losses(folder: Path, tokens_per_pack: str, seed: int) -> None:
 
         trainer.gradient.compute = computed
         trainer.train()
-        torch.save({"losses": losses, "gradient": gradients[0], "prefix": parameter.detach()},
-                   folder / f"rank{world.rank}.pt")
+        torch.save(
+            {"losses": losses, "gradient": gradients[0], "prefix": parameter.detach()},
+            folder / f"rank{world.rank}.pt",
+        )
 
 
 def overflow(folder: Path) -> None:
@@ -166,8 +197,10 @@ def overflow(folder: Path) -> None:
             tuned.transformer.output_layer.weight[77] *= 100
         trainer = Trainer(tuned, random_rows(13, 12), args, world=world)
         trainer.train()
-        torch.save({"overflows": trainer.loss_scale.overflows, **tuned.prefix_encoder.state_dict()},
-                   folder / f"rank{world.rank}.pt")
+        torch.save(
+            {"overflows": trainer.loss_scale.overflows, **tuned.prefix_encoder.state_dict()},
+            folder / f"rank{world.rank}.pt",
+        )
 
 
 def fail(folder: Path, failing_rank: int, how: str) -> None:
@@ -226,8 +259,9 @@ def _break(how: str, tuned: torch.nn.Module) -> None:
 
 def few_micro_batches(folder: Path) -> None:
     """Steps with fewer micro-batches than ranks."""
-    args = run_arguments(folder, gradient_accumulation_steps=2, max_steps=3, save_steps=3,
-                         evaluation_strategy="no")
+    args = run_arguments(
+        folder, gradient_accumulation_steps=2, max_steps=3, save_steps=3, evaluation_strategy="no"
+    )
     with join_world(args, CPU) as world:
         tuned = model()
         Trainer(tuned, random_rows(13, 12), args, world=world, folder=RunFolder(folder)).train()

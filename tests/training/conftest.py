@@ -24,7 +24,8 @@ def tiny(golden):
         model.load_base([(name, weights[name]) for name in expected_shapes(config)], dtype, "cpu")
         start = load_file(folder / f"prefix_{'proj' if projection else 'noproj'}.safetensors")
         model.prefix_encoder.load_state_dict(
-            {name.removeprefix(OFFICIAL): value for name, value in start.items()})
+            {name.removeprefix(OFFICIAL): value for name, value in start.items()}
+        )
         return model
 
     return build
@@ -34,5 +35,7 @@ def tiny(golden):
 def tiny_rows(golden) -> list[Row]:
     recorded = load_file(golden / "chatglm2_tiny" / "train_hf_adamw_noproj.safetensors")
     lengths = (recorded["X"] != 0).sum(1).tolist()  # right-padded with 0
-    return [Row(x[:n].tolist(), y[:n].tolist())
-            for n, x, y in zip(lengths, recorded["X"], recorded["Y"], strict=True)]
+    return [
+        Row(x[:n].tolist(), y[:n].tolist())
+        for n, x, y in zip(lengths, recorded["X"], recorded["Y"], strict=True)
+    ]

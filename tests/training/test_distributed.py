@@ -49,16 +49,20 @@ def test_shares_of_a_step(ranks, budget):
     whole = pack_step(rows, window, budget)
 
     def named(packs):
-        return {int(name): (row, float(pack.batch.token_weight[start]))
-                for pack in packs
-                for name, row, start in zip(pack.batch.sequence_ids, pack.rows,
-                                            pack.batch.cu_seqlens, strict=False)}
+        return {
+            int(name): (row, float(pack.batch.token_weight[start]))
+            for pack in packs
+            for name, row, start in zip(
+                pack.batch.sequence_ids, pack.rows, pack.batch.cu_seqlens, strict=False
+            )
+        }
 
     shares = [named(pack_step(rows, window, budget, rank, ranks)) for rank in range(ranks)]
     assert sum(map(len, shares)) == 9
     assert {place: row for share in shares for place, row in share.items()} == named(whole)
     assert [row for row, _ in shares[0].values()] == [
-        row for number in range(0, 5, ranks) for row in window[number]]
+        row for number in range(0, 5, ranks) for row in window[number]
+    ]
 
 
 def test_fewer_micro_batches_than_ranks(tmp_path):
@@ -67,8 +71,9 @@ def test_fewer_micro_batches_than_ranks(tmp_path):
         assert run_ranks(ranks, children.few_micro_batches, tmp_path / str(ranks)) == [0] * ranks
     ends = [torch.load(tmp_path / name) for name in ("1/rank0.pt", "3/rank0.pt", "3/rank2.pt")]
     assert torch.equal(ends[1]["embedding.weight"], ends[2]["embedding.weight"])
-    torch.testing.assert_close(ends[0]["embedding.weight"], ends[1]["embedding.weight"],
-                               rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        ends[0]["embedding.weight"], ends[1]["embedding.weight"], rtol=0, atol=1e-5
+    )
     assert (tmp_path / "3" / "checkpoint-3").is_dir()
 
 
@@ -87,7 +92,9 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(tmp_path):
     assert statuses == [1, 128 + signal.SIGTERM]  # the first has its exception to tell
     # What the second rank was told after the sum of step 5, the first hears with that of step 6.
     assert {path.name for path in (tmp_path / "parts").glob("checkpoint-*")} == {
-        "checkpoint-4", "checkpoint-6"}
+        "checkpoint-4",
+        "checkpoint-6",
+    }
     assert run_ranks(2, children.train, tmp_path / "parts", flags) == [0, 0]
     whole, parts = contents(tmp_path / "whole"), contents(tmp_path / "parts")
     assert {name: parts[name] for name in whole} == whole
@@ -106,9 +113,11 @@ def test_a_rank_that_raises_ends_the_run_with_its_cause(tmp_path, ranks, failing
     assert errors[failing] == "OSError: the disk of this rank is gone"
     assert errors[told] == (
         f"PeerFailure: rank {failing} failed: OSError: the disk of this rank is gone; last good "
-        f"checkpoint: {tmp_path}/checkpoint-2")
-    assert all(errors[rank] == "SystemExit: 1" for rank in range(ranks)
-               if rank not in (failing, told))
+        f"checkpoint: {tmp_path}/checkpoint-2"
+    )
+    assert all(
+        errors[rank] == "SystemExit: 1" for rank in range(ranks) if rank not in (failing, told)
+    )
 
 
 @pytest.mark.parametrize("ranks, failing", [(2, 1), (3, 2)])
@@ -117,7 +126,8 @@ def test_a_rank_that_is_killed_is_found_by_roll_call(tmp_path, ranks, failing):
     assert statuses == [-signal.SIGKILL if rank == failing else 1 for rank in range(ranks)]
     assert errors_of(tmp_path, ranks)[0] == (
         f"PeerFailure: rank {failing} died without a message (it was killed, or the machine ran "
-        f"out of memory); last good checkpoint: {tmp_path}/checkpoint-2")
+        f"out of memory); last good checkpoint: {tmp_path}/checkpoint-2"
+    )
 
 
 def test_the_rank_with_the_store_is_killed(tmp_path):
@@ -137,15 +147,19 @@ def test_a_nan_on_one_rank_names_its_layer(tmp_path):
 
 def test_what_every_rank_finds_wrong_is_said_once(tmp_path):
     assert run_ranks(3, children.refuse, tmp_path) == [1, 2, 2]
-    assert errors_of(tmp_path, 3) == ["InputError: --seed is wrong", "SystemExit: 2",
-                                      "SystemExit: 2"]
+    assert errors_of(tmp_path, 3) == [
+        "InputError: --seed is wrong",
+        "SystemExit: 2",
+        "SystemExit: 2",
+    ]
 
 
 def test_ranks_that_start_differently_are_told(tmp_path):
     assert run_ranks(3, children.disagree, tmp_path) == [1, 2, 2]
     assert errors_of(tmp_path, 3)[0] == (
         "InputError: the start of the run is afresh on rank 0, but checkpoint-2 on rank 1; give "
-        "all ranks the same files, and an --output_dir that they share")
+        "all ranks the same files, and an --output_dir that they share"
+    )
 
 
 def test_a_rank_that_goes_on_computing_is_ended(tmp_path):
@@ -163,26 +177,38 @@ def test_torchrun(flags, tmp_path):  # noqa: F811
     one = {**flags, "output_dir": tmp_path / "one", "learning_rate": 1e-3, "adam_epsilon": 1e-3}
     assert cli.main(command(one)) == 0
     two = {**one, "output_dir": tmp_path / "two"}
-    done = subprocess.run([*TORCHRUN, "--nproc-per-node=2", "-m", "glmkern", *command(two)],
-                          cwd=REPOSITORY, capture_output=True, text=True)
+    done = subprocess.run(
+        [*TORCHRUN, "--nproc-per-node=2", "-m", "glmkern", *command(two)],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("***** Running training *****") == 1
     assert "  Total train batch size (w. parallel, distributed & accumulation) = 4\n" in done.stdout
     assert "  Number of processes = 2, which share the steps above\n" in done.stdout
-    ends = [read_prefix(tmp_path / name / "checkpoint-4")["embedding.weight"]
-            for name in ("one", "two")]
+    ends = [
+        read_prefix(tmp_path / name / "checkpoint-4")["embedding.weight"] for name in ("one", "two")
+    ]
     torch.testing.assert_close(*ends, rtol=0, atol=1e-6)
-    logs = [json.loads((tmp_path / name / "trainer_state.json").read_text())["log_history"]
-            for name in ("one", "two")]
+    logs = [
+        json.loads((tmp_path / name / "trainer_state.json").read_text())["log_history"]
+        for name in ("one", "two")
+    ]
     assert [log["loss"] for log in logs[0][:-1]] == pytest.approx(
-        [log["loss"] for log in logs[1][:-1]], abs=1.5e-4)
+        [log["loss"] for log in logs[1][:-1]], abs=1.5e-4
+    )
 
 
 def test_torchrun_with_a_rank_that_is_killed(flags, tmp_path):  # noqa: F811
     endless = {**flags, "max_steps": 100_000, "save_steps": 100}
     launcher = subprocess.Popen(
-        [*TORCHRUN, "--nproc-per-node=2", "-m", "glmkern", *command(endless)], cwd=REPOSITORY,
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        [*TORCHRUN, "--nproc-per-node=2", "-m", "glmkern", *command(endless)],
+        cwd=REPOSITORY,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     try:
         children.wait_for((tmp_path / "out" / "checkpoint-100").exists)
         worker = process_of_rank(1, launcher.pid)
@@ -200,8 +226,9 @@ def test_torchrun_with_a_rank_that_is_killed(flags, tmp_path):  # noqa: F811
 def process_of_rank(rank: int, launcher: int) -> int:
     for path in Path("/proc").glob("[0-9]*"):
         parent = path.joinpath("stat").read_text().rsplit(")", 1)[1].split()[1]
-        variables = path.joinpath("environ").read_bytes().split(b"\0") if (
-            int(parent) == launcher) else ()
+        variables = (
+            path.joinpath("environ").read_bytes().split(b"\0") if (int(parent) == launcher) else ()
+        )
         if f"RANK={rank}".encode() in variables:
             return int(path.name)
     raise AssertionError(f"rank {rank} is not there")

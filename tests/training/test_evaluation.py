@@ -20,12 +20,20 @@ def tokenizer(shared) -> ChatGLMTokenizer:
 
 @pytest.fixture(scope="module")
 def data(tokenizer) -> EvaluationData:
-    pairs = [("你好", "好"), ("天气", "今天的天气很好。"), ("裙", "一件裙子，很好看"),
-             ("a b", "a b c")]
+    pairs = [
+        ("你好", "好"),
+        ("天气", "今天的天气很好。"),
+        ("裙", "一件裙子，很好看"),
+        ("a b", "a b c"),
+    ]
     return EvaluationData.of(
-        Examples([Example(prompt, response, (), 2 * i)
-                  for i, (prompt, response) in enumerate(pairs)]),
-        tokenizer, max_source_length=32, max_target_length=16)
+        Examples(
+            [Example(prompt, response, (), 2 * i) for i, (prompt, response) in enumerate(pairs)]
+        ),
+        tokenizer,
+        max_source_length=32,
+        max_target_length=16,
+    )
 
 
 @pytest.fixture
@@ -34,8 +42,11 @@ def model():
 
 
 def evaluation(model, tokenizer, data, **changes) -> Evaluation:
-    settings = {"decoding": Decoding(max_length=40, batch_size=3, do_sample=True),
-                "batch_size": 3, "token_budget": 2048}
+    settings = {
+        "decoding": Decoding(max_length=40, batch_size=3, do_sample=True),
+        "batch_size": 3,
+        "token_budget": 2048,
+    }
     return Evaluation(model, tokenizer, data, **{**settings, **changes})
 
 
@@ -56,8 +67,10 @@ def test_training_goes_on_as_if_nothing_had_been_measured(model, tokenizer, data
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 4, 9])
 def test_loss_does_not_depend_on_the_packing(model, tokenizer, data, batch_size):
-    losses = [evaluation(model, tokenizer, data, batch_size=batch_size, token_budget=budget).loss()
-              for budget in (0, 30, 2048)]
+    losses = [
+        evaluation(model, tokenizer, data, batch_size=batch_size, token_budget=budget).loss()
+        for budget in (0, 30, 2048)
+    ]
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-6)
 
 
@@ -119,6 +132,7 @@ def test_a_run_that_fails_leaves_whole_lines(tokenizer, data, tmp_path):
     path = tmp_path / "generated_predictions.txt"
     scripted = Scripted([[36474], [54591]])
     with pytest.raises(RuntimeError), PredictionFile(path) as file:
-        evaluation(scripted, tokenizer, data,
-                   decoding=Decoding(max_length=40, batch_size=2)).predict(file)
+        evaluation(
+            scripted, tokenizer, data, decoding=Decoding(max_length=40, batch_size=2)
+        ).predict(file)
     assert path.read_text().count("}\n") == 2

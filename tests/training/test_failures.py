@@ -18,48 +18,63 @@ def stop_after(steps: int, poison, tmp_path, dtype=torch.float32, projection=Fal
     """The message of a run whose model is poisoned after `steps` steps."""
     model = small_model({"num_layers": 4}, dtype=dtype, projection=projection)
     trainer = Trainer(
-        model, random_rows(9, 12), arguments(max_steps=6, save_steps=2, tokens_per_pack="0",
-                                             per_device_train_batch_size=3, **flags),
-        folder=RunFolder(tmp_path), on_step=lambda step: step == steps and poison(model),
-        row_names=[f"line {i}" for i in range(9)])
+        model,
+        random_rows(9, 12),
+        arguments(
+            max_steps=6, save_steps=2, tokens_per_pack="0", per_device_train_batch_size=3, **flags
+        ),
+        folder=RunFolder(tmp_path),
+        on_step=lambda step: step == steps and poison(model),
+        row_names=[f"line {i}" for i in range(9)],
+    )
     if steps == 0:
         poison(model)
     with pytest.raises(TrainingError) as error:
         trainer.train()
     message = str(error.value)
     assert "\n" not in message
-    assert re.match(rf"step {steps + 1}: the (loss|gradient) .* \(rows line \d, line \d, line "
-                    r"\d\);", message)
+    assert re.match(
+        rf"step {steps + 1}: the (loss|gradient) .* \(rows line \d, line \d, line "
+        r"\d\);",
+        message,
+    )
     return message
 
 
 def set_nan(module: str, name: str = "weight"):
     def poison(model):
         getattr(model.get_submodule(module), name).data.view(-1)[1] = float("nan")
+
     return poison
 
 
-@pytest.mark.parametrize("module, part, before", [
-    ("transformer.encoder.layers.0.input_layernorm", "layer 1 of 4", "the embedding"),
-    ("transformer.encoder.layers.2.self_attention.dense", "layer 3 of 4", "layer 2 of 4"),
-    ("transformer.encoder.final_layernorm", "the final norm", "layer 4 of 4"),
-    ("transformer.prefix_encoder.embedding", "the prefix", None),
-])
+@pytest.mark.parametrize(
+    "module, part, before",
+    [
+        ("transformer.encoder.layers.0.input_layernorm", "layer 1 of 4", "the embedding"),
+        ("transformer.encoder.layers.2.self_attention.dense", "layer 3 of 4", "layer 2 of 4"),
+        ("transformer.encoder.final_layernorm", "the final norm", "layer 4 of 4"),
+        ("transformer.prefix_encoder.embedding", "the prefix", None),
+    ],
+)
 def test_the_first_layer_that_is_not_finite(tmp_path, module, part, before):
     message = stop_after(3, set_nan(module), tmp_path)
     assert "the loss is nan" in message
     assert f"the first values that are not finite come from {part}" in message
     if before is not None:
-        largest = float(re.search(rf"from {part}, after {before} with values up to (\S+);",
-                                  message)[1])
+        largest = float(
+            re.search(rf"from {part}, after {before} with values up to (\S+);", message)[1]
+        )
         assert 0 < largest < 1e4
     assert f"last good checkpoint: {tmp_path}/checkpoint-2; lower --learning_rate" in message
 
 
 def test_logits(tmp_path):
     message = stop_after(0, set_nan("transformer.output_layer"), tmp_path)
-    assert ("the first values that are not finite are the logits, after the final norm with values "
-            "up to ") in message
+    assert (
+        "the first values that are not finite are the logits, after the final norm with values "
+        "up to "
+    ) in message
     assert "last good checkpoint: none yet; " in message
 
 

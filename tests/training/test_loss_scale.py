@@ -16,9 +16,16 @@ from tests.training.stand_in import IGNORED, Recorder, StandIn, arguments, simpl
 def test_an_overflowing_step_is_repeated_with_the_same_masks(tiny, tiny_rows, capsys):
     def run(scale: float):
         model = tiny(projection=False, dtype=torch.float16)
-        trainer = Recorder(model, tiny_rows, arguments(
-            per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=3,
-            learning_rate=1e-2))
+        trainer = Recorder(
+            model,
+            tiny_rows,
+            arguments(
+                per_device_train_batch_size=2,
+                gradient_accumulation_steps=2,
+                max_steps=3,
+                learning_rate=1e-2,
+            ),
+        )
         trainer.gradient.loss_scale = LossScale(scale)
         trainer.train()
         return model.prefix_encoder.embedding.weight.detach(), trainer
@@ -43,9 +50,16 @@ def test_a_scaled_up_row_halves_the_scale_and_the_run_goes_on(capsys):
         model = children.model(torch.float16)
         with torch.no_grad():
             model.transformer.output_layer.weight[77] *= factor
-        trainer = Recorder(model, random_rows(12, 14), arguments(
-            per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=6,
-            learning_rate=1e-3))
+        trainer = Recorder(
+            model,
+            random_rows(12, 14),
+            arguments(
+                per_device_train_batch_size=2,
+                gradient_accumulation_steps=2,
+                max_steps=6,
+                learning_rate=1e-3,
+            ),
+        )
         if scale is not None:
             trainer.gradient.loss_scale = LossScale(scale)
         trainer.train()
@@ -70,16 +84,21 @@ def test_the_gradient_is_unscaled():
     ends = []
     for dtype in (torch.float32, torch.float16):
         model = StandIn(dtype)
-        Trainer(model, simple_rows(8), arguments(
-            max_steps=3, max_grad_norm=0, adam_epsilon=0.1, learning_rate=0.1)).train()
+        Trainer(
+            model,
+            simple_rows(8),
+            arguments(max_steps=3, max_grad_norm=0, adam_epsilon=0.1, learning_rate=0.1),
+        ).train()
         ends.append(model.scores.detach())
     assert ends[0].abs().max() > 0.005
     assert torch.equal(*ends)
 
 
 def test_only_float16_is_scaled(tiny, tiny_rows):
-    kinds = {dtype: Trainer(tiny(False, dtype), tiny_rows, arguments()).loss_scale
-             for dtype in (torch.float32, torch.bfloat16, torch.float16)}
+    kinds = {
+        dtype: Trainer(tiny(False, dtype), tiny_rows, arguments()).loss_scale
+        for dtype in (torch.float32, torch.bfloat16, torch.float16)
+    }
     assert kinds[torch.float32] is None and kinds[torch.bfloat16] is None
     assert kinds[torch.float16].value == 2.0**16
 
@@ -88,8 +107,11 @@ def test_float16_stops_below_a_scale_of_one():
     rows = simple_rows(4)
     rows[1] = Row([1] * 4, [IGNORED, 1, 2, StandIn.steep_label])
     trainer = Trainer(StandIn(torch.float16), rows, arguments(max_steps=1))
-    with pytest.raises(TrainingError, match="step 1: the float16 gradient overflows even with a "
-                                            "loss scale of 1.*--model_dtype bfloat16"):
+    with pytest.raises(
+        TrainingError,
+        match="step 1: the float16 gradient overflows even with a "
+        "loss scale of 1.*--model_dtype bfloat16",
+    ):
         trainer.train()
     assert trainer.loss_scale.overflows == 16
 
@@ -115,7 +137,11 @@ def test_loss_scale_grows_again():
 
 
 def test_the_scale_is_in_the_checkpoint(tmp_path):
-    Trainer(StandIn(torch.float16), simple_rows(4), arguments(max_steps=2, save_steps=2),
-            folder=RunFolder(tmp_path)).train()
+    Trainer(
+        StandIn(torch.float16),
+        simple_rows(4),
+        arguments(max_steps=2, save_steps=2),
+        folder=RunFolder(tmp_path),
+    ).train()
     state = torch.load(tmp_path / "checkpoint-2" / "scaler.pt", weights_only=True)
     assert state["scale"] == 2.0**16 and state["_growth_tracker"] == 2

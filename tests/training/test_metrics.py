@@ -38,8 +38,10 @@ def test_what_ends_the_official_run_scores_zero_and_counts(recorded):
 
 
 @settings(deadline=None)  # the first word loads jieba's dictionary
-@given(st.text("你好的。，！ \n\t\u3000a.b?…”’1\x1f\u200b\ufffd<", max_size=9),
-       st.text("你好的。，！ \n\t\u3000a.b?…”’1\x1f\u200b\ufffd<", max_size=9))
+@given(
+    st.text("你好的。，！ \n\t\u3000a.b?…”’1\x1f\u200b\ufffd<", max_size=9),
+    st.text("你好的。，！ \n\t\u3000a.b?…”’1\x1f\u200b\ufffd<", max_size=9),
+)
 def test_every_answer_has_a_score(answer, reference):
     scores = Scores().add(answer, reference)
     assert all(0 <= value <= 100 for value in scores.values())

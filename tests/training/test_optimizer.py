@@ -19,8 +19,7 @@ def gradients(steps: int, seed: int = 0) -> list[torch.Tensor]:
 
 def run(optimizer_class, steps: int, weight_decay: float = 0.0) -> torch.Tensor:
     parameter = nn.Parameter(torch.linspace(-1, 1, 5, dtype=torch.float64))
-    optimizer = optimizer_class([parameter], lr=LR, betas=BETAS, eps=EPS,
-                                weight_decay=weight_decay)
+    optimizer = optimizer_class([parameter], lr=LR, betas=BETAS, eps=EPS, weight_decay=weight_decay)
     for gradient in gradients(steps):
         parameter.grad = gradient
         optimizer.step()
@@ -45,8 +44,9 @@ def official(steps: int, weight_decay: float = 0.0) -> torch.Tensor:
 @pytest.mark.parametrize("weight_decay", [0.0, 0.3])
 @pytest.mark.parametrize("steps", [1, 2, 30])
 def test_adamw_hf_is_the_official_formula(steps, weight_decay):
-    torch.testing.assert_close(run(AdamWHF, steps, weight_decay), official(steps, weight_decay),
-                               rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        run(AdamWHF, steps, weight_decay), official(steps, weight_decay), rtol=1e-12, atol=1e-12
+    )
 
 
 def test_torch_adamw_is_not():
@@ -87,17 +87,22 @@ def test_biases_do_not_decay():
 
 def test_optim_chooses_the_class():
     model = nn.Linear(2, 2)
-    kinds = {name: create_optimizer(model, TrainingArguments(optim=name))
-             for name in ("adamw_hf", "adamw_torch", "adamw_torch_fused")}
+    kinds = {
+        name: create_optimizer(model, TrainingArguments(optim=name))
+        for name in ("adamw_hf", "adamw_torch", "adamw_torch_fused")
+    }
     assert type(kinds["adamw_hf"]) is AdamWHF
     assert type(kinds["adamw_torch"]) is torch.optim.AdamW
     assert kinds["adamw_torch_fused"].param_groups[0]["fused"] is True
 
 
-@pytest.mark.parametrize("name, warmup", [
-    *((name, 0) for name in SCHEDULES),
-    *((name, 7) for name in SCHEDULES if name != "constant"),  # which takes no warm-up
-])
+@pytest.mark.parametrize(
+    "name, warmup",
+    [
+        *((name, 0) for name in SCHEDULES),
+        *((name, 7) for name in SCHEDULES if name != "constant"),  # which takes no warm-up
+    ],
+)
 def test_schedule_is_that_of_transformers(name, warmup):
     from transformers import get_scheduler
 
@@ -125,8 +130,9 @@ def test_constant_schedule_ignores_warmup():
 
 def test_warmup_ratio_is_rounded_up_and_gives_way_to_steps():
     def first_full_rate(**flags) -> int:
-        args = TrainingArguments(learning_rate=1.0, lr_scheduler_type="constant_with_warmup",
-                                 **flags)
+        args = TrainingArguments(
+            learning_rate=1.0, lr_scheduler_type="constant_with_warmup", **flags
+        )
         optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
         scheduler = create_scheduler(optimizer, args, 45)
         factors = [scheduler.lr_lambdas[0](step) for step in range(45)]

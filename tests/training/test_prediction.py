@@ -37,8 +37,9 @@ class Echo:
 def rows_of(tokenizer, lengths: dict[int, int]):
     """Evaluation rows: place in the file to length of the question in characters."""
     examples = [Example("长" * length, "好", (), index) for index, length in lengths.items()]
-    return build_evaluation_rows(Examples(examples), tokenizer, max_source_length=64,
-                                 max_target_length=8)
+    return build_evaluation_rows(
+        Examples(examples), tokenizer, max_source_length=64, max_target_length=8
+    )
 
 
 def test_answers_have_the_room_that_the_official_padding_leaves(tokenizer):
@@ -59,12 +60,23 @@ def test_answers_have_the_room_that_the_official_padding_leaves(tokenizer):
 
 def test_flags_of_generation_reach_the_model(tokenizer):
     model = Echo()
-    list(answer(model, rows_of(tokenizer, {0: 3}),
-                Decoding(max_length=60, batch_size=1, num_beams=4, do_sample=True, seed=9)))
+    list(
+        answer(
+            model,
+            rows_of(tokenizer, {0: 3}),
+            Decoding(max_length=60, batch_size=1, num_beams=4, do_sample=True, seed=9),
+        )
+    )
     options = model.calls[0][2]
     assert options.pop("generator").initial_seed() == 9
-    assert options == {"max_length": 60, "num_beams": 4, "do_sample": True, "top_p": 0.7,
-                       "top_k": 50, "temperature": 0.95}
+    assert options == {
+        "max_length": 60,
+        "num_beams": 4,
+        "do_sample": True,
+        "top_p": 0.7,
+        "top_k": 50,
+        "temperature": 0.95,
+    }
 
 
 def test_no_room_is_an_empty_answer(tokenizer):
@@ -73,15 +85,25 @@ def test_no_room_is_an_empty_answer(tokenizer):
     model = Echo()
     answers = list(answer(model, rows, Decoding(max_length=width, batch_size=8)))
     assert [[len(ids) for ids in batch] for batch in answers] == [
-        [0, 0], [width - len(rows.input_ids[2])]]
+        [0, 0],
+        [width - len(rows.input_ids[2])],
+    ]
     assert len(model.calls) == 1
 
 
-@pytest.mark.parametrize("error, words", [
-    (torch.OutOfMemoryError("2 GiB"), "prompts 1 to 2: ran out of GPU memory; lower --per_device"),
-    (RuntimeError("probability tensor contains either `inf`, `nan` or element < 0"),
-     "prompts 1 to 2: the model's scores are not finite"),
-])
+@pytest.mark.parametrize(
+    "error, words",
+    [
+        (
+            torch.OutOfMemoryError("2 GiB"),
+            "prompts 1 to 2: ran out of GPU memory; lower --per_device",
+        ),
+        (
+            RuntimeError("probability tensor contains either `inf`, `nan` or element < 0"),
+            "prompts 1 to 2: the model's scores are not finite",
+        ),
+    ],
+)
 def test_failed_generation(tokenizer, monkeypatch, error, words):
     def fail(*args, **options):
         raise error
@@ -119,9 +141,9 @@ def test_lines_are_there_as_they_are_written(tmp_path):
     path.write_text("of an earlier run\n")
     with PredictionFile(path) as file:
         assert path.read_text() == "of an earlier run\n"
-        file.write(" a dog .\n", "\u2028好\"")
+        file.write(" a dog .\n", '\u2028好"')
         first = path.read_text()
-        assert json.loads(first) == {"labels": "\u2028好\"".strip(), "predict": "a dog."}
+        assert json.loads(first) == {"labels": '\u2028好"'.strip(), "predict": "a dog."}
         assert "好" in first and first.endswith("\n")
         file.write("", "好")
         assert path.read_text() == first + '{"labels": "好", "predict": ""}\n'
@@ -130,6 +152,8 @@ def test_lines_are_there_as_they_are_written(tmp_path):
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
 def test_full_disk(tmp_path):
     (tmp_path / "generated_predictions.txt").symlink_to("/dev/full")
-    with pytest.raises(InputError, match="No space left on device"), \
-            PredictionFile(tmp_path / "generated_predictions.txt") as file:
+    with (
+        pytest.raises(InputError, match="No space left on device"),
+        PredictionFile(tmp_path / "generated_predictions.txt") as file,
+    ):
         file.write("a", "b")

@@ -57,8 +57,10 @@ class Figure:
     def subplots(self):
         return SimpleNamespace(
             plot=lambda x, y, label, **style: self.lines.update({label: (x, y)}),
-            set_xlabel=self.labels.append, set_ylabel=self.labels.append,
-            legend=lambda: self.labels.append("legend"))
+            set_xlabel=self.labels.append,
+            set_ylabel=self.labels.append,
+            legend=lambda: self.labels.append("legend"),
+        )
 
     def savefig(self, path, format):
         path.write_bytes(b"\x89PNG " + format.encode())
@@ -68,8 +70,11 @@ class Figure:
 def installed(monkeypatch):
     """Both packages, as stand-ins."""
     Writer.made = []
-    for name, content in (("torch.utils.tensorboard", {"SummaryWriter": Writer}),
-                          ("matplotlib", {}), ("matplotlib.figure", {"Figure": Figure})):
+    for name, content in (
+        ("torch.utils.tensorboard", {"SummaryWriter": Writer}),
+        ("matplotlib", {}),
+        ("matplotlib.figure", {"Figure": Figure}),
+    ):
         module = ModuleType(name)
         vars(module).update(content)
         monkeypatch.setitem(sys.modules, name, module)
@@ -82,20 +87,32 @@ def logged(*entries: tuple[int, dict]) -> list[dict]:
 
 # What may be asked for
 
-@pytest.mark.parametrize("flags", [
-    {}, {"report_to": ("none",)}, {"report_to": ("all",)}])
+
+@pytest.mark.parametrize("flags", [{}, {"report_to": ("none",)}, {"report_to": ("all",)}])
 def test_what_needs_no_package(monkeypatch, flags):
     monkeypatch.setattr(reports, "_is_installed", lambda package: False)
     check_reports(arguments(**flags))
 
 
-@pytest.mark.parametrize("flags, words", [
-    ({"report_to": ("tensorboard",)}, "needs the package tensorboard; install it with `pip inst"),
-    ({"plot_loss": True}, "--plot_loss needs the package matplotlib; install it with `pip install"),
-    ({"report_to": ("wandb",)}, "--report_to wandb is not available; choose tensorboard, all or"),
-    ({"report_to": ("tensorboard", "mlflow")}, "--report_to mlflow is not available"),
-    ({"report_to": ("none", "tensorboard")}, "none tensorboard contradicts itself"),
-])
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (
+            {"report_to": ("tensorboard",)},
+            "needs the package tensorboard; install it with `pip inst",
+        ),
+        (
+            {"plot_loss": True},
+            "--plot_loss needs the package matplotlib; install it with `pip install",
+        ),
+        (
+            {"report_to": ("wandb",)},
+            "--report_to wandb is not available; choose tensorboard, all or",
+        ),
+        ({"report_to": ("tensorboard", "mlflow")}, "--report_to mlflow is not available"),
+        ({"report_to": ("none", "tensorboard")}, "none tensorboard contradicts itself"),
+    ],
+)
 def test_what_is_refused(monkeypatch, flags, words):
     monkeypatch.setattr(reports, "_is_installed", lambda package: False)
     with pytest.raises(InputError) as error:
@@ -109,10 +126,20 @@ def test_installed_packages_are_fine(installed):
 
 # TensorBoard
 
-@pytest.mark.parametrize("name, expected", [
-    ("loss", "train/loss"), ("learning_rate", "train/learning_rate"), ("epoch", "train/epoch"),
-    ("train_loss", "train/train_loss"), ("eval_loss", "eval/loss"), ("test_loss", "test/loss"),
-    ("eval_bleu-4", "eval/bleu-4"), ("evaluated", "train/evaluated")])
+
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("loss", "train/loss"),
+        ("learning_rate", "train/learning_rate"),
+        ("epoch", "train/epoch"),
+        ("train_loss", "train/train_loss"),
+        ("eval_loss", "eval/loss"),
+        ("test_loss", "test/loss"),
+        ("eval_bleu-4", "eval/bleu-4"),
+        ("evaluated", "train/evaluated"),
+    ],
+)
 def test_names_are_those_of_transformers(name, expected):
     assert tag(name) == expected
 
@@ -124,12 +151,17 @@ def test_entries_are_reported_once_and_in_time(installed, tmp_path):
         following.after_step(1)
         history += logged((1, TRAINED), (1, EVALUATED))
         following.after_step(2)
-        writer, = Writer.made
+        (writer,) = Writer.made
         assert writer.log_dir == str(tmp_path / "tb") and writer.purge_step is None
         assert json.loads(writer.texts["args"]) == {"seed": 42}
-        expected = [("train/loss", 3.5, 1), ("train/learning_rate", 0.02, 1),
-                    ("train/epoch", 0.5, 1), ("eval/loss", 3.25, 1), ("eval/rouge-1", 30.0, 1),
-                    ("train/epoch", 0.5, 1)]
+        expected = [
+            ("train/loss", 3.5, 1),
+            ("train/learning_rate", 0.02, 1),
+            ("train/epoch", 0.5, 1),
+            ("eval/loss", 3.25, 1),
+            ("eval/rouge-1", 30.0, 1),
+            ("train/epoch", 0.5, 1),
+        ]
         assert writer.scalars == expected and writer.flushed == len(expected)
         history += logged((2, {"train_runtime": 8.5}))
     assert writer.scalars == [*expected, ("train/train_runtime", 8.5, 2)] and writer.closed
@@ -142,7 +174,7 @@ def test_a_resumed_run_goes_on_where_it_was(installed, tmp_path):
     with Reports(args, lambda: history) as following:
         following.after_step(11)
         history += logged((11, {"loss": 2.0}))
-    writer, = Writer.made
+    (writer,) = Writer.made
     assert writer.log_dir == str(tmp_path / "runs" / "Jan01_00-00-00_host")
     # What the first part reported of the checkpoint's step is hidden and reported again.
     assert writer.purge_step == 10
@@ -166,10 +198,14 @@ def test_what_was_due_at_the_end_of_a_stopped_epoch_is_reported_once(tmp_path, s
             following.after_step(step)
             history += logged((step, {"loss": 0.5}))
     events = EventAccumulator(str(tmp_path), {"scalars": 0}).Reload()
-    written = {name: [(event.step, event.value) for event in events.Scalars(name)]
-               for name in events.Tags()["scalars"]}
-    assert written == {"train/loss": [(1, 3.0), (2, 2.0), (3, 0.5)][:2 + steps_left],
-                       "eval/loss": [(2, 1.5)]}
+    written = {
+        name: [(event.step, event.value) for event in events.Scalars(name)]
+        for name in events.Tags()["scalars"]
+    }
+    assert written == {
+        "train/loss": [(1, 3.0), (2, 2.0), (3, 0.5)][: 2 + steps_left],
+        "eval/loss": [(2, 1.5)],
+    }
 
 
 def test_a_new_run_has_a_new_folder(installed, tmp_path):
@@ -186,7 +222,7 @@ def test_a_failed_run_keeps_its_events_and_draws_nothing(installed, tmp_path):
         following.after_step(1)
         history += logged((1, TRAINED))
         raise KeyboardInterrupt
-    writer, = Writer.made
+    (writer,) = Writer.made
     assert len(writer.scalars) == 3 and writer.closed
     assert not (tmp_path / "training_loss.png").exists()
 
@@ -200,6 +236,7 @@ def test_nothing_is_reported_unasked_or_by_other_ranks(installed, tmp_path, name
 
 
 # The picture of the loss
+
 
 def test_loss_curve(installed, tmp_path):
     history = logged((2, {"loss": 4.0}), (2, EVALUATED), (4, {"loss": 3.0}), (4, {"x": 1}))
@@ -226,16 +263,24 @@ def test_smoothing():
 
 # Through the command line
 
+
 def test_a_run_is_reported_and_drawn(flags, tmp_path):
     """By the packages themselves."""
     asked = {"report_to": "tensorboard", "plot_loss": True, "logging_dir": tmp_path / "tb"}
     assert cli.main(command({**flags, **asked})) == 0
     history = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
     events = EventAccumulator(str(tmp_path / "tb"), {"scalars": 0}).Reload()
-    written = {(name, event.step): event.value for name in events.Tags()["scalars"]
-               for event in events.Scalars(name)}
-    assert written == {(tag(name), entry["step"]): pytest.approx(value) for entry in history
-                       for name, value in entry.items() if name != "step"}
+    written = {
+        (name, event.step): event.value
+        for name in events.Tags()["scalars"]
+        for event in events.Scalars(name)
+    }
+    assert written == {
+        (tag(name), entry["step"]): pytest.approx(value)
+        for entry in history
+        for name, value in entry.items()
+        if name != "step"
+    }
     picture = imread(tmp_path / "out" / "training_loss.png")
     assert picture[..., :3].std() > 0.01  # something is drawn
 
@@ -243,12 +288,14 @@ def test_a_run_is_reported_and_drawn(flags, tmp_path):
 def test_a_missing_package_stops_the_run_before_it_starts(flags, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(reports, "_is_installed", lambda package: False)
     line = refused(command({**flags, "plot_loss": True}), capsys)
-    assert line == ("--plot_loss needs the package matplotlib; install it with `pip install "
-                    "matplotlib`")
+    assert line == (
+        "--plot_loss needs the package matplotlib; install it with `pip install matplotlib`"
+    )
     assert not (tmp_path / "out").exists()
 
 
 # trainer_log.jsonl
+
 
 def test_log_file_has_losses_of_training_and_evaluation_only(tmp_path, capsys):
     state = TrainerState(max_steps=10, global_step=5)
@@ -258,17 +305,25 @@ def test_log_file_has_losses_of_training_and_evaluation_only(tmp_path, capsys):
     progress.close()
     first, second = map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
     assert (first["loss"], first["lr"], first["epoch"], first["current_steps"]) == (
-        3.5, 0.02, 0.5, 5)
+        3.5,
+        0.02,
+        0.5,
+        5,
+    )
     assert second["eval_loss"] == 3.25 and not {"loss", "lr"} & second.keys()
     assert second["percentage"] == 50.0
     assert capsys.readouterr().out.splitlines() == [
-        str(TRAINED), str(EVALUATED), str({"eval_rouge-1": 30.0, "epoch": 0.5})]
+        str(TRAINED),
+        str(EVALUATED),
+        str({"eval_rouge-1": 30.0, "epoch": 0.5}),
+    ]
 
 
 def test_a_run_that_would_never_end_has_a_log(tmp_path):
     state = TrainerState(max_steps=10**18, global_step=1)
-    progress = Progress(10**18, torch.device("cpu"), show_bar=False,
-                        log_file=tmp_path / "log.jsonl")
+    progress = Progress(
+        10**18, torch.device("cpu"), show_bar=False, log_file=tmp_path / "log.jsonl"
+    )
     progress._start -= 60
     progress.log(TRAINED, state)
     progress.close()

@@ -55,8 +55,9 @@ def contents(folder: Path) -> dict[str, object]:
         elif path.name == "trainer_state.json":
             found[name] = trainer_state(path)
         elif path.suffix == ".jsonl":
-            found[name] = [without(json.loads(line), LOG_TIMES)
-                           for line in path.read_text().splitlines()]
+            found[name] = [
+                without(json.loads(line), LOG_TIMES) for line in path.read_text().splitlines()
+            ]
         elif path.is_file():
             found[name] = path.read_bytes()
         else:
@@ -64,10 +65,19 @@ def contents(folder: Path) -> dict[str, object]:
     return found
 
 
-@pytest.mark.parametrize("flags", [
-    {"save_steps": 1, "save_total_limit": 2, "metric_for_best_model": "loss"},
-    {"save_steps": 3, "group_by_length": True, "lr_scheduler_type": "cosine", "warmup_steps": 2},
-], ids=["every step", "every third step"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"save_steps": 1, "save_total_limit": 2, "metric_for_best_model": "loss"},
+        {
+            "save_steps": 3,
+            "group_by_length": True,
+            "lr_scheduler_type": "cosine",
+            "warmup_steps": 2,
+        },
+    ],
+    ids=["every step", "every third step"],
+)
 def test_killed_at_random_moments(tmp_path, flags):
     """Ten SIGKILLs each."""
     children.run(children.train, tmp_path / "whole", flags)
@@ -93,9 +103,18 @@ def test_killed_at_random_moments(tmp_path, flags):
 
 def train_stand_in(folder: Path) -> None:
     """Two steps and two checkpoints, the first of which is deleted."""
-    trainer = Trainer(StandIn(), simple_rows(6), arguments(
-        max_steps=2, save_steps=1, logging_steps=1, learning_rate=0.1,
-        per_device_train_batch_size=2), folder=RunFolder(folder, save_total_limit=1))
+    trainer = Trainer(
+        StandIn(),
+        simple_rows(6),
+        arguments(
+            max_steps=2,
+            save_steps=1,
+            logging_steps=1,
+            learning_rate=0.1,
+            per_device_train_batch_size=2,
+        ),
+        folder=RunFolder(folder, save_total_limit=1),
+    )
     trainer.train(find_checkpoint("auto", folder))
     trainer.folder.write_state(trainer.state)
 
@@ -139,8 +158,13 @@ def run_in_parts(folder: Path, stops: list[int], model, flags: dict) -> Trainer:
     for stop in [*stops, None]:
         args = children.run_arguments(folder, **flags)
         trainer = Trainer(
-            model(), random_rows(13, 12), args, folder=RunFolder(folder), evaluate=children.draws,
-            on_step=lambda step, stop=stop: step == stop and os.kill(os.getpid(), 15))
+            model(),
+            random_rows(13, 12),
+            args,
+            folder=RunFolder(folder),
+            evaluate=children.draws,
+            on_step=lambda step, stop=stop: step == stop and os.kill(os.getpid(), 15),
+        )
         try:
             trainer.train(find_checkpoint("auto", folder))
         except Interrupted:
@@ -149,13 +173,29 @@ def run_in_parts(folder: Path, stops: list[int], model, flags: dict) -> Trainer:
     return trainer
 
 
-@pytest.mark.parametrize("flags", [
-    {"logging_strategy": "epoch", "save_strategy": "epoch", "evaluation_strategy": "epoch",
-     "gradient_accumulation_steps": 2, "max_steps": -1, "num_train_epochs": 2.5},
-    {"logging_strategy": "epoch", "gradient_accumulation_steps": 100, "max_steps": 6},
-    {"optim": "adamw_torch", "weight_decay": 0.1, "lr_scheduler_type": "polynomial",
-     "data_seed": 8, "dataloader_drop_last": True, "save_strategy": "no"},
-], ids=["epochs", "short epochs", "other flags"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {
+            "logging_strategy": "epoch",
+            "save_strategy": "epoch",
+            "evaluation_strategy": "epoch",
+            "gradient_accumulation_steps": 2,
+            "max_steps": -1,
+            "num_train_epochs": 2.5,
+        },
+        {"logging_strategy": "epoch", "gradient_accumulation_steps": 100, "max_steps": 6},
+        {
+            "optim": "adamw_torch",
+            "weight_decay": 0.1,
+            "lr_scheduler_type": "polynomial",
+            "data_seed": 8,
+            "dataloader_drop_last": True,
+            "save_strategy": "no",
+        },
+    ],
+    ids=["epochs", "short epochs", "other flags"],
+)
 def test_stopped_by_a_signal(tmp_path, flags):
     run_in_parts(tmp_path / "whole", [], children.model, flags)
     run_in_parts(tmp_path / "parts", [1, 3, 4], children.model, flags)
@@ -165,22 +205,26 @@ def test_stopped_by_a_signal(tmp_path, flags):
     assert {"checkpoint-1", "checkpoint-3", "checkpoint-4"} <= parts.keys()
 
 
-@pytest.mark.parametrize("flags", [
-    {"logging_strategy": "epoch", "evaluation_strategy": "epoch", "save_steps": 1},
-    {"logging_steps": 1, "eval_steps": 1, "save_steps": 2, "save_total_limit": None},
-    {"logging_steps": 5, "save_steps": 1, "gradient_accumulation_steps": 7},
-])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"logging_strategy": "epoch", "evaluation_strategy": "epoch", "save_steps": 1},
+        {"logging_steps": 1, "eval_steps": 1, "save_steps": 2, "save_total_limit": None},
+        {"logging_steps": 5, "save_steps": 1, "gradient_accumulation_steps": 7},
+    ],
+)
 def test_from_every_checkpoint(tmp_path, flags):
     """As after a kill at any time between two saves: the logs have lines of later steps."""
     run_in_parts(tmp_path / "whole", [], children.model, flags)
     whole = contents(tmp_path / "whole")
-    steps = sorted(int(path.name.split("-")[1])
-                   for path in (tmp_path / "whole").glob("checkpoint-*"))
+    steps = sorted(
+        int(path.name.split("-")[1]) for path in (tmp_path / "whole").glob("checkpoint-*")
+    )
     assert len(steps) > 5
     for place, step in enumerate(steps):
         again = tmp_path / str(step)
         shutil.copytree(tmp_path / "whole", again)
-        for later in steps[place + 1:]:
+        for later in steps[place + 1 :]:
             shutil.rmtree(again / f"checkpoint-{later}")
         run_in_parts(again, [], children.model, flags)
         assert contents(again) == whole
@@ -197,10 +241,10 @@ def test_the_loss_scale_goes_on(tmp_path):
     flags = {"learning_rate": 0.1, "max_steps": 8, "save_steps": 8, "evaluation_strategy": "no"}
     ends = []
     for name, stops in (("whole", []), ("parts", [2, 5])):
-        trainer = run_in_parts(tmp_path / name, stops,
-                               lambda: children.model(torch.float16), flags)
-        ends.append((trainer.loss_scale.state_dict(), contents(tmp_path / name)["checkpoint-8/"
-                                                                                "scaler.pt"]))
+        trainer = run_in_parts(tmp_path / name, stops, lambda: children.model(torch.float16), flags)
+        ends.append(
+            (trainer.loss_scale.state_dict(), contents(tmp_path / name)["checkpoint-8/scaler.pt"])
+        )
     assert ends[0] == ends[1] and ends[0][0]["_growth_tracker"] == 8
 
 
@@ -227,11 +271,13 @@ def test_a_smaller_pack_may_go_on(tmp_path):
     run_in_parts(tmp_path / "parts", [5], children.model, {})
     shutil.rmtree(tmp_path / "parts" / "checkpoint-12", ignore_errors=True)
     again = run_in_parts(tmp_path / "parts", [], children.model, {"tokens_per_pack": "9"})
-    torch.testing.assert_close(again.gradient.parameters[0], whole.gradient.parameters[0],
-                               rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        again.gradient.parameters[0], whole.gradient.parameters[0], rtol=0, atol=1e-4
+    )
 
 
 # Which checkpoint
+
 
 def make_checkpoint(folder: Path, step: int, **flags) -> Path:
     train_one(folder, step)
@@ -241,8 +287,12 @@ def make_checkpoint(folder: Path, step: int, **flags) -> Path:
 
 
 def train_one(folder: Path, step: int) -> None:
-    Trainer(StandIn(), simple_rows(6), arguments(max_steps=step, save_steps=step),
-            folder=RunFolder(folder)).train()
+    Trainer(
+        StandIn(),
+        simple_rows(6),
+        arguments(max_steps=step, save_steps=step),
+        folder=RunFolder(folder),
+    ).train()
 
 
 def every_flag(**flags) -> dict:
@@ -274,26 +324,53 @@ def test_a_folder_that_is_no_checkpoint(tmp_path):
         find_checkpoint(str(tmp_path / "out"), tmp_path)
     (checkpoint / "resume.json").unlink()
     (checkpoint / "optimizer.pt").unlink()
-    with pytest.raises(InputError, match="lacks optimizer.pt, resume.json, .*--ptuning_checkpoint "
-                                         "starts a new run from its prefix"):
+    with pytest.raises(
+        InputError,
+        match="lacks optimizer.pt, resume.json, .*--ptuning_checkpoint "
+        "starts a new run from its prefix",
+    ):
         find_checkpoint(str(checkpoint), tmp_path)
 
 
 # The command to go on with
 
-@pytest.mark.parametrize("program, argv, environment, expected", [
-    ("/x/glmkern/__main__.py", ["--do_train", "--output_dir", "a b"], {},
-     "/py -m glmkern --do_train --output_dir 'a b' --resume_from_checkpoint auto"),
-    ("/usr/bin/glmkern", ["train", "--seed=3", "--resume_from_checkpoint", "x/checkpoint-2"], {},
-     "glmkern train --seed=3 --resume_from_checkpoint auto"),
-    ("/usr/bin/glmkern", ["flags.json", "--resume-from-checkpoint=auto"], {},
-     "glmkern flags.json --resume_from_checkpoint auto"),
-    ("/x/glmkern/__main__.py", ["--do_train"], {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"},
-     "torchrun ... --nproc-per-node 2 -m glmkern --do_train --resume_from_checkpoint auto"),
-    ("/x/glmkern/__main__.py", ["--do_train"], {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"},
-     "torchrun --standalone --nproc-per-node 2 -m glmkern --do_train --resume_from_checkpoint "
-     "auto"),
-])
+
+@pytest.mark.parametrize(
+    "program, argv, environment, expected",
+    [
+        (
+            "/x/glmkern/__main__.py",
+            ["--do_train", "--output_dir", "a b"],
+            {},
+            "/py -m glmkern --do_train --output_dir 'a b' --resume_from_checkpoint auto",
+        ),
+        (
+            "/usr/bin/glmkern",
+            ["train", "--seed=3", "--resume_from_checkpoint", "x/checkpoint-2"],
+            {},
+            "glmkern train --seed=3 --resume_from_checkpoint auto",
+        ),
+        (
+            "/usr/bin/glmkern",
+            ["flags.json", "--resume-from-checkpoint=auto"],
+            {},
+            "glmkern flags.json --resume_from_checkpoint auto",
+        ),
+        (
+            "/x/glmkern/__main__.py",
+            ["--do_train"],
+            {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"},
+            "torchrun ... --nproc-per-node 2 -m glmkern --do_train --resume_from_checkpoint auto",
+        ),
+        (
+            "/x/glmkern/__main__.py",
+            ["--do_train"],
+            {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"},
+            "torchrun --standalone --nproc-per-node 2 -m glmkern --do_train "
+            "--resume_from_checkpoint auto",
+        ),
+    ],
+)
 def test_resume_command(monkeypatch, program, argv, environment, expected):
     monkeypatch.setattr(sys, "orig_argv", ["/py", program])
     monkeypatch.setattr(sys, "argv", [program])

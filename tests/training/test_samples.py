@@ -65,8 +65,10 @@ def test_every_save_adds_greedy_answers(tokenizer, tmp_path):
         assert text in first
     assert model.training
     assert len(model.calls) == 2  # both prompts at once
-    assert all(options["do_sample"] is False and "num_beams" not in options
-               for _, _, options in model.calls)
+    assert all(
+        options["do_sample"] is False and "num_beams" not in options
+        for _, _, options in model.calls
+    )
 
 
 def checkpoint(folder, step: int):
@@ -93,8 +95,7 @@ class Numbered(Sure):
 
 
 @pytest.mark.parametrize("written", [1, 2, 3])
-def test_a_resumed_run_has_the_sections_of_one_that_was_never_stopped(
-        tokenizer, tmp_path, written):
+def test_a_resumed_run_has_the_sections_of_one_that_was_never_stopped(tokenizer, tmp_path, written):
     """Resumed from its second save, after which 1 to 3 sections were written."""
     saves = {step: checkpoint(tmp_path, step) for step in (5, 10, 15)}
     texts = []

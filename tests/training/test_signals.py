@@ -40,9 +40,12 @@ class Signalling(StandIn):
 
 
 def trainer(model, folder=None, **flags) -> Trainer:
-    return Trainer(model, simple_rows(8), arguments(
-        **{"per_device_train_batch_size": 2, "max_steps": 6, "save_steps": 50, **flags}),
-        folder=folder and RunFolder(folder))
+    return Trainer(
+        model,
+        simple_rows(8),
+        arguments(**{"per_device_train_batch_size": 2, "max_steps": 6, "save_steps": 50, **flags}),
+        folder=folder and RunFolder(folder),
+    )
 
 
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

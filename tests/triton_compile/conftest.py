@@ -15,12 +15,17 @@ from tests.conftest import REPOSITORY
 def measured_by(tmp_path_factory) -> Callable:
     """`measured_by(module, *arguments)` is what the bench writes with --json, compiling everything
     anew: in a process of its own, as `triton.compile` fails where TRITON_INTERPRET is set."""
+
     def measure(module: str, *arguments: str):
         path = tmp_path_factory.mktemp("compiled") / "measured.json"
         environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
         environment["TRITON_CACHE_DIR"] = str(path.with_name("cache"))
-        subprocess.run([sys.executable, "-m", module, "--json", path, *arguments],
-                       cwd=REPOSITORY, env=environment, check=True)
+        subprocess.run(
+            [sys.executable, "-m", module, "--json", path, *arguments],
+            cwd=REPOSITORY,
+            env=environment,
+            check=True,
+        )
         return json.loads(path.read_text())
 
     return measure

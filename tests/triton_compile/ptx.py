@@ -19,7 +19,7 @@ class Warp:
         self.registers = {"%tid.x": np.arange(LANES, dtype=np.uint64)}
 
     def run(self, ptx: str) -> None:
-        body = ptx[ptx.index("\n{"):ptx.index("ret;")]
+        body = ptx[ptx.index("\n{") : ptx.index("ret;")]
         body = re.sub(r"//.*|\.loc.*|\.reg[^;]*;", "", body)
         for opcode, operands in INSTRUCTION.findall(body):
             name, *kinds = opcode.split(".")
@@ -32,11 +32,11 @@ class Warp:
             low, high = map(self.read, split(operand))
             return low | high << np.uint64(16)
         if re.match(r"-?\d", operand):
-            return np.full(LANES, int(operand, 0) % 2 ** 64, dtype=np.uint64)
+            return np.full(LANES, int(operand, 0) % 2**64, dtype=np.uint64)
         return self.registers[operand]
 
     def write(self, operand: str, value: np.ndarray, bits: int = 64) -> None:
-        self.registers[operand] = value & np.uint64(2 ** bits - 1)
+        self.registers[operand] = value & np.uint64(2**bits - 1)
 
     def do_mov(self, kinds, to, source):
         value = self.read(source)
@@ -64,8 +64,8 @@ class Warp:
         """The buffer of `address` as 32-bit words, and which of them lanes mean by the i-th."""
         register, offset = re.match(r"\[\s*(\S+?)\s*(?:\+\s*(\d+)\s*)?\]", address).groups()
         value = self.read(register) + np.uint64(int(offset or 0) + 4 * i)
-        buffer, = set((value >> np.uint64(32)).tolist())
-        return self.buffers[buffer].view(np.uint32), (value & np.uint64(2 ** 32 - 1)) // 4
+        (buffer,) = set((value >> np.uint64(32)).tolist())
+        return self.buffers[buffer].view(np.uint32), (value & np.uint64(2**32 - 1)) // 4
 
     def do_shl(self, kinds, to, a, b):
         self.write(to, self.read(a) << self.read(b), 32)

@@ -68,8 +68,15 @@ def test_every_byte_in_every_place(dtype, joined):
                 assert not torch.signbit(result[codes == 0]).any()
 
 
-@pytest.mark.parametrize(("right", "wrong"), [("0x0100", "0x0101"), ("0x000F000F", "0x000F0007"),
-                                              ("0x6A", "0x6C"), ("0xE408E408", "0xE408E400")])
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("0x0100", "0x0101"),
+        ("0x000F000F", "0x000F0007"),
+        ("0x6A", "0x6C"),
+        ("0xE408E408", "0xE408E400"),
+    ],
+)
 def test_a_wrong_constant_is_seen(right, wrong):
     """The machine is no rubber stamp."""
     ptx = pair_ptx(torch.float16, False)
@@ -79,17 +86,19 @@ def test_a_wrong_constant_is_seen(right, wrong):
     assert not all(map(torch.equal, expected, changed))
 
 
-@pytest.mark.parametrize(("bits", "shift"), [*((4, shift) for shift in range(0, 32, 4)),
-                                             *((8, shift) for shift in range(0, 32, 8))])
+@pytest.mark.parametrize(
+    ("bits", "shift"),
+    [*((4, shift) for shift in range(0, 32, 4)), *((8, shift) for shift in range(0, 32, 8))],
+)
 def test_every_field_of_a_word(bits, shift):
     words, codes = torch.empty(0, dtype=torch.int32), torch.empty(0)
     ptx = compiled_ptx(field_kernel, words, codes, SHIFT=shift, BITS=bits, WORDS=LANES)
     assert "lop3" in ptx
-    for first in range(0, 2 ** bits, LANES):
-        fields = np.arange(first, first + LANES) % 2 ** bits
-        words = np.random.default_rng(first).integers(2 ** 32, size=LANES)
-        words = (words & ~((2 ** bits - 1) << shift) | fields << shift).astype(np.uint32)
+    for first in range(0, 2**bits, LANES):
+        fields = np.arange(first, first + LANES) % 2**bits
+        words = np.random.default_rng(first).integers(2**32, size=LANES)
+        words = (words & ~((2**bits - 1) << shift) | fields << shift).astype(np.uint32)
         result = np.full(LANES, np.nan, dtype=np.float32)
         Warp([words.view(np.uint8), result.view(np.uint8)]).run(ptx)
-        codes = np.where(fields < 2 ** (bits - 1), fields, fields - 2 ** bits)
+        codes = np.where(fields < 2 ** (bits - 1), fields, fields - 2**bits)
         assert np.array_equal(result, codes)

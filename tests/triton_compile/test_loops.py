@@ -8,16 +8,28 @@ import pytest
 from bench.triton_loops import Loop, kernel_of
 
 # Launches whose half-precision products are in loops.
-ATTENTION = {"prefix_attention_fwd, bfloat16", "prefix_attention_bwd_dq, bfloat16",
-             "prefix_attention_bwd_dkv, bfloat16", "prefix_attention_bwd_dprefix, bfloat16"}
-PRODUCTS = ATTENTION | {f"{kernel}, 4 bits, {tokens} tokens, bfloat16" for tokens in (192, 512)
-                        for kernel in ("fused_fwd", "fused_bwd (dx)")}
+ATTENTION = {
+    "prefix_attention_fwd, bfloat16",
+    "prefix_attention_bwd_dq, bfloat16",
+    "prefix_attention_bwd_dkv, bfloat16",
+    "prefix_attention_bwd_dprefix, bfloat16",
+}
+PRODUCTS = ATTENTION | {
+    f"{kernel}, 4 bits, {tokens} tokens, bfloat16"
+    for tokens in (192, 512)
+    for kernel in ("fused_fwd", "fused_bwd (dx)")
+}
 # Memory-bound launches on rows that are aligned to 16 bytes. Not among them: gemv_fwd, which reads
 # x's even and odd columns apart, and rows of 4,099 columns, where no two begin alike.
-STREAMS = {"prefix_attention_bwd_delta, bfloat16", "prefix_attention_bwd_sum, bfloat16",
-           "prefix_attention_decode, bfloat16", "rms_norm_fwd, 4096 bfloat16",
-           "swiglu_bwd, 13696 bfloat16", "qkv_rope_fwd, 32 + 2 x 2 heads bfloat16",
-           "bias_dropout_add_fwd p=0, 4096 bfloat16"}
+STREAMS = {
+    "prefix_attention_bwd_delta, bfloat16",
+    "prefix_attention_bwd_sum, bfloat16",
+    "prefix_attention_decode, bfloat16",
+    "rms_norm_fwd, 4096 bfloat16",
+    "swiglu_bwd, 13696 bfloat16",
+    "qkv_rope_fwd, 32 + 2 x 2 heads bfloat16",
+    "bias_dropout_add_fwd p=0, 4096 bfloat16",
+}
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +41,9 @@ def compiled(measured_by) -> list[dict]:
 def with_products(compiled: list[dict]) -> list[tuple[str, int, dict]]:
     rows = [row for row in compiled if row["launch"] in PRODUCTS]
     assert len(rows) == 2 * len(PRODUCTS)
-    return [(row["launch"], row["sm"], max(row["loops"], key=lambda loop: loop["fmas"]))
-            for row in rows]
+    return [
+        (row["launch"], row["sm"], max(row["loops"], key=lambda loop: loop["fmas"])) for row in rows
+    ]
 
 
 def test_products_use_tensor_cores(compiled):
@@ -61,11 +74,20 @@ def test_no_local_memory(compiled):
 
 def test_a_loop_is_counted():
     """A loop of one product, one wide copy and a part that a branch skips, inside another."""
-    lines = ["MOV R0, RZ", "FADD R0, R0, R1", "HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], R24",
-             "LDGSTS.E.BYPASS.LTC128B.128 [R119], desc[UR14][R140.64], !P0", "@P1 BRA 0x0060",
-             "MUFU.EX2 R1, R2", "@!P0 BRA 0x0020    &req={3}", "@P2 BRA 0x0010", "EXIT"]
-    sass = "\n".join(f"        /*{16 * i:04x}*/    {line} ;    /* 0x0 */"
-                     for i, line in enumerate(lines))
+    lines = [
+        "MOV R0, RZ",
+        "FADD R0, R0, R1",
+        "HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], R24",
+        "LDGSTS.E.BYPASS.LTC128B.128 [R119], desc[UR14][R140.64], !P0",
+        "@P1 BRA 0x0060",
+        "MUFU.EX2 R1, R2",
+        "@!P0 BRA 0x0020    &req={3}",
+        "@P2 BRA 0x0010",
+        "EXIT",
+    ]
+    sass = "\n".join(
+        f"        /*{16 * i:04x}*/    {line} ;    /* 0x0 */" for i, line in enumerate(lines)
+    )
     whole, (outer, inner) = kernel_of(sass, 8)
     assert whole.instructions == 9
     assert outer == Loop(0x10, 0x70, 8, {"fma": 1, "branch": 1})

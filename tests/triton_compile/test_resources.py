@@ -7,8 +7,10 @@ import pytest
 from bench import triton_cases, triton_resources
 
 # What Triton 3.6, the oldest served, and newer ones made of the kernels.
-COMMITTED = {path: json.loads(path.read_text())
-             for path in sorted(triton_resources.RESULTS.glob("triton_resources_*.json"))}
+COMMITTED = {
+    path: json.loads(path.read_text())
+    for path in sorted(triton_resources.RESULTS.glob("triton_resources_*.json"))
+}
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +37,11 @@ def test_shared_memory_fits(measured):
     assert limits[80] == 163 * 1024
     assert limits[120] == 99 * 1024
     for table in (measured, *COMMITTED.values()):
-        too_much = [(row["launch"], usage) for row, usage in rows(table)
-                    if usage["shared"] > limits[usage["sm"]]]
+        too_much = [
+            (row["launch"], usage)
+            for row, usage in rows(table)
+            if usage["shared"] > limits[usage["sm"]]
+        ]
         assert not too_much, table["triton"]
 
 
@@ -53,9 +58,13 @@ def test_two_blocks_a_multiprocessor(measured):
     """Up to 8 warps, one block of a memory-bound kernel can compute while another waits."""
     warps = {chip.sm: chip.warps for chip in triton_resources.CHIPS}
     modules = triton_cases.modules()
-    alone = [(row["launch"], usage) for row, usage in rows(measured)
-             if modules[row["op"]].MEMORY_BOUND and usage["tile"]["warps"] <= 8
-             and usage["occupancy"] * warps[usage["sm"]] < 2 * usage["tile"]["warps"] - 0.1]
+    alone = [
+        (row["launch"], usage)
+        for row, usage in rows(measured)
+        if modules[row["op"]].MEMORY_BOUND
+        and usage["tile"]["warps"] <= 8
+        and usage["occupancy"] * warps[usage["sm"]] < 2 * usage["tile"]["warps"] - 0.1
+    ]
     assert not alone
 
 

@@ -17,8 +17,7 @@ struct BiasDropout {
   static void forward(const BiasDropoutForward& a, const Tensor&) {
     if (a.dropout.p > 0) require_spans(a.dropout, a.rows);
     const auto kernel = GLMKERN_PICK_KERNEL(bias_dropout_add_fwd);
-    for_each_row(a.rows, a.hidden,
-                 [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
+    for_each_row(a.rows, a.hidden, [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
   }
 
   static void backward(const BiasDropoutBackward& a, const Tensor&) {

@@ -53,10 +53,12 @@ void copy_rows(int64_t count, int64_t hidden, DType from_type, DType to_type, Pa
   });
 }
 
-std::tuple<Tensor, Tensor> linear_cross_entropy_fwd(
-    const Tensor& hidden, const Tensor& packed, const std::optional<Tensor>& scale, int64_t bits,
-    const Tensor& labels, const std::optional<Tensor>& token_weight, int64_t ignore_index,
-    double label_smoothing, bool hidden_grad) {
+std::tuple<Tensor, Tensor> linear_cross_entropy_fwd(const Tensor& hidden, const Tensor& packed,
+                                                    const std::optional<Tensor>& scale,
+                                                    int64_t bits, const Tensor& labels,
+                                                    const std::optional<Tensor>& token_weight,
+                                                    int64_t ignore_index, double label_smoothing,
+                                                    bool hidden_grad) {
   const char* op = "linear_cross_entropy_fwd";
   require(hidden.dim() == 2, std::string(op) + ": hidden must be [T, H]");
   const int64_t tokens = hidden.size(0), width = hidden.size(1), classes = packed.size(0);
@@ -100,8 +102,11 @@ std::tuple<Tensor, Tensor> linear_cross_entropy_fwd(
     product.y = floats_of(logits);
     quant_linear_run(product, hidden);
 
-    const CrossEntropyRows softmax{classes, floats_of(logits), labelled.labels.data() + first,
-                                   floats_of(row_loss), static_cast<float>(label_smoothing),
+    const CrossEntropyRows softmax{classes,
+                                   floats_of(logits),
+                                   labelled.labels.data() + first,
+                                   floats_of(row_loss),
+                                   static_cast<float>(label_smoothing),
                                    hidden_grad};
     const auto kernel = GLMKERN_PICK_KERNEL(cross_entropy_rows);
     for_each_row(product.rows, classes,

@@ -40,9 +40,8 @@ void run(const std::vector<Task>& tasks, float* partials) {
   const auto kernel = GLMKERN_PICK_KERNEL(prefix_attention_fwd);
   for_each_task(tasks.size(), [&](int64_t i) {
     const Task& task = tasks[i];
-    float* partial = task.partial < 0
-                         ? nullptr
-                         : partials + task.partial * partial_size(task.rows.channels);
+    float* partial =
+        task.partial < 0 ? nullptr : partials + task.partial * partial_size(task.rows.channels);
     kernel(task.rows, task.key_begin, task.key_end, partial);
   });
 }
@@ -92,9 +91,8 @@ struct Lengths {
       require_value(
           0 < queries && queries <= std::min(entries, widest) && entries <= longest,
           "prefix_attention_decode: row " + std::to_string(b) + " has " + std::to_string(queries) +
-              " of " + std::to_string(widest) + " queries and " + std::to_string(entries) +
-              " of " + std::to_string(longest) +
-              " cache entries; 1 <= queries <= entries must hold");
+              " of " + std::to_string(widest) + " queries and " + std::to_string(entries) + " of " +
+              std::to_string(longest) + " cache entries; 1 <= queries <= entries must hold");
     }
   }
 
@@ -125,8 +123,8 @@ Tensor decode(const Tensor& any_q, const Tensor& any_k, const Tensor& any_v,
     const int64_t queries = Lengths::of(lengths.q_lens, b);
     const int64_t entries = Lengths::of(lengths.cache_lens, b);
     for (int64_t group = 0; group < shape.groups; group++) {
-      AttentionRows a = query_rows(shape, scale, q, b * q.stride(0), out, std::nullopt,
-                                   b * shape.tokens, group);
+      AttentionRows a =
+          query_rows(shape, scale, q, b * q.stride(0), out, std::nullopt, b * shape.tokens, group);
       a.prefix = prefix.of(0, group);
       a.own = key_run(shape, k, v, b * k.stride(0), b * v.stride(0), entries, group);
       a.visible = entries - queries + 1;
@@ -142,8 +140,8 @@ Tensor decode(const Tensor& any_q, const Tensor& any_k, const Tensor& any_v,
       partials += tasks.size() - first;
     }
   }
-  const Tensor memory = torch::stable::new_empty(q, {partials * partial_size(shape.channels)},
-                                                 ScalarType::Float);
+  const Tensor memory =
+      torch::stable::new_empty(q, {partials * partial_size(shape.channels)}, ScalarType::Float);
   run(tasks, floats_of(memory));
   const auto combine = GLMKERN_PICK_KERNEL(prefix_attention_combine);
   for_each_task(split.size(), [&](int64_t i) {

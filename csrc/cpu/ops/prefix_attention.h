@@ -24,8 +24,12 @@ inline char* mutable_element_of(const Tensor& x, int64_t index) {
 inline KeyRun key_run(const AttentionShape& shape, const Tensor& k, const Tensor& v,
                       int64_t first_k, int64_t first_v, int64_t count, int64_t group) {
   const int64_t dim = k.dim(), offset = group * shape.channels;
-  return {dtype_of("prefix_attention", k), element_of(k, first_k + offset),
-          element_of(v, first_v + offset), k.stride(dim - 3), v.stride(dim - 3), count};
+  return {dtype_of("prefix_attention", k),
+          element_of(k, first_k + offset),
+          element_of(v, first_v + offset),
+          k.stride(dim - 3),
+          v.stride(dim - 3),
+          count};
 }
 
 // Query rows of one group. They start at element `first_q` of q [.., tokens, heads, channels] and
@@ -71,9 +75,15 @@ class Prefix {
     const Tensor ids = torch::stable::contiguous(sequence_ids);
     const Tensor key = torch::stable::contiguous(*seed);
     dropped_ = torch::stable::new_empty(*k_, {sequences * 2 * count}, ScalarType::Float);
-    DroppedPrefix a{shape_.dtype, shape_.prefix_dtype, count, k_->const_data_ptr(),
-                    v_->const_data_ptr(), p, static_cast<const int64_t*>(key.const_data_ptr()),
-                    0, nullptr};
+    DroppedPrefix a{shape_.dtype,
+                    shape_.prefix_dtype,
+                    count,
+                    k_->const_data_ptr(),
+                    v_->const_data_ptr(),
+                    p,
+                    static_cast<const int64_t*>(key.const_data_ptr()),
+                    0,
+                    nullptr};
     const auto kernel = GLMKERN_PICK_KERNEL(prefix_attention_drop);
     for_each_row(sequences * shape_.prefix, 2 * row, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; i++) {

@@ -15,8 +15,8 @@ constexpr int64_t kLeastRows = 256;  // a unit's sums of the prefix cost as much
 // Consecutive tokens, perhaps of several sequences.
 struct Unit {
   int64_t begin, end;
-  int64_t first_key;   // where the first of its sequences begins
-  int64_t own_sums;    // where its sums are in the working memory: [groups, 2, keys, channels]
+  int64_t first_key;  // where the first of its sequences begins
+  int64_t own_sums;   // where its sums are in the working memory: [groups, 2, keys, channels]
   int64_t keys() const { return end - first_key; }
 };
 
@@ -199,20 +199,20 @@ class Backward {
     const int64_t channels = shape_.channels, row = padded_channels(channels);
     for_each_row(shape_.prefix * shape_.groups, 2 * units() * channels,
                  [&](int64_t begin, int64_t end) {
-      std::vector<const float*> keys(units()), values(units());
-      for (int64_t i = begin; i < end; i++) {
-        const int64_t key = i / shape_.groups, group = i % shape_.groups;
-        for (int64_t unit = 0; unit < units(); unit++) {
-          const KeySums sums = prefix_sums(unit, group);
-          keys[unit] = sums.keys + key * row;
-          values[unit] = sums.values + key * row;
-        }
-        kernel(shape_.prefix_dtype, channels, static_cast<float>(scale_), keys.data(), units(),
-               mutable_element_of(dprefix_k, i * channels));
-        kernel(shape_.prefix_dtype, channels, 1.0f, values.data(), units(),
-               mutable_element_of(dprefix_v, i * channels));
-      }
-    });
+                   std::vector<const float*> keys(units()), values(units());
+                   for (int64_t i = begin; i < end; i++) {
+                     const int64_t key = i / shape_.groups, group = i % shape_.groups;
+                     for (int64_t unit = 0; unit < units(); unit++) {
+                       const KeySums sums = prefix_sums(unit, group);
+                       keys[unit] = sums.keys + key * row;
+                       values[unit] = sums.values + key * row;
+                     }
+                     kernel(shape_.prefix_dtype, channels, static_cast<float>(scale_), keys.data(),
+                            units(), mutable_element_of(dprefix_k, i * channels));
+                     kernel(shape_.prefix_dtype, channels, 1.0f, values.data(), units(),
+                            mutable_element_of(dprefix_v, i * channels));
+                   }
+                 });
   }
 
   AttentionShape shape_;
@@ -228,10 +228,9 @@ class Backward {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,
-    const std::optional<Tensor>& prefix_k, const std::optional<Tensor>& prefix_v,
-    const Tensor& out, const Tensor& lse, const Tensor& cu_seqlens, const Tensor& sequence_ids,
-    const std::optional<Tensor>& seed, double scale, double p, bool token_grad,
-    bool prefix_grad) {
+    const std::optional<Tensor>& prefix_k, const std::optional<Tensor>& prefix_v, const Tensor& out,
+    const Tensor& lse, const Tensor& cu_seqlens, const Tensor& sequence_ids,
+    const std::optional<Tensor>& seed, double scale, double p, bool token_grad, bool prefix_grad) {
   return Backward(dout, q, k, v, prefix_k, prefix_v, out, lse, cu_seqlens, sequence_ids, seed,
                   scale, p, token_grad, prefix_grad)
       .run();

@@ -19,8 +19,8 @@ void few_rows(const QuantLinear& a, const Tensor& like) {
 void many_rows(const QuantLinear& a, const Tensor& like) {
   const int64_t row_blocks = ceil_div(a.rows, kMostRows);
   const int64_t depth_blocks = ceil_div(a.depth(), kDepthBlock);
-  const Tensor packed = torch::stable::new_empty(
-      like, {ceil_div(a.rows, row_blocks), a.depth()}, ScalarType::Float);
+  const Tensor packed =
+      torch::stable::new_empty(like, {ceil_div(a.rows, row_blocks), a.depth()}, ScalarType::Float);
   float* memory = floats_of(packed);
   const auto pack = GLMKERN_PICK_BF16_KERNEL(quant_linear_pack);
   const auto product = GLMKERN_PICK_BF16_KERNEL(quant_linear_block);

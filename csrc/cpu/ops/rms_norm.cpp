@@ -11,8 +11,7 @@ namespace {
 struct RmsNorm {
   static void forward(const RmsNormForward& a, const Tensor&) {
     const auto kernel = GLMKERN_PICK_KERNEL(rms_norm_fwd);
-    for_each_row(a.rows, a.hidden,
-                 [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
+    for_each_row(a.rows, a.hidden, [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
   }
 
   static void backward(const RmsNormBackward& a, const Tensor&) {

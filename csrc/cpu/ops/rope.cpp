@@ -13,10 +13,10 @@ struct RopeOnCpu {
   static void check_positions(const int64_t* positions, int64_t tokens, int64_t table) {
     if (tokens == 0) return;
     const auto [low, high] = std::minmax_element(positions, positions + tokens);
-    require_value(*low >= 0 && *high < table,
-                  "rope: positions run from " + std::to_string(*low) + " to " +
-                      std::to_string(*high) + ", but the table holds positions 0 to " +
-                      std::to_string(table - 1));
+    require_value(*low >= 0 && *high < table, "rope: positions run from " + std::to_string(*low) +
+                                                  " to " + std::to_string(*high) +
+                                                  ", but the table holds positions 0 to " +
+                                                  std::to_string(table - 1));
   }
 
   static void run(const Rope& a, const Tensor&) {
