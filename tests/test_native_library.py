@@ -14,7 +14,7 @@ import torch
 import glmkern
 
 TESTS_OF_OPS = Path(__file__).with_name("ops")
-ISA_SOURCE = Path(__file__).parents[1] / "csrc/cpu/isa.cpp"
+CSRC = Path(__file__).parents[1] / "csrc"
 
 
 def run_python(*arguments, cwd=None, **environment):
@@ -102,19 +102,20 @@ def test_an_unknown_instruction_set_is_refused():
 def test_an_instruction_set_that_the_chip_lacks_is_refused(tmp_path):
     """isa.cpp as an older chip would run it: there, every question for a feature is answered no."""
     main = tmp_path / "main.cpp"
-    main.write_text(f"""
+    main.write_text("""
         #define __builtin_cpu_supports(feature) 0
-        #include "{ISA_SOURCE}"
+        #include "cpu/isa.cpp"
         #include <cstdio>
-        int main() {{
-          try {{
+        int main() {
+          try {
             std::puts(glmkern::isa_name(glmkern::cpu_isa()));
-          }} catch (const std::runtime_error& error) {{
+          } catch (const std::runtime_error& error) {
             std::puts(error.what());
-          }}
-        }}""")
+          }
+        }""")
     program = tmp_path / "isa"
-    subprocess.run([os.environ.get("CXX", "c++"), "-std=c++17", main, "-o", program], check=True)
+    compiler = [os.environ.get("CXX", "c++"), "-std=c++17", f"-I{CSRC}"]
+    subprocess.run([*compiler, main, "-o", program], check=True)
 
     def ask(**environment):
         return subprocess.run(
