@@ -19,7 +19,6 @@ _HOME = {
     "read_adapter": "adapter",
     "read_base": "base",
     "read_prefix": "prefix",
-    "resolve_folder": "folder",
     "to_glm_state": "native_glm",
     "write_adapter": "adapter",
     "write_base": "base_writer",

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 
-from glmkern.checkpoint.atomic import NewFiles, save_torch
-from glmkern.checkpoint.files import save_safetensors
 from glmkern.checkpoint.native_glm import glm_shapes, to_glm_stream
 from glmkern.checkpoint.shapes import expected_shapes
+from glmkern.checkpoint.tensor_files import save_safetensors, save_torch
 from glmkern.errors import InputError
+from glmkern.files.atomic import NewFiles
 from glmkern.model.config import ChatGLMConfig
 from glmkern.model.glm_config import to_glm_config
 

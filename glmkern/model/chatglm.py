@@ -117,8 +117,8 @@ class ChatGLM(PrefixSwitch, nn.Module):
             quantize_stream,
             read_base,
             read_prefix,
-            resolve_folder,
         )
+        from glmkern.files.folder import resolve_folder
 
         folder = resolve_folder(path)
         config = ChatGLMConfig.from_pretrained(folder)
@@ -315,8 +315,8 @@ class ChatGLM(PrefixSwitch, nn.Module):
     def chat(
         self, tokenizer: "ChatGLMTokenizer", query: str, history: "History | None" = None, **options
     ) -> tuple[str, list[tuple[str, str]]]:
-        """The reply to `query` and the history with this round; see glmkern.chat.chat."""
-        from glmkern.chat import chat
+        """The reply to `query` and the history with this round; see generation.chat.chat."""
+        from glmkern.generation.chat import chat
 
         return chat(self, tokenizer, query, history, **options)
 
@@ -328,8 +328,8 @@ class ChatGLM(PrefixSwitch, nn.Module):
         past_key_values: "KeyValueCache | None" = None,
         **options,
     ) -> Iterator[tuple]:
-        """chat() as the reply grows; see glmkern.chat.stream_chat."""
-        from glmkern.chat import stream_chat
+        """chat() as the reply grows; see glmkern.generation.chat.stream_chat."""
+        from glmkern.generation.chat import stream_chat
 
         return stream_chat(self, tokenizer, query, history, past_key_values, **options)
 

@@ -148,7 +148,7 @@ class ChatGLMConfig:
         Raises InputError, naming the file, where it is missing, broken or not of this family.
         """
         # The door from the model to files; imported here because checkpoint builds on this module.
-        from glmkern.checkpoint.folder import resolve_folder
+        from glmkern.files.folder import resolve_folder
 
         path = resolve_folder(name_or_path) / "config.json"
         try:
@@ -195,7 +195,7 @@ class ChatGLMConfig:
 
     def save(self, folder: str | Path) -> Path:
         """Write config.json into the folder, atomically; returns its path."""
-        from glmkern.checkpoint.atomic import write_text
+        from glmkern.files.atomic import write_text
 
         path = Path(folder) / "config.json"
         write_text(path, self.to_json())

@@ -8,15 +8,10 @@ from pathlib import Path
 import torch
 
 from glmkern import __version__
-from glmkern.checkpoint import (
-    check_bits,
-    describe_prefix,
-    read_prefix,
-    resolve_folder,
-    write_prefix,
-)
-from glmkern.checkpoint.atomic import write_text
+from glmkern.checkpoint import check_bits, describe_prefix, read_prefix, write_prefix
 from glmkern.errors import InputError
+from glmkern.files.atomic import write_text
+from glmkern.files.folder import resolve_folder
 from glmkern.model.chatglm import ChatGLM
 from glmkern.model.config import ChatGLMConfig
 from glmkern.plan.prediction import Prediction

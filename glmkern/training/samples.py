@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from glmkern.checkpoint import read_prefix
-from glmkern.checkpoint.atomic import write_text
+from glmkern.files.atomic import write_text
 from glmkern.model.chatglm import ChatGLM
 from glmkern.tokenizer import ChatGLMTokenizer
 from glmkern.training.arguments import Arguments

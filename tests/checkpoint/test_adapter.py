@@ -14,10 +14,10 @@ from transformers.models.glm.modeling_glm import GlmRotaryEmbedding, apply_rotar
 from glmkern import ChatGLM
 from glmkern.checkpoint import (
     export_glm,
-    files,
     fold_prefix,
     read_adapter,
     read_prefix,
+    tensor_files,
     write_adapter,
     write_base,
 )
@@ -304,9 +304,9 @@ def test_a_failure_leaves_the_old_adapter(adapter, monkeypatch):
     before = {path.name: path.read_bytes() for path in adapter.iterdir()}
 
     def full(*arguments, **options):
-        raise files.SafetensorError("I/O error: No space left on device")
+        raise tensor_files.SafetensorError("I/O error: No space left on device")
 
-    monkeypatch.setattr(files, "save_file", full)
+    monkeypatch.setattr(tensor_files, "save_file", full)
     config = ChatGLMConfig.from_dict(SMALL)
     with pytest.raises(InputError, match="cannot write .*No space left on device"):
         write_adapter(adapter, torch.zeros(5, config.kv_size), config)

@@ -14,9 +14,9 @@ from glmkern import ChatGLM, cli, ops
 from glmkern.checkpoint import (
     expected_shapes,
     export_glm,
-    files,
     quantize_folder,
     read_base,
+    tensor_files,
     write_base,
     write_glm,
 )
@@ -228,9 +228,9 @@ def test_a_failure_leaves_nothing(tmp_path, base, monkeypatch):
         export_glm(broken, tmp_path / "glm")
 
     def full(*arguments, **options):
-        raise files.SafetensorError("I/O error: No space left on device")
+        raise tensor_files.SafetensorError("I/O error: No space left on device")
 
-    monkeypatch.setattr(files, "save_file", full)
+    monkeypatch.setattr(tensor_files, "save_file", full)
     with pytest.raises(InputError, match="cannot write .*No space left on device"):
         export_glm(source, tmp_path / "glm")
     assert list((tmp_path / "glm").glob("*")) == []
