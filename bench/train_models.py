@@ -14,6 +14,7 @@ from torch import Tensor
 
 from glmkern import ChatGLM, ChatGLMConfig
 from glmkern.checkpoint import expected_shapes
+from glmkern.model.computation import Computation
 from glmkern.model.packing import IGNORE_INDEX, pack_rows
 from glmkern.training.dataset import Row
 
@@ -43,7 +44,7 @@ def make_model() -> ChatGLM:
         seq_length=512,
         torch_dtype="float32",
     )
-    model = ChatGLM(config, pre_seq_len=PREFIX)
+    model = ChatGLM(config, pre_seq_len=PREFIX, computation=Computation(prefix_dropout=0.0))
     torch.manual_seed(0)
     model.load_base(
         (
@@ -53,7 +54,6 @@ def make_model() -> ChatGLM:
         torch.float32,
         "cpu",
     )
-    model.prefix_dropout = 0.0
     return model.train()
 
 

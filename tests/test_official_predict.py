@@ -12,8 +12,8 @@ from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
 from rouge_chinese import Rouge
 
 from glmkern import cli
+from glmkern.chatglm import ChatGLM
 from glmkern.checkpoint import read_prefix, write_prefix
-from glmkern.model.chatglm import ChatGLM
 from glmkern.tokenizer import ChatGLMTokenizer
 from tests.model.oracles import diffusers_twin, twin_forward
 from tests.official import command, refused, write_base

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
+from glmkern.chatglm import ChatGLM
 from glmkern.checkpoint import expected_shapes
-from glmkern.model.chatglm import ChatGLM
 from glmkern.model.config import ChatGLMConfig
 
 # Odd on purpose: hidden != heads * kv_channels, nothing a multiple of a tile.

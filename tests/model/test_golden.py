@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from glmkern.model.computation import Computation
 from glmkern.model.config import ChatGLMConfig
 from glmkern.model.rotary import rotary_table
 from tests.model.oracles import diffusers_twin, recorded_model, relative_error, twin_forward
@@ -59,7 +60,7 @@ def test_plain(record):
 def test_prefix(record, prefix, layout, recompute):
     name = f"prefix_{prefix}_{layout}"
     case, model = record.read(name), record.model(prefix)
-    model.recompute = recompute
+    model.computation = Computation(recompute=recompute)
     loss, logits = call(model, case)
     assert relative_error(logits.detach(), case["logits"]) < TOLERANCE
     assert loss.item() == pytest.approx(record.cases[name]["loss"], rel=TOLERANCE)

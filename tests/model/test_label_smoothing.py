@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers.trainer_pt_utils import LabelSmoother
 
+from glmkern.model.computation import Computation
 from glmkern.model.packing import pack_rows
 from glmkern.training.dataset import Row
 from tests.model.oracles import (
@@ -21,7 +22,7 @@ def test_loss_and_gradient_are_those_of_transformers(epsilon, micro_batches):
     """Packed, with the weights of micro-batches; there padded, a micro-batch at a time."""
     model = small_model()
     twin = diffusers_twin(model)
-    model.label_smoothing = epsilon
+    model.computation = Computation(label_smoothing=epsilon)
     batch = padded_batch([7, 4, 12], 151, "right")
     smoother = LabelSmoother(epsilon)
     expected = 0
@@ -59,7 +60,7 @@ def test_other_precisions(dtype):
     model = small_model(dtype=dtype)
     rows = [Row([1, 2, 3, 4], [-100, 2, 3, 4])]
     plain = model.loss(pack_rows(rows))
-    model.label_smoothing = 0.3
+    model.computation = Computation(label_smoothing=0.3)
     smoothed = model.loss(pack_rows(rows))
     assert smoothed.dtype == plain.dtype
     logits = model(torch.tensor([[1, 2, 3, 4]])).logits.to(torch.float64)

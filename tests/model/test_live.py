@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from glmkern.checkpoint import to_glm_state
+from glmkern.model.computation import Computation
 from tests.model.oracles import (
     SMALL,
     diffusers_twin,
@@ -66,7 +67,7 @@ def test_shapes(shape, projection, side):
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS.keys())
 def test_configurations(variant, recompute):
     model = small_model(variant)
-    model.recompute = recompute
+    model.computation = Computation(recompute=recompute)
     compare(model, padded_batch([7, 3], SMALL["padded_vocab_size"], "right"))
 
 
