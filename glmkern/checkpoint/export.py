@@ -22,7 +22,6 @@ from glmkern.checkpoint.tensor_files import require_new
 from glmkern.errors import InputError
 from glmkern.files.folder import resolve_folder
 from glmkern.model.config import ChatGLMConfig
-from glmkern.model.glm_config import to_glm_config
 
 # Not the modelling code of an official folder, which a native one does not need.
 COMPANIONS = (
@@ -139,6 +138,6 @@ def _config_of(source: Path, base: str | Path | None) -> ChatGLMConfig | None:
 
 def _check_expressible(source: Path, config: ChatGLMConfig) -> None:
     try:
-        to_glm_config(config)
+        config.to_glm_dict()
     except ValueError as error:
         raise InputError(f"{source} has no native form: {error}") from error

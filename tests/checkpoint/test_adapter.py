@@ -24,7 +24,6 @@ from glmkern.checkpoint import (
 from glmkern.checkpoint.adapter import Geometry, rotate_keys
 from glmkern.errors import InputError
 from glmkern.model.config import ChatGLMConfig
-from glmkern.model.glm_config import to_glm_config
 from tests.model.oracles import SMALL, padded_batch, relative_error, small_model
 
 SHAPES = {
@@ -173,7 +172,7 @@ def test_rotation_against_transformers(overrides):
     config = ChatGLMConfig.from_dict(SMALL | overrides)
     tokens = 11
     rows = torch.randn(tokens, config.kv_size)
-    rotary = GlmRotaryEmbedding(GlmConfig(**to_glm_config(config)))
+    rotary = GlmRotaryEmbedding(GlmConfig(**config.to_glm_dict()))
     keys = rows.view(tokens, config.num_layers, 2, config.num_groups, config.kv_channels)[:, :, 0]
     keys = keys.double().flatten(1, 2).unsqueeze(0)  # [1, T, L * G, C]
     cos, sin = rotary(keys, torch.full((1, tokens), tokens))

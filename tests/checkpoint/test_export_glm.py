@@ -22,7 +22,6 @@ from glmkern.checkpoint import (
 )
 from glmkern.errors import InputError
 from glmkern.model.config import ChatGLMConfig
-from glmkern.model.glm_config import to_glm_config
 from tests.model.oracles import SMALL, random_weights, relative_error
 
 QKV = "transformer.encoder.layers.1.self_attention.query_key_value"
@@ -339,7 +338,7 @@ for name, tensor in read_base(back, config):
 
 @pytest.mark.parametrize("name", ["rope_scaling", "rope_parameters"])
 def test_rope_that_is_no_object(name):
-    values = to_glm_config(ChatGLMConfig.from_dict(SMALL)) | {name: [1]}
+    values = ChatGLMConfig.from_dict(SMALL).to_glm_dict() | {name: [1]}
     with pytest.raises(ValueError, match=rf"{name} is \[1\]; it must be an object"):
         ChatGLMConfig.from_dict(values)
 
@@ -350,4 +349,4 @@ def test_the_family_survives_where_only_auto_map_names_it():
         | {"auto_map": {"AutoConfig": "THUDM/chatglm3-6b--configuration_chatglm.ChatGLMConfig"}}
     )
     assert config.family == "chatglm3-6b"
-    assert ChatGLMConfig.from_dict(to_glm_config(config)).family == "chatglm3-6b"
+    assert ChatGLMConfig.from_dict(config.to_glm_dict()).family == "chatglm3-6b"
