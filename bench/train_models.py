@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bench.oracles import relative_error, twin_forward
 from glmkern import ChatGLM, ChatGLMConfig
 from glmkern.checkpoint import expected_shapes
 from glmkern.model.computation import Computation
@@ -129,7 +130,6 @@ def _peft_step(
 
 def _official_step(model: ChatGLM, rows: Sequence[Row], checkpointing: bool) -> Step:
     from bench import peers
-    from tests.model.oracles import twin_forward
 
     ids, labels = padded(rows, None)
     twin = peers.official(model, checkpointing)
@@ -202,7 +202,3 @@ def check_equal_work(steps: dict[str, Step], tolerance: float = TOLERANCE) -> No
                 f"{name} does other work than {OURS}: relative difference of the "
                 f"loss {errors[0]:.1e}, of the prefix gradient {errors[1]:.1e}"
             )
-
-
-def relative_error(a: Tensor, b: Tensor) -> float:
-    return ((a - b).abs().max() / b.abs().max()).item()

@@ -16,7 +16,7 @@ from glmkern.model.packing import IGNORE_INDEX
 from glmkern.plan.work import linear_flops
 from glmkern.tokenizer import ChatGLMTokenizer
 from glmkern.training.dataset import build_training_rows, read_examples
-from tests.model.oracles import small_model
+from tests.model.models import small_model
 
 LENGTHS = {
     "float32": ((0, 11),) * 3,

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import GlmForCausalLM
 from transformers.models.glm.modeling_glm import GlmRotaryEmbedding, apply_rotary_pos_emb
 
+from bench.oracles import relative_error
 from glmkern import ChatGLM
 from glmkern.checkpoint import (
     export_glm,
@@ -24,7 +25,7 @@ from glmkern.checkpoint import (
 from glmkern.checkpoint.adapter import Geometry, rotate_keys
 from glmkern.errors import InputError
 from glmkern.model.config import ChatGLMConfig
-from tests.model.oracles import SMALL, padded_batch, relative_error, small_model
+from tests.model.models import SMALL, padded_batch, small_model
 
 SHAPES = {
     "two groups": {},

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GlmConfig, GlmForCausalLM
 
+from bench.oracles import relative_error
 from glmkern import ChatGLM, cli, ops
 from glmkern.checkpoint import (
     expected_shapes,
@@ -22,7 +23,7 @@ from glmkern.checkpoint import (
 )
 from glmkern.errors import InputError
 from glmkern.model.config import ChatGLMConfig
-from tests.model.oracles import SMALL, random_weights, relative_error
+from tests.model.models import SMALL, random_weights
 
 QKV = "transformer.encoder.layers.1.self_attention.query_key_value"
 SHAPES = {

@@ -17,7 +17,7 @@ from glmkern.files.atomic import write_text
 from glmkern.model.config import ChatGLMConfig
 from glmkern.tokenizer import ChatGLMTokenizer
 from glmkern.training.run_folder import RunFolder
-from tests.model.oracles import SMALL, random_weights
+from tests.model.models import SMALL, random_weights
 
 CONFIG = ChatGLMConfig.from_dict(
     SMALL | dict(num_layers=1, padded_vocab_size=7, hidden_size=6, ffn_hidden_size=4)

@@ -6,12 +6,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from bench.oracles import relative_error
 from glmkern.chatglm import ChatGLM
 from glmkern.checkpoint import quantize_folder, write_base, write_prefix
 from glmkern.errors import InputError
 from glmkern.model.computation import RECOMPUTE, Computation
 from glmkern.model.packing import PackedBatch, pack_rows
-from tests.model.oracles import SMALL, padded_batch, relative_error, small_model
+from tests.model.models import SMALL, padded_batch, small_model
 
 
 def random_rows(lengths):

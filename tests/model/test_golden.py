@@ -6,10 +6,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from bench.oracles import diffusers_twin, relative_error, twin_forward
 from glmkern.model.computation import Computation
 from glmkern.model.config import ChatGLMConfig
 from glmkern.model.rotary import rotary_table
-from tests.model.oracles import diffusers_twin, recorded_model, relative_error, twin_forward
+from tests.model.models import recorded_model
 from tests.ops.numerics import ulp_of_max
 
 TOLERANCE = 1e-5

@@ -4,16 +4,11 @@ import pytest
 import torch
 from transformers.trainer_pt_utils import LabelSmoother
 
+from bench.oracles import diffusers_twin, relative_error, twin_forward
 from glmkern.model.computation import Computation
 from glmkern.model.packing import pack_rows
 from glmkern.training.dataset import Row
-from tests.model.oracles import (
-    diffusers_twin,
-    padded_batch,
-    relative_error,
-    small_model,
-    twin_forward,
-)
+from tests.model.models import padded_batch, small_model
 
 
 @pytest.mark.parametrize("epsilon", [0.1, 0.7])

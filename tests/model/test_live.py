@@ -4,16 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from bench.oracles import diffusers_twin, relative_error, twin_forward
 from glmkern.checkpoint import to_glm_state
 from glmkern.model.computation import Computation
-from tests.model.oracles import (
-    SMALL,
-    diffusers_twin,
-    padded_batch,
-    relative_error,
-    small_model,
-    twin_forward,
-)
+from tests.model.models import SMALL, padded_batch, small_model
 
 TOLERANCE = 1e-5
 SHAPES = {

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 import glmkern
+from bench.oracles import relative_error
 from glmkern import ChatGLM, ChatGLMConfig, ops
 from glmkern.model.computation import Computation
 from glmkern.model.modules import FrozenLinear, frozen
 from glmkern.model.packing import unpad
-from tests.model.oracles import SMALL, padded_batch, random_weights, relative_error, small_model
+from tests.model.models import SMALL, padded_batch, random_weights, small_model
 from tests.ops.numerics import same_bits
 
 TOLERANCE = 1e-5

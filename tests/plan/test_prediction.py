@@ -9,6 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.bench_full_size import PREFIX, PROMPT, RESPONSE, chatglm2_6b
+from bench.oracles import diffusers_twin
 from bench.train_models import OURS, WORKLOADS, make_model
 from glmkern.checkpoint.base import MAPPED_BYTES
 from glmkern.errors import InputError
@@ -38,7 +39,7 @@ from glmkern.training.arguments import (
 )
 from glmkern.training.batching import pack_step
 from glmkern.training.dataset import Row
-from tests.model.oracles import diffusers_twin, small_model
+from tests.model.models import small_model
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RESULTS = REPOSITORY / "bench" / "results"
