@@ -31,7 +31,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bench.harness import RESULTS, seconds_per_round
+from bench.clock import seconds_per_round
+from bench.harness import RESULTS
 from bench.roofline import gemm_probe, machine
 from glmkern import ChatGLM, ChatGLMConfig, ChatGLMTokenizer, demo
 from glmkern.checkpoint import expected_shapes, quantize_folder, write_base

@@ -106,7 +106,7 @@ def as_float32(model: ChatGLM) -> ChatGLM:
     found = copy.deepcopy(model)
     for linear in found.modules():
         if isinstance(linear, FrozenLinear) and linear.weight is None:
-            weight = ops.dequantize(ops.QuantizedWeight(*linear._stored()), torch.float32)
+            weight = ops.dequantize(linear.matrix, torch.float32)
             linear.weight = torch.nn.Parameter(weight, requires_grad=False)
             linear.packed = linear.scale = linear.bits = None
     found.config = replace(found.config, quantization_bit=0)

@@ -36,15 +36,8 @@ import torch
 from torch import Tensor
 
 import glmkern
-from bench.harness import (
-    Work,
-    add_arguments,
-    measure,
-    paired_ratio,
-    results_path,
-    run_as_markdown,
-    seconds_per_round,
-)
+from bench.clock import paired_ratio, seconds_per_round
+from bench.harness import Work, add_arguments, measure, results_path, run_as_markdown
 from bench.roofline import machine
 from glmkern import ops
 

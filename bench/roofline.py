@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from bench.clock import ROUNDS, seconds_per_round
 from glmkern import dispatch
 
 # 24 MB a tensor on a CPU: past the last-level caches of small machines, and below 32 MB, from where
@@ -98,13 +99,11 @@ def _cpu_model() -> str:
 
 
 def main() -> None:
-    from bench.harness import seconds_per_round
-
     device = "cuda" if torch.cuda.is_available() else "cpu"
     probes = [copy_probe(device), gemm_probe(device)]
     copy, gemm = (
         torch.tensor(t).median().item()
-        for t in seconds_per_round([p.call for p in probes], device, rounds=21)
+        for t in seconds_per_round([p.call for p in probes], device, ROUNDS)
     )
     print(", ".join(f"{key} {value}" for key, value in machine(device).items()))
     print(

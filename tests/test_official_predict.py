@@ -11,11 +11,11 @@ import torch
 from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
 from rouge_chinese import Rouge
 
+from bench.oracles import diffusers_twin, twin_forward
 from glmkern import cli
+from glmkern.chatglm import ChatGLM
 from glmkern.checkpoint import read_prefix, write_prefix
-from glmkern.model.chatglm import ChatGLM
 from glmkern.tokenizer import ChatGLMTokenizer
-from tests.model.oracles import diffusers_twin, twin_forward
 from tests.official import command, refused, write_base
 
 PREFIX_LENGTH = 5

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 import glmkern
 from glmkern import cli
 from glmkern.checkpoint import read_prefix
+from glmkern.model.computation import Computation
 from glmkern.training.arguments import ModelArguments
 from glmkern.training.run import load_model
 from tests.official import command, refused, write_base
@@ -288,7 +289,8 @@ def test_model_flags_reach_the_model(base):
         rope_precision="model",
     )
     model = load_model(base, args, torch.device("cpu"), torch.float16)
-    assert (model.prefix_dropout, model.recompute, model.rope_precision) == (0.25, "mlp", "model")
+    assert model.computation == Computation(prefix_dropout=0.25, recompute="mlp")
+    assert model.rope_precision == "model"
     assert model.transformer.output_layer.bits == 8 and model.offload_embedding
     assert model.dtype == torch.float16
     assert model.prefix_encoder.embedding.weight.shape == (3, 16)

@@ -18,7 +18,7 @@ from glmkern.plan.machines import GIB, Machine
 from glmkern.plan.precision import Precision
 from glmkern.plan.run import FirstSteps
 from tests import test_official_run as official_run
-from tests.model.oracles import SMALL, small_model
+from tests.model.models import SMALL, small_model
 from tests.test_official_run import command, refused
 
 REPOSITORY = Path(__file__).resolve().parents[1]

@@ -13,8 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from glmkern.checkpoint.atomic import NewFiles
-from glmkern.checkpoint.files import (
+from glmkern.checkpoint.tensor_files import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     FAMILY,
@@ -24,6 +23,7 @@ from glmkern.checkpoint.files import (
     trained_tensor,
 )
 from glmkern.errors import InputError
+from glmkern.files.atomic import NewFiles
 from glmkern.model.config import ChatGLMConfig
 from glmkern.model.rotary import BASE
 

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import torch
 
-from glmkern.checkpoint.files import read_tensors, require_float, weight_files
 from glmkern.checkpoint.native_glm import LM_HEAD, from_glm_stream, glm_shapes, native_config
 from glmkern.checkpoint.prefix import prefix_name
 from glmkern.checkpoint.shapes import INV_FREQ, SCALE, WEIGHT, expected_shapes, is_linear_weight
+from glmkern.checkpoint.tensor_files import read_tensors, require_float, weight_files
 from glmkern.errors import InputError
 from glmkern.model.config import ChatGLMConfig
 

@@ -7,13 +7,12 @@ from pathlib import Path
 
 import torch
 
-from glmkern.checkpoint.atomic import NewFiles, save_torch
-from glmkern.checkpoint.files import save_safetensors
 from glmkern.checkpoint.native_glm import glm_shapes, to_glm_stream
 from glmkern.checkpoint.shapes import expected_shapes
+from glmkern.checkpoint.tensor_files import save_safetensors, save_torch
 from glmkern.errors import InputError
+from glmkern.files.atomic import NewFiles
 from glmkern.model.config import ChatGLMConfig
-from glmkern.model.glm_config import to_glm_config
 
 SHARD_BYTES = 5_000_000_000
 
@@ -61,7 +60,7 @@ def write_glm(
     Like write_base in all else. Raises ValueError, naming the field, also for a configuration
     that GlmForCausalLM cannot express.
     """
-    values = json.dumps(to_glm_config(config), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    values = json.dumps(config.to_glm_dict(), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     stream = to_glm_stream(tensors, config)
     return _write(
         folder, values, glm_shapes(config), stream, max_shard_bytes, "safetensors", companions

@@ -6,8 +6,7 @@ from pathlib import Path
 import torch
 
 from glmkern.checkpoint.adapter import is_adapter, read_adapter
-from glmkern.checkpoint.atomic import replaced, write_torch
-from glmkern.checkpoint.files import (
+from glmkern.checkpoint.tensor_files import (
     ADAPTER_WEIGHTS,
     FAMILY,
     LAYOUTS,
@@ -16,8 +15,10 @@ from glmkern.checkpoint.files import (
     save_safetensors,
     trained_tensor,
     weight_files,
+    write_torch,
 )
 from glmkern.errors import InputError
+from glmkern.files.atomic import replaced
 from glmkern.model.config import UNKNOWN_FAMILY, ChatGLMConfig
 from glmkern.model.prefix import PrefixEncoder
 

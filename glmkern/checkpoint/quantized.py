@@ -9,10 +9,10 @@ import torch
 from glmkern import ops
 from glmkern.checkpoint.base import read_base
 from glmkern.checkpoint.base_writer import write_base
-from glmkern.checkpoint.files import WEIGHT_SUFFIXES, require_new
-from glmkern.checkpoint.folder import resolve_folder
 from glmkern.checkpoint.shapes import OUTPUT_LAYER, SCALE, WEIGHT, is_linear_weight
+from glmkern.checkpoint.tensor_files import WEIGHT_SUFFIXES, require_new
 from glmkern.errors import InputError
+from glmkern.files.folder import resolve_folder
 from glmkern.model.config import ChatGLMConfig
 
 # Tokenizer, configurations and modelling code of an official folder are far smaller.

@@ -58,8 +58,8 @@ def run(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
     # Imported behind the parser, so that --help needs no torch.
+    from glmkern.chatglm import ChatGLM
     from glmkern.demo.evaluation import evaluate
-    from glmkern.model.chatglm import ChatGLM
     from glmkern.tokenizer import ChatGLMTokenizer
     from glmkern.training.dataset import read_examples
 

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from glmkern.chatglm import ChatGLM
 from glmkern.demo.rouge import rouge_l
-from glmkern.model.chatglm import ChatGLM
 from glmkern.model.packing import pack_rows
 from glmkern.tokenizer import ChatGLMTokenizer
 from glmkern.training.dataset import Example

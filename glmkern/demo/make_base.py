@@ -25,8 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glmkern.checkpoint import from_glm_state, write_base
-from glmkern.checkpoint.atomic import write_text
 from glmkern.demo.corpus import EXTRACTION, pretraining, sample
+from glmkern.files.atomic import write_text
 from glmkern.tokenizer import ChatGLMTokenizer
 from glmkern.training.dataset import IGNORE_INDEX, Example, Row, build_training_rows
 

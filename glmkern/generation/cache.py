@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from glmkern.model.chatglm import ChatGLM
 from glmkern.model.layer import Layer, Pass, kernels
+from glmkern.model.model import ChatGLMModel
 from glmkern.model.packing import PackedBatch
 
 BLOCK = 64  # entries: a cache grows by whole blocks
@@ -21,7 +21,7 @@ class KeyValueCache:
     """
 
     @torch.inference_mode()
-    def __init__(self, model: ChatGLM):
+    def __init__(self, model: ChatGLMModel):
         """An empty cache under the model's current prefix."""
         self.model = model
         self.lens = torch.zeros(0, dtype=torch.int64, device=model.device)
@@ -34,7 +34,7 @@ class KeyValueCache:
         ]
         self._layers: list[Tensor] = []  # [2, rows, room, G, C], keys and values
 
-    def belongs_to(self, model: ChatGLM) -> bool:
+    def belongs_to(self, model: ChatGLMModel) -> bool:
         """Whether it was filled by this model under the prefix that is in use."""
         return self.model is model and self._encoder is model.prefix_encoder
 

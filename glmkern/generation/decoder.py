@@ -9,7 +9,7 @@ from torch import Tensor
 
 from glmkern.generation.cache import KeyValueCache
 from glmkern.generation.sampling import LogitsProcessor, Sampling, penalize_repetition
-from glmkern.model.chatglm import ChatGLM
+from glmkern.model.model import ChatGLMModel
 
 
 class Prompts(NamedTuple):
@@ -30,7 +30,7 @@ class Decoder:
     ended leave the running batch.
     """
 
-    model: ChatGLM
+    model: ChatGLMModel
     cache: KeyValueCache
     sampling: Sampling
     repetition_penalty: float

@@ -11,12 +11,12 @@ from glmkern.generation.beams import BeamSearch
 from glmkern.generation.cache import KeyValueCache
 from glmkern.generation.decoder import Decoder, Prompts
 from glmkern.generation.sampling import LogitsProcessor, Sampling
-from glmkern.model.chatglm import ChatGLM
+from glmkern.model.model import ChatGLMModel
 from glmkern.model.packing import unpad
 
 
 def generate(
-    model: ChatGLM,
+    model: ChatGLMModel,
     input_ids: Tensor,
     attention_mask: Tensor | None = None,
     *,
@@ -62,7 +62,7 @@ def generate(
 
 
 def stream_generate(
-    model: ChatGLM,
+    model: ChatGLMModel,
     input_ids: Tensor,
     attention_mask: Tensor | None = None,
     *,
@@ -98,7 +98,7 @@ def stream_generate(
 
 
 def make_decoder(
-    model: ChatGLM,
+    model: ChatGLMModel,
     cache: KeyValueCache,
     *,
     do_sample: bool = False,
@@ -151,7 +151,7 @@ def make_decoder(
 
 
 def _limit(
-    model: ChatGLM, input_ids: Tensor, max_length: int | None, max_new_tokens: int | None
+    model: ChatGLMModel, input_ids: Tensor, max_length: int | None, max_new_tokens: int | None
 ) -> int:
     if max_new_tokens is not None:
         return input_ids.shape[-1] + max_new_tokens

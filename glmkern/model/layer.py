@@ -17,7 +17,6 @@ from glmkern import ops  # noqa: F401 (registers torch.ops.glmkern)
 from glmkern.model.config import ChatGLMConfig
 from glmkern.model.modules import FrozenLinear, FrozenNorm
 
-RECOMPUTE = ("none", "mlp", "layer")
 # Where a layer drops: elements of the prefix, of the attention's output, of the MLP's output.
 PREFIX_SITE, ATTENTION_SITE, MLP_SITE = range(SITES := 3)
 

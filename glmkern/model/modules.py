@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from glmkern import ops
 from glmkern.model.config import ChatGLMConfig
+from glmkern.ops.quant_linear import as_stored
 
 kernels = torch.ops.glmkern
 
@@ -13,7 +14,8 @@ kernels = torch.ops.glmkern
 class FrozenLinear(nn.Module):
     """A linear layer whose weight [out, in] never gets a gradient.
 
-    The weight is `weight`, or codes: `packed`, `scale` and `bits` (ops.QuantizedWeight).
+    The weight is dense, `weight`, or quantised: `packed`, `scale` and `bits` of an
+    ops.QuantizedWeight. The other kind is None.
     """
 
     def __init__(self, inputs: int, outputs: int, bias: bool):
@@ -56,13 +58,13 @@ class FrozenLinear(nn.Module):
         """[T, in] -> [T, out]."""
         bias = self.bias if with_bias else None
         if self._has_kernel(x):
-            return kernels.quant_linear_fwd(x.contiguous(), *self._stored(), bias)
+            return kernels.quant_linear_fwd(x.contiguous(), *as_stored(self.matrix), bias)
         return F.linear(x, self.weight, bias)
 
     def project_back(self, dy: Tensor) -> Tensor:
         """The gradient of the input: [T, out] -> [T, in]."""
         if self._has_kernel(dy):
-            return kernels.quant_linear_bwd(dy.contiguous(), *self._stored())
+            return kernels.quant_linear_bwd(dy.contiguous(), *as_stored(self.matrix))
         return dy @ self.weight
 
     def _has_kernel(self, x: Tensor) -> bool:
@@ -72,12 +74,6 @@ class FrozenLinear(nn.Module):
         if self.weight is None or self.weight.dtype != x.dtype:
             return True
         return x.device.type == "cpu" and x.dtype == torch.float32
-
-    def _stored(self) -> tuple[Tensor, Tensor | None, int]:
-        """The weight as quant_linear takes it."""
-        if self.weight is None:
-            return self.packed, self.scale, self.bits
-        return self.weight, None, 8 * self.weight.element_size()
 
 
 class FrozenNorm(nn.Module):

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from glmkern.model.computation import RECOMPUTE
 from glmkern.model.config import ChatGLMConfig
-from glmkern.model.layer import RECOMPUTE
 from glmkern.model.packing import Row
 from glmkern.plan.machines import GIB, OPTIMISER, Machine
 from glmkern.plan.memory import (

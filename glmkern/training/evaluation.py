@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 import torch
 from tqdm import tqdm
 
+from glmkern.chatglm import ChatGLM
 from glmkern.errors import TrainingError
-from glmkern.model.chatglm import ChatGLM
 from glmkern.tokenizer import ChatGLMTokenizer
 from glmkern.training.arguments import Arguments
 from glmkern.training.batching import Pack, pack_step, token_budget

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
+from glmkern.chatglm import ChatGLM
 from glmkern.errors import InputError, TrainingError
-from glmkern.model.chatglm import ChatGLM
 from glmkern.model.config import ChatGLMConfig
 from glmkern.tokenizer import ChatGLMTokenizer
 from glmkern.training.arguments import Arguments

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from glmkern.checkpoint.atomic import writing
+from glmkern.files.atomic import writing
 from glmkern.training.state import TrainerState
 
 GIB = 2**30

@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from glmkern.checkpoint.atomic import replaced
 from glmkern.errors import InputError
+from glmkern.files.atomic import replaced
 from glmkern.training.arguments import TrainingArguments
 
 LOSS_CURVE = "training_loss.png"

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from glmkern.checkpoint import read_prefix, write_prefix
-from glmkern.checkpoint.atomic import write_text, write_torch
+from glmkern.checkpoint.tensor_files import write_torch
 from glmkern.errors import InputError
+from glmkern.files.atomic import write_text
 from glmkern.model.packing import Row
 from glmkern.training.seeding import rng_state, set_rng_state
 from glmkern.training.state import TrainerState

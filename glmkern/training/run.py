@@ -8,16 +8,12 @@ from pathlib import Path
 import torch
 
 from glmkern import __version__
-from glmkern.checkpoint import (
-    check_bits,
-    describe_prefix,
-    read_prefix,
-    resolve_folder,
-    write_prefix,
-)
-from glmkern.checkpoint.atomic import write_text
+from glmkern.chatglm import ChatGLM
+from glmkern.checkpoint import check_bits, describe_prefix, read_prefix, write_prefix
 from glmkern.errors import InputError
-from glmkern.model.chatglm import ChatGLM
+from glmkern.files.atomic import write_text
+from glmkern.files.folder import resolve_folder
+from glmkern.model.computation import Computation
 from glmkern.model.config import ChatGLMConfig
 from glmkern.plan.prediction import Prediction
 from glmkern.plan.run import FirstSteps, predict_run
@@ -111,7 +107,9 @@ def _run(
             budgets = world.gather("tokens of a pack", str(prediction.job.budget))
             arguments = with_tokens_per_pack(arguments, min(budgets, key=int))
         model = load_model(base, arguments.model, device, dtype, mapped=world.size > 1)
-        model.label_smoothing = training_args.label_smoothing_factor
+        model.computation = replace(
+            model.computation, label_smoothing=training_args.label_smoothing_factor
+        )
     except ValueError as error:  # a configuration or combination of flags that is not supported
         raise InputError(str(error)) from error
 
@@ -274,7 +272,7 @@ def load_model(
 ) -> ChatGLM:
     """The frozen base with its prefix, fresh or from --ptuning_checkpoint; `mapped`: see
     ChatGLM.from_pretrained."""
-    model = ChatGLM.from_pretrained(
+    return ChatGLM.from_pretrained(
         folder,
         device=device,
         dtype=dtype,
@@ -286,10 +284,8 @@ def load_model(
         output_layer_bit=args.output_layer_bit,
         offload_embedding=args.offload_embedding,
         mapped=mapped,
+        computation=Computation(args.prefix_dropout, args.recompute),
     )
-    model.prefix_dropout = args.prefix_dropout
-    model.recompute = args.recompute
-    return model
 
 
 def check_vocabulary(tokenizer: ChatGLMTokenizer, config: ChatGLMConfig) -> None:

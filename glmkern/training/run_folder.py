@@ -8,8 +8,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from glmkern.checkpoint.atomic import write_text, writing
 from glmkern.errors import InputError
+from glmkern.files.atomic import write_text, writing
 from glmkern.training.state import TrainerState
 
 CHECKPOINT = "checkpoint-"

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from glmkern.chatglm import ChatGLM
 from glmkern.checkpoint import read_prefix
-from glmkern.checkpoint.atomic import write_text
-from glmkern.model.chatglm import ChatGLM
+from glmkern.files.atomic import write_text
 from glmkern.tokenizer import ChatGLMTokenizer
 from glmkern.training.arguments import Arguments
 from glmkern.training.dataset import Example, build_evaluation_rows

@@ -50,8 +50,9 @@ def plan(arguments: Arguments, gpu: str | None = None) -> list[str]:
     """The lines of the plan; InputError for flags a run would refuse, or an unknown GPU."""
     import torch
 
-    from glmkern.checkpoint import check_bits, resolve_folder
+    from glmkern.checkpoint import check_bits
     from glmkern.errors import InputError
+    from glmkern.files.folder import resolve_folder
     from glmkern.model.config import ChatGLMConfig
     from glmkern.plan.machines import named_gpu, this_machine
     from glmkern.plan.precision import Precision

@@ -10,12 +10,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench import bench_train, train_models
 from bench.train_models import ADVERTISEGEN_ROWS, OFFICIAL, OURS, WORKLOADS, Workload
 from glmkern import ChatGLMConfig
+from glmkern.model.computation import Computation
 from glmkern.model.modules import FrozenLinear
 from glmkern.model.packing import IGNORE_INDEX
 from glmkern.plan.work import linear_flops
 from glmkern.tokenizer import ChatGLMTokenizer
 from glmkern.training.dataset import build_training_rows, read_examples
-from tests.model.oracles import small_model
+from tests.model.models import small_model
 
 LENGTHS = {
     "float32": ((0, 11),) * 3,
@@ -28,7 +29,7 @@ LENGTHS = {
 def model():
     # 4 bits pack two columns in a byte, so no width is odd.
     model = small_model(dict(kv_channels=16, ffn_hidden_size=38, seq_length=256), pre_seq_len=7)
-    model.prefix_dropout = 0.0
+    model.computation = Computation(prefix_dropout=0.0)
     return model.train()
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from glmkern import ChatGLM
-from tests.model.oracles import SMALL, small_model
+from tests.model.models import SMALL, small_model
 
 POSITIONS = 300
 TALKATIVE: dict[str, Any] = SMALL | dict(

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from glmkern import ChatGLMTokenizer
-from glmkern.chat import process_response
 from glmkern.generation import KeyValueCache
+from glmkern.generation.chat import process_response
 from tests.chat.models import HISTORY, POSITIONS, chat_model
 from tests.generation.oracles import Recorder, glm_twin
 

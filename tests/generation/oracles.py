@@ -5,7 +5,7 @@ from transformers import GlmConfig, GlmForCausalLM
 
 from glmkern import ChatGLM
 from glmkern.checkpoint import to_glm_state
-from tests.model.oracles import SMALL, padded_batch
+from tests.model.models import SMALL, padded_batch
 
 
 class Recorder:

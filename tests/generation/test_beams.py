@@ -15,7 +15,7 @@ from glmkern.generation.beams import BeamSearch, Search
 from glmkern.generation.cache import KeyValueCache
 from glmkern.generation.decoding import make_decoder, read_prompts
 from tests.generation.oracles import Recorder, cut_after_end, glm_twin, prompts
-from tests.model.oracles import recorded_model, small_model
+from tests.model.models import recorded_model, small_model
 
 
 def search(model, ids, mask, num_beams, max_length, **options):

@@ -6,11 +6,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from bench.oracles import relative_error
+from glmkern.chatglm import ChatGLM
 from glmkern.checkpoint import quantize_folder, write_base, write_prefix
 from glmkern.errors import InputError
-from glmkern.model.chatglm import ChatGLM
+from glmkern.model.computation import RECOMPUTE, Computation
 from glmkern.model.packing import PackedBatch, pack_rows
-from tests.model.oracles import SMALL, padded_batch, relative_error, small_model
+from tests.model.models import SMALL, padded_batch, small_model
 
 
 def random_rows(lengths):
@@ -47,7 +49,7 @@ def test_packing_changes_neither_masks_nor_gradient(recompute):
     """In float64, where a mask that moved could not hide behind rounding."""
     model = small_model(dict(hidden_dropout=0.2), dtype=torch.float64).train()
     model.prefix_encoder.double()
-    model.recompute = recompute
+    model.computation = Computation(recompute=recompute)
     rows = random_rows([6, 3, 11, 8])
     labelled = [sum(x != -100 for x in row.labels[1:]) for row in rows]
     weights = [1 / (4 * n) for n in labelled]
@@ -73,7 +75,8 @@ def test_recompute_trades_memory_for_the_same_bits():
         saved[-1][tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    for model.recompute in ("none", "mlp", "layer"):
+    for recompute in RECOMPUTE:
+        model.computation = Computation(recompute=recompute)
         saved.append({})
         with torch.autograd.graph.saved_tensors_hooks(size, lambda tensor: tensor):
             gradients.append(gradient(model, lambda: model.loss(batch, 5, 1)))
@@ -220,10 +223,8 @@ def test_values_must_be_one_a_row_or_token(arguments, sentence):
 
 
 def test_unknown_recompute():
-    model = small_model()
-    model.recompute = "all"
     with pytest.raises(ValueError, match="recompute must be one of none, mlp, layer, not 'all'"):
-        model.loss(pack_rows(random_rows([3])))
+        Computation(recompute="all")
 
 
 @pytest.fixture

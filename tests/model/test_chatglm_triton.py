@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 import glmkern
+from bench.oracles import relative_error
 from glmkern import ChatGLM
 from glmkern.model.packing import unpad
-from tests.model.oracles import padded_batch, relative_error, small_model
+from tests.model.models import padded_batch, small_model
 from tests.ops.numerics import same_bits
 
 LENGTHS = [7, 1, 12]

@@ -10,7 +10,7 @@ from glmkern.checkpoint import write_prefix
 from glmkern.checkpoint.adapter import write_adapter
 from glmkern.errors import InputError
 from glmkern.model.prefix import PrefixEncoder
-from tests.model.oracles import small_model
+from tests.model.models import small_model
 
 
 def test_prefixes_by_name(tmp_path):

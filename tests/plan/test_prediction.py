@@ -9,9 +9,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.bench_full_size import PREFIX, PROMPT, RESPONSE, chatglm2_6b
+from bench.oracles import diffusers_twin
 from bench.train_models import OURS, WORKLOADS, make_model
 from glmkern.checkpoint.base import MAPPED_BYTES
 from glmkern.errors import InputError
+from glmkern.model.computation import Computation
 from glmkern.model.packing import pack_rows
 from glmkern.plan import machines
 from glmkern.plan import run as plan_run
@@ -37,7 +39,7 @@ from glmkern.training.arguments import (
 )
 from glmkern.training.batching import pack_step
 from glmkern.training.dataset import Row
-from tests.model.oracles import diffusers_twin, small_model
+from tests.model.models import small_model
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RESULTS = REPOSITORY / "bench" / "results"
@@ -166,7 +168,7 @@ def test_prefix_parameters(projection):
 @pytest.mark.parametrize("recompute", ["none", "mlp", "layer"])
 def test_saved_bytes_are_what_autograd_keeps(recompute):
     model = small_model({"num_layers": 6}).train()
-    model.recompute = recompute
+    model.computation = Computation(recompute=recompute)
     made = random_rows(4, 40, model.config.padded_vocab_size)
     weights = {p.data_ptr() for p in [*model.parameters(), model.cos_sin]}
     kept = {}

@@ -21,7 +21,7 @@ from glmkern.training.distributed import join_world
 from glmkern.training.resume import find_checkpoint
 from glmkern.training.run_folder import RunFolder
 from glmkern.training.trainer import Trainer
-from tests.model.oracles import small_model
+from tests.model.models import small_model
 from tests.training.stand_in import IGNORED, arguments
 
 CPU = torch.device("cpu")

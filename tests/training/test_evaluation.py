@@ -10,7 +10,7 @@ from glmkern.tokenizer import ChatGLMTokenizer
 from glmkern.training.dataset import Example, Examples
 from glmkern.training.evaluation import Evaluation, EvaluationData
 from glmkern.training.prediction import Decoding, PredictionFile
-from tests.model.oracles import small_model
+from tests.model.models import small_model
 
 
 @pytest.fixture(scope="module")

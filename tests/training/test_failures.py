@@ -9,7 +9,7 @@ from glmkern.errors import TrainingError
 from glmkern.training.failures import where_the_gradient_fails
 from glmkern.training.run_folder import RunFolder
 from glmkern.training.trainer import Trainer
-from tests.model.oracles import small_model
+from tests.model.models import small_model
 from tests.training.children import random_rows
 from tests.training.stand_in import arguments
 

@@ -11,9 +11,10 @@ import torch
 from safetensors.torch import load_file
 from torch.utils.data import SequentialSampler
 
+from glmkern.chatglm import ChatGLM
 from glmkern.checkpoint import expected_shapes
 from glmkern.errors import TrainingError
-from glmkern.model.chatglm import ChatGLM
+from glmkern.model.computation import Computation
 from glmkern.model.config import ChatGLMConfig
 from glmkern.training.dataset import Row
 from glmkern.training.run_folder import RunFolder
@@ -27,7 +28,7 @@ def follow(golden, tiny, rows, recorded: str, projection: bool, **flags):
     name = f"train_{recorded}_adamw_{'proj' if projection else 'noproj'}"
     case = json.loads((golden / "chatglm2_tiny" / "cases.json").read_text())[name]
     model = tiny(projection)
-    model.prefix_dropout = 0.0
+    model.computation = Computation(prefix_dropout=0.0)
     trainer = Recorder(
         model,
         rows,

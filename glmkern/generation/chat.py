@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from glmkern.generation import KeyValueCache, generate, stream_generate
+from glmkern.generation.cache import KeyValueCache
+from glmkern.generation.decoding import generate, stream_generate
 from glmkern.generation.sampling import LogitsProcessor, replace_invalid_scores
-from glmkern.model.chatglm import ChatGLM
+from glmkern.model.model import ChatGLMModel
 from glmkern.tokenizer import ChatGLMTokenizer
 
 # ChatGLM2: rounds of (query, response). ChatGLM3: messages with "role", "content" and "metadata".
@@ -17,7 +18,7 @@ History = Sequence[tuple[str, str]] | Sequence[dict[str, str]]
 
 
 def chat(
-    model: ChatGLM,
+    model: ChatGLMModel,
     tokenizer: ChatGLMTokenizer,
     query: str,
     history: History | None = None,
@@ -68,7 +69,7 @@ def chat(
 
 
 def stream_chat(
-    model: ChatGLM,
+    model: ChatGLMModel,
     tokenizer: ChatGLMTokenizer,
     query: str,
     history: History | None = None,
@@ -187,7 +188,7 @@ def _dialogue(
     return _Rounds(tokenizer, query, history)
 
 
-def _limit(model: ChatGLM, prompt: Tensor, max_length: int, past: int = 0) -> int:
+def _limit(model: ChatGLMModel, prompt: Tensor, max_length: int, past: int = 0) -> int:
     """max_length for generate(), which does not count what the cache holds."""
     limit = min(max_length, model.config.seq_length) - past
     if limit <= prompt.shape[1]:

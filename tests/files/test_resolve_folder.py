@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from glmkern.checkpoint import resolve_folder
 from glmkern.errors import InputError
+from glmkern.files.folder import resolve_folder
 
 
 @pytest.fixture
@@ -184,7 +184,7 @@ def test_a_path_that_does_not_exist(home, name):
 def test_resolving_does_not_import_torch(tmp_path):
     folder = make_model(tmp_path / "model")
     program = (
-        "import sys; from glmkern.checkpoint import resolve_folder;"
+        "import sys; from glmkern.files.folder import resolve_folder;"
         f"resolve_folder({str(folder)!r}); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", program], check=True)

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from glmkern.checkpoint.atomic import replaced, write_text, write_torch
+from glmkern.checkpoint.tensor_files import write_torch
 from glmkern.errors import InputError
+from glmkern.files.atomic import replaced, write_text
 
 
 def names(folder: Path) -> list[str]:
@@ -64,20 +65,20 @@ def test_the_new_name_appears_only_at_the_end(tmp_path):
 
 KILLED_BEFORE_RENAME = """
 import os, sys
-from glmkern.checkpoint import atomic
+from glmkern.files import atomic
 atomic.os.replace = lambda *names: os._exit(9)
 atomic.write_text(sys.argv[1], "new")
 """
 KILLED_WHILE_WRITING = """
 import os, sys
-from glmkern.checkpoint.atomic import replaced
+from glmkern.files.atomic import replaced
 with replaced(sys.argv[1]) as temporary:
     temporary.write_text("half of the ne")
     os.kill(os.getpid(), 9)
 """
 KILLED_AFTER_RENAME = """
 import os, sys
-from glmkern.checkpoint import atomic
+from glmkern.files import atomic
 rename = os.replace
 atomic.os.replace = lambda *names: (rename(*names), os._exit(9))
 atomic.write_text(sys.argv[1], "new")
@@ -145,7 +146,8 @@ def test_a_file_in_the_place_of_the_folder(tmp_path):
 
 FULL_DISK = f"""
 import resource, sys
-from glmkern.checkpoint.atomic import write_text, write_torch
+from glmkern.checkpoint.tensor_files import write_torch
+from glmkern.files.atomic import write_text
 from glmkern.errors import InputError
 resource.setrlimit({resource.RLIMIT_FSIZE}, (10_000, 10_000))
 try:

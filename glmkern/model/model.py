@@ -1,26 +1,21 @@
 """ChatGLM2 with a frozen base and a trained prefix, over packed tokens."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import replace
-from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from glmkern import ops
+from glmkern.model.computation import Computation
 from glmkern.model.config import ChatGLMConfig
-from glmkern.model.layer import RECOMPUTE, Layer, Pass, dropout_seeds
+from glmkern.model.layer import Layer, Pass, dropout_seeds
 from glmkern.model.modules import FrozenLinear, FrozenNorm, frozen, kept_dtype
 from glmkern.model.packing import IGNORE_INDEX, PackedBatch, unpad
-from glmkern.model.prefix import PrefixEncoder, PrefixSwitch
+from glmkern.model.prefix import PrefixEncoder
 from glmkern.model.rotary import rotary_table
 
-if TYPE_CHECKING:
-    from glmkern.generation import KeyValueCache
-    from glmkern.tokenizer import ChatGLMTokenizer, History
-
-PREFIX_DROPOUT = 0.1
 _LAYERS = "transformer.encoder.layers"
 
 
@@ -31,16 +26,16 @@ class ModelOutput(NamedTuple):
     logits: Tensor
 
 
-class ChatGLM(PrefixSwitch, nn.Module):
-    """The model. Its state_dict has the official names, `transformer.…`; that of a quantised linear
-    has `packed` and `scale` in place of the official `weight` and `weight_scale`.
+class ChatGLMModel(nn.Module):
+    """Weights, forward pass and loss.
+
+    The state_dict has the official names, `transformer.…`; that of a quantised linear has `packed`
+    and `scale` in place of the official `weight` and `weight_scale`.
 
     Attributes:
         config: ChatGLMConfig.
         transformer: the weights; all of them frozen but `transformer.prefix_encoder`.
-        prefix_dropout: probability of dropping an element of the prefix in training mode.
-        recompute: "none", "mlp" or "layer": what the backward pass computes again to save memory.
-        label_smoothing: of `loss`; see ops.linear_cross_entropy.
+        computation: Computation, the settings of `loss`; may be replaced between two calls.
     """
 
     def __init__(
@@ -51,109 +46,20 @@ class ChatGLM(PrefixSwitch, nn.Module):
         prefix_projection: bool = False,
         rope_precision: str = "float32",
         offload_embedding: bool = False,
+        computation: Computation | None = None,
     ):
-        """Builds the modules without weights; from_pretrained and load_base fill them."""
+        """Builds the modules without weights, which load_base fills."""
         super().__init__()
         # The copy checks the configuration together with the prefix.
         config = replace(config, pre_seq_len=pre_seq_len, prefix_projection=prefix_projection)
         self.config = config
         self.rope_precision = rope_precision
         self.offload_embedding = offload_embedding
-        self.prefix_dropout = PREFIX_DROPOUT
-        self.recompute = "none"
-        self.label_smoothing = 0.0
+        self.computation = computation or Computation()
         self.transformer = _Transformer(config)
         if pre_seq_len is not None:
             self.transformer.prefix_encoder = PrefixEncoder(config, pre_seq_len, prefix_projection)
-        self.begin_prefixes()
         self.register_buffer("cos_sin", None, persistent=False)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        path: str | Path,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        quantization_bit: int | None = None,
-        pre_seq_len: int | None = None,
-        prefix_projection: bool = False,
-        prefix_checkpoint: str | Path | None = None,
-        rope_precision: str = "float32",
-        output_layer_bit: int | None = None,
-        offload_embedding: bool = False,
-        mapped: bool = False,
-    ) -> "ChatGLM":
-        """Reads a model in the official or the native layout, tensor by tensor.
-
-        Args:
-            path: a local folder, or a name such as THUDM/chatglm2-6b that is in a local cache.
-            device: where to put it; None: the GPU if torch sees one, else the CPU.
-            dtype: of activations and weights; None: float32 on the CPU, else config.torch_dtype.
-                On the CPU a float32 model keeps embedding, linears and output layer in half
-                precision where they are stored so; the results are those of float32 copies.
-            quantization_bit: 4 or 8 quantises the layers' linears as they are read, to the
-                official codes and scales; None or 0: as the folder has them.
-            pre_seq_len: prefix tokens, P; None: those of the trained prefix that config.pre_seq_len
-                says the folder holds, or no prefix.
-            prefix_projection: the prefix goes through a two-layer MLP.
-            prefix_checkpoint: a trained prefix, file or folder, or a PEFT adapter of one.
-            rope_precision: "float32", or "model" for the official rounding (see rotary.py).
-            output_layer_bit: 8 quantises the output layer too, one scale a token of the
-                vocabulary; None or 0: as the folder has it.
-            offload_embedding: keep the embedding in host memory and send the GPU only the rows
-                that a batch needs; on the CPU it is there anyway.
-            mapped: on the CPU use weights that are stored as they are needed where the system maps
-                the files, so that all processes of the machine share one copy. The files must stay
-                as they are while the model lives.
-
-        Raises:
-            InputError: the folder or the prefix is missing, broken or does not fit.
-            ValueError: the configuration or an argument is not supported.
-        """
-        from glmkern.checkpoint import (
-            check_bits,
-            check_family,
-            check_prefix,
-            quantize_stream,
-            read_base,
-            read_prefix,
-            resolve_folder,
-        )
-
-        folder = resolve_folder(path)
-        config = ChatGLMConfig.from_pretrained(folder)
-        if quantization_bit:
-            check_bits(folder, config, quantization_bit)
-            config = replace(config, quantization_bit=quantization_bit)
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        if dtype is None:
-            dtype = torch.float32 if device.type == "cpu" else config.dtype
-        config.check_dtype(dtype)
-        if pre_seq_len is None and config.pre_seq_len is not None:
-            pre_seq_len = config.pre_seq_len
-            prefix_projection = prefix_projection or config.prefix_projection
-            prefix_checkpoint = prefix_checkpoint or folder
-        prefix_state = None
-        if prefix_checkpoint is not None:
-            prefix_state = read_prefix(prefix_checkpoint, config)
-            check_family(prefix_checkpoint, config)
-            if pre_seq_len is None:
-                pre_seq_len = len(prefix_state["embedding.weight"])
-            check_prefix(prefix_state, config, pre_seq_len, prefix_projection, prefix_checkpoint)
-        model = cls(
-            config,
-            pre_seq_len=pre_seq_len,
-            prefix_projection=prefix_projection,
-            rope_precision=rope_precision,
-            offload_embedding=offload_embedding,
-        )
-        if output_layer_bit not in (None, 0, 8):
-            raise ValueError(f"output_layer_bit must be 8 or None, not {output_layer_bit}")
-        tensors = quantize_stream(read_base(folder, config), quantization_bit, output_layer_bit)
-        model.load_base(tensors, dtype, device, copy=not mapped)
-        if prefix_state is not None:
-            model.prefix_encoder.load_state_dict(prefix_state)
-        return model
 
     def load_base(
         self,
@@ -180,7 +86,7 @@ class ChatGLM(PrefixSwitch, nn.Module):
             self.prefix_encoder.to(device)
         self.cos_sin = rotary_table(self.config, dtype, self.rope_precision, device)
 
-    def quantize(self, bits: int) -> "ChatGLM":
+    def quantize(self, bits: int) -> "ChatGLMModel":
         """Replaces the weights of every layer's four linears by codes of 4 or 8 bits, one linear
         at a time and for good; embedding, norms, output layer and prefix stay as they are.
 
@@ -214,6 +120,11 @@ class ChatGLM(PrefixSwitch, nn.Module):
             linear.quantize_(bits)
         self.config = replace(self.config, quantization_bit=bits)
         return self
+
+    @property
+    def prefix_encoder(self) -> PrefixEncoder | None:
+        """The trained part, or None for the plain base."""
+        return self.transformer.prefix_encoder
 
     @property
     def dtype(self) -> torch.dtype:
@@ -288,57 +199,16 @@ class ChatGLM(PrefixSwitch, nn.Module):
                 batch.labels,
                 token_weight=batch.token_weight,
                 ignore_index=IGNORE_INDEX,
-                label_smoothing=self.label_smoothing,
+                label_smoothing=self.computation.label_smoothing,
             )
-
-    def generate(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, **options
-    ) -> Tensor:
-        """Continues a left-padded batch of prompts; see glmkern.generation.generate."""
-        from glmkern.generation import generate
-
-        return generate(self, input_ids, attention_mask, **options)
 
     def _placed(self, batch: PackedBatch) -> PackedBatch:
         """The batch on the model's device, token ids where the embedding is."""
         place = self.transformer.embedding.word_embeddings.weight.device
         return replace(batch.to(self.device), input_ids=batch.input_ids.to(place))
 
-    def stream_generate(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, **options
-    ) -> Iterator[Tensor]:
-        """The ids so far after every step; see glmkern.generation.stream_generate."""
-        from glmkern.generation import stream_generate
-
-        return stream_generate(self, input_ids, attention_mask, **options)
-
-    def chat(
-        self, tokenizer: "ChatGLMTokenizer", query: str, history: "History | None" = None, **options
-    ) -> tuple[str, list[tuple[str, str]]]:
-        """The reply to `query` and the history with this round; see glmkern.chat.chat."""
-        from glmkern.chat import chat
-
-        return chat(self, tokenizer, query, history, **options)
-
-    def stream_chat(
-        self,
-        tokenizer: "ChatGLMTokenizer",
-        query: str,
-        history: "History | None" = None,
-        past_key_values: "KeyValueCache | None" = None,
-        **options,
-    ) -> Iterator[tuple]:
-        """chat() as the reply grows; see glmkern.chat.stream_chat."""
-        from glmkern.chat import stream_chat
-
-        return stream_chat(self, tokenizer, query, history, past_key_values, **options)
-
     def _hidden(self, batch: PackedBatch, dropout_offset: int, seed: int) -> Tensor:
         """[T, H] behind the final norm, in training mode with dropout."""
-        if self.recompute not in RECOMPUTE:
-            raise ValueError(
-                f"recompute must be one of {', '.join(RECOMPUTE)}, not {self.recompute!r}"
-            )
         drops_prefix = self.training and self.prefix_encoder is not None
         seeds = None
         if self.training:
@@ -349,8 +219,8 @@ class ChatGLM(PrefixSwitch, nn.Module):
             batch.cu_seqlens,
             batch.sequence_ids,
             seeds,
-            recompute=self.recompute,
-            prefix_dropout=self.prefix_dropout if drops_prefix else 0.0,
+            recompute=self.computation.recompute,
+            prefix_dropout=self.computation.prefix_dropout if drops_prefix else 0.0,
             hidden_dropout=self.config.hidden_dropout if self.training else 0.0,
         )
         prefix = self.prefix()

@@ -6,7 +6,6 @@ import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from glmkern.errors import InputError
 
@@ -99,27 +98,6 @@ def write_text(path: str | Path, text: str) -> None:
     """Replace `path` by `text` in UTF-8, atomically."""
     with replaced(path) as temporary:
         temporary.write_text(text, encoding="utf-8", newline="\n")
-
-
-def write_torch(path: str | Path, obj: Any) -> None:
-    """Replace `path` by torch.save's zip format, atomically; same object, same bytes."""
-    with replaced(path) as temporary:
-        save_torch(obj, temporary)
-
-
-def save_torch(obj: Any, path: Path) -> None:
-    """torch.save over an existing file; OSError where the disk is full."""
-    import torch
-
-    # Through a file object: given a path, torch.save writes the temporary name into the archive.
-    with path.open("wb") as file:
-        try:
-            torch.save(obj, file)
-        except RuntimeError as error:
-            # A full disk reaches us as a RuntimeError raised while the OSError was handled.
-            if isinstance(error.__context__, OSError):
-                raise error.__context__ from None
-            raise
 
 
 def _flush(path: Path) -> None:

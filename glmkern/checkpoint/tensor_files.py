@@ -5,13 +5,15 @@ import os
 import pickle
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from glmkern.checkpoint.folder import refuse_lfs_pointer
 from glmkern.errors import InputError
+from glmkern.files.atomic import replaced
+from glmkern.files.folder import refuse_lfs_pointer
 
 WEIGHT_SUFFIXES = (".bin", ".safetensors")
 # In the order transformers looks for them.
@@ -106,6 +108,25 @@ def save_safetensors(
         save_file(tensors, path, metadata={"format": "pt", **(metadata or {})})
     except SafetensorError as error:
         raise OSError(str(error)) from error
+
+
+def write_torch(path: str | Path, obj: Any) -> None:
+    """Replace `path` by torch.save's zip format, atomically; same object, same bytes."""
+    with replaced(path) as temporary:
+        save_torch(obj, temporary)
+
+
+def save_torch(obj: Any, path: Path) -> None:
+    """torch.save over an existing file; OSError where the disk is full."""
+    # Through a file object: given a path, torch.save writes the temporary name into the archive.
+    with path.open("wb") as file:
+        try:
+            torch.save(obj, file)
+        except RuntimeError as error:
+            # A full disk reaches us as a RuntimeError raised while the OSError was handled.
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
 def require_new(target: Path) -> None:
