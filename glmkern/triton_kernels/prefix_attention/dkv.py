@@ -13,7 +13,7 @@ from torch import Tensor
 
 from glmkern.triton_kernels import philox
 from glmkern.triton_kernels.launch import launch
-from glmkern.triton_kernels.prefix_attention_shared import (
+from glmkern.triton_kernels.prefix_attention.shared import (
     AttentionTile,
     Prefix,
     block_of_channels,
