@@ -11,7 +11,7 @@ from glmkern import ops
 from glmkern.ops.philox import keep_mask
 from glmkern.triton_kernels import prefix_attention as kernels
 from glmkern.triton_kernels import tiles
-from glmkern.triton_kernels.prefix_attention import backward, decode, dkv, forward, shared
+from glmkern.triton_kernels.prefix_attention import backward, decode, dkv, dprefix, forward, shared
 from tests.ops.numerics import HALF_AND_SINGLE, SAMPLE, matches_fp64, poisoned_memory, same_bits
 from tests.ops.test_prefix_attention import (
     case_id,
@@ -22,7 +22,7 @@ from tests.ops.test_prefix_attention import (
     tensors,
 )
 
-FILES = (forward, backward, decode, dkv, shared)
+FILES = (forward, backward, decode, dkv, dprefix, shared)
 CASES = [  # lengths, N, G, C, P; no tensor so small that its largest error is luck
     ([1], 1, 1, 100, 1),
     ([1] * 10, 2, 1, 10, 10),
@@ -302,10 +302,10 @@ def test_splits(small_tiles, seed, rows, rate, monkeypatch):
 
 
 def test_splits_depend_on_shapes_alone():
-    assert dkv._splits(programs=6, rows=192 * 16) == 12  # a short sequence: 256 rows each
-    assert dkv._splits(programs=64, rows=2048 * 16) == 5  # 264 programs
-    assert dkv._splits(programs=10**4, rows=10**6) == 1
-    assert dkv._splits(programs=0, rows=1) == 1
+    assert dkv.row_splits(programs=6, rows=192 * 16) == 12  # a short sequence: 256 rows each
+    assert dkv.row_splits(programs=64, rows=2048 * 16) == 5  # 264 programs
+    assert dkv.row_splits(programs=10**4, rows=10**6) == 1
+    assert dkv.row_splits(programs=0, rows=1) == 1
 
 
 def test_slices_of_one_wider_row(seed):
