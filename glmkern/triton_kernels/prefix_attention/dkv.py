@@ -1,9 +1,10 @@
-"""The gradients of keys and values of prefix_attention: of the tokens and of the prefix.
+"""The gradients of keys and values of prefix_attention: those of the tokens, and what dprefix.py
+shares with them.
 
-A program owns BN keys of one group and walks the packed rows that see them: for a token's those of
-its sequence from it on, for the prefix's those of the whole batch, so that nothing is stored a
-sequence. Where keys are few, several programs share the rows of a block. Each writes its own sums,
-and these are added in a fixed order: no atomics, the same bits on every run.
+A program owns BN keys of one group and walks the packed rows that see them: for a token's keys,
+the rows of its sequence from that token on. Where keys are few, several programs share the rows of
+a block. Each writes its own sums, and these are added in a fixed order: no atomics, the same bits
+on every run.
 """
 
 import torch
@@ -11,11 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from glmkern.triton_kernels import philox
 from glmkern.triton_kernels.launch import launch
-from glmkern.triton_kernels.prefix_attention_shared import (
+from glmkern.triton_kernels.prefix_attention.shared import (
     AttentionTile,
-    Prefix,
     block_of_channels,
     exponent,
     find_tile,
@@ -181,98 +180,6 @@ def prefix_attention_bwd_dkv_kernel(
     store_rows(dv + o_split, b_dv, i_start, i_n, S, G * C, 1, C, BN, BC)
 
 
-@triton.jit(do_not_specialize=["T", "B", "tiles"])
-def prefix_attention_bwd_dprefix_kernel(
-    dout,
-    q,
-    prefix_k,
-    prefix_v,
-    kept,
-    lse,
-    delta,
-    cu_seqlens,
-    dk,
-    dv,
-    T,
-    B,
-    tiles,
-    scale,
-    factor,
-    G: tl.constexpr,
-    HEADS: tl.constexpr,
-    C: tl.constexpr,
-    P: tl.constexpr,
-    DO_STRIDE: tl.constexpr,
-    Q_STRIDE: tl.constexpr,
-    PREFIX_STRIDE: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BC: tl.constexpr,
-):
-    """dk and dv of the prefix [splits, P, G, C], each split the sum over `tiles` tiles of BM
-    rows.
-
-    Where nothing is dropped, the batch is one run of rows. With `kept`, each sequence has its own
-    prefix, a split has rows of one sequence, and its sums count `factor` times where that kept the
-    element.
-    """
-    N: tl.constexpr = G * HEADS
-    i_n = tl.program_id(0) * BN
-    i_g = tl.program_id(1)
-    i_split = tl.program_id(2)
-    i_h = i_g * HEADS
-    i_start, S, i_tile = tl.zeros([], dtype=tl.int32), T, i_split
-    o_p = i_g * C
-    if kept is not None:
-        i_b, i_start, S, i_tile = find_tile(cu_seqlens, i_split, B, HEADS, tiles * BM)
-        o_p += i_b.to(tl.int64) * PREFIX_STRIDE
-    # multiples of BM, as the compiler sees, so that it reads lse and delta in wide words
-    begin = i_tile * tiles * BM
-    rows = S * HEADS
-    end = tl.minimum(begin + tiles * BM, rows)
-
-    # [BN, BC]
-    b_k = load_keys(prefix_k + o_p, i_n, P, G * C, C, BN, BC)
-    b_v = load_keys(prefix_v + o_p, i_n, P, G * C, C, BN, BC)
-    b_dk = tl.zeros([BN, BC], dtype=tl.float32)
-    b_dv = tl.zeros([BN, BC], dtype=tl.float32)
-    b_dk, b_dv = add_dkv(
-        b_dk,
-        b_dv,
-        b_k,
-        b_v,
-        q + i_h * C,
-        dout + i_h * C,
-        lse + i_h,
-        delta + i_h,
-        i_start,
-        0,
-        begin,
-        end,
-        rows,
-        scale,
-        DO_STRIDE,
-        Q_STRIDE,
-        N,
-        HEADS,
-        C,
-        BM,
-        BN,
-        BC,
-        False,
-    )
-    if kept is not None:
-        b_kept = load_keys(kept + o_p, i_n, P, G * C, C, BN, BC)
-        b_dk *= tl.where(b_kept != 0, factor, 0.0)
-        b_kept = load_keys(kept + o_p + P * G * C, i_n, P, G * C, C, BN, BC)
-        b_dv *= tl.where(b_kept != 0, factor, 0.0)
-
-    o_split = i_split.to(tl.int64) * P * G * C + i_g * C
-    i_zero = tl.zeros([], dtype=tl.int32)
-    store_rows(dk + o_split, b_dk * scale, i_zero, i_n, P, G * C, 1, C, BN, BC)
-    store_rows(dv + o_split, b_dv, i_zero, i_n, P, G * C, 1, C, BN, BC)
-
-
 @triton.jit(do_not_specialize=["splits"])
 def prefix_attention_bwd_sum_kernel(dk_splits, dv_splits, dk, dv, splits, count, BE: tl.constexpr):
     """dk and dv [count], the sums of [splits, count]."""
@@ -302,9 +209,9 @@ def token_gradients(
     """dk and dv [T, G, C] of the tokens."""
     (T, N, C), G, B = q.shape, k.shape[1], len(cu_seqlens) - 1
     dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
-    tile, BC = _tile(q)
-    splits = _splits(G * triton.cdiv(T, KEYS_OF_A_PROGRAM), T * N // G)
-    sums = _sums(dk, dv, splits)
+    tile, BC = dkv_tile(q)
+    splits = row_splits(G * triton.cdiv(T, KEYS_OF_A_PROGRAM), T * N // G)
+    sums = split_sums(dk, dv, splits)
     launch(
         prefix_attention_bwd_dkv_kernel,
         (T // tile.keys + B, G, splits),
@@ -332,84 +239,29 @@ def token_gradients(
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
-    _add_splits(sums, dk, dv, splits)
+    add_splits(sums, dk, dv, splits)
     return dk, dv
 
 
-def prefix_gradients(
-    dout: Tensor,
-    q: Tensor,
-    prefix_k: Tensor,
-    prefix_v: Tensor,
-    prefix: Prefix,
-    lse: Tensor,
-    delta: Tensor,
-    cu_seqlens: Tensor,
-    scale: float,
-    p: float,
-) -> tuple[Tensor, Tensor]:
-    """dk and dv [P, G, C] of the prefix, in its own dtype; `prefix` is what the queries saw."""
-    (T, N, C), (P, G, _), B = q.shape, prefix_k.shape, len(cu_seqlens) - 1
-    dk, dv = prefix_k.new_empty(prefix_k.shape), prefix_v.new_empty(prefix_v.shape)
-    HEADS = N // G
-    tile, BC = _tile(q)
-    splits = _splits(G * triton.cdiv(P, KEYS_OF_A_PROGRAM), T * HEADS)
-    tiles = triton.cdiv(triton.cdiv(T * HEADS, splits), tile.rows)
-    if prefix.kept is not None:
-        splits = T * HEADS // (tiles * tile.rows) + B
-    sums = _sums(dk, dv, splits)
-    launch(
-        prefix_attention_bwd_dprefix_kernel,
-        (triton.cdiv(P, tile.keys), G, splits),
-        dout,
-        q,
-        prefix.keys,
-        prefix.values,
-        prefix.kept,
-        lse,
-        delta,
-        cu_seqlens,
-        *sums,
-        T,
-        B,
-        tiles,
-        scale,
-        philox.drop_constants(p)[1],
-        G=G,
-        HEADS=HEADS,
-        C=C,
-        P=P,
-        DO_STRIDE=dout.stride(0),
-        Q_STRIDE=q.stride(0),
-        PREFIX_STRIDE=prefix.STRIDE,
-        BM=tile.rows,
-        BN=tile.keys,
-        BC=BC,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-    )
-    _add_splits(sums, dk, dv, splits)
-    return dk, dv
-
-
-def _tile(q: Tensor) -> tuple[AttentionTile, int]:
+def dkv_tile(q: Tensor) -> tuple[AttentionTile, int]:
+    """The tile for the device that q lies on, and the block of channels."""
     BC = block_of_channels(q.shape[2])
     return fit_channels(by_shared_memory(TILES, q.device)[q.element_size()], BC), BC
 
 
-def _splits(programs: int, rows: int) -> int:
+def row_splits(programs: int, rows: int) -> int:
     """Among how many programs the rows of a block of keys are divided."""
     return max(min(triton.cdiv(PROGRAMS, max(programs, 1)), triton.cdiv(rows, ROWS_OF_A_SPLIT)), 1)
 
 
-def _sums(dk: Tensor, dv: Tensor, splits: int) -> tuple[Tensor, Tensor]:
+def split_sums(dk: Tensor, dv: Tensor, splits: int) -> tuple[Tensor, Tensor]:
     """Where programs write: the results themselves, or float32 [splits, ...] for each."""
     if splits == 1:
         return dk, dv
     return dk.new_empty(2, splits, *dk.shape, dtype=torch.float32).unbind()
 
 
-def _add_splits(sums: tuple[Tensor, Tensor], dk: Tensor, dv: Tensor, splits: int) -> None:
+def add_splits(sums: tuple[Tensor, Tensor], dk: Tensor, dv: Tensor, splits: int) -> None:
     if splits > 1:
         count, BE = dk.numel(), 1024
         launch(

@@ -15,7 +15,7 @@ from torch import Tensor
 from glmkern.ops.prefix_attention import check_lens
 from glmkern.ops.sequences import values_are_checked
 from glmkern.triton_kernels.launch import launch
-from glmkern.triton_kernels.prefix_attention_shared import (
+from glmkern.triton_kernels.prefix_attention.shared import (
     AttentionTile,
     block_of_channels,
     exponent,

@@ -1,5 +1,5 @@
 """The backward of prefix_attention: D = rowsum(dO * O) and the gradient of the queries; those of
-keys and values are in prefix_attention_dkv.py.
+keys and values are in dkv.py and dprefix.py.
 
 With P = exp(scale * q k^T - lse) and dS = P * (dO v^T - D), dq = scale * dS k. A program owns BM
 packed rows of one sequence and group and walks the keys they see, as the forward does: no sum is
@@ -14,8 +14,9 @@ from torch import Tensor
 
 from glmkern.ops.sequences import spans, values_are_checked
 from glmkern.triton_kernels.launch import contiguous, launch
-from glmkern.triton_kernels.prefix_attention_dkv import prefix_gradients, token_gradients
-from glmkern.triton_kernels.prefix_attention_shared import (
+from glmkern.triton_kernels.prefix_attention.dkv import token_gradients
+from glmkern.triton_kernels.prefix_attention.dprefix import prefix_gradients
+from glmkern.triton_kernels.prefix_attention.shared import (
     AttentionTile,
     Prefix,
     block_of_channels,

@@ -1,10 +1,8 @@
-"""Attention over a shared prefix and packed causal sequences; the formulas are in
-glmkern/ops/prefix_attention.py.
+"""The forward of prefix_attention: flash attention (Dao, 2023) with the prefix as one more segment
+of keys, which every sequence reads from the same place.
 
-The forward is flash attention (Dao, 2023) with the prefix as one more segment of keys, which every
-sequence reads from the same place. A program owns BM packed rows of one sequence and group
-(prefix_attention_shared.py) and walks the blocks of the prefix and of the sequence in one loop:
-each loop more would wait for its first blocks from memory once more.
+A program owns BM packed rows of one sequence and group (shared.py). One loop walks the blocks of
+the prefix and of the sequence: a second loop would wait again for its first blocks from memory.
 """
 
 import torch
@@ -14,9 +12,7 @@ from torch import Tensor
 
 from glmkern.ops.sequences import spans, values_are_checked
 from glmkern.triton_kernels.launch import launch
-from glmkern.triton_kernels.prefix_attention_bwd import prefix_attention_bwd
-from glmkern.triton_kernels.prefix_attention_decode import prefix_attention_decode_fwd
-from glmkern.triton_kernels.prefix_attention_shared import (
+from glmkern.triton_kernels.prefix_attention.shared import (
     AttentionTile,
     all_seen,
     block_of_channels,
@@ -35,8 +31,6 @@ from glmkern.triton_kernels.prefix_attention_shared import (
     with_positive_scale,
 )
 from glmkern.triton_kernels.tiles import by_shared_memory
-
-__all__ = ["prefix_attention_fwd", "prefix_attention_bwd", "prefix_attention_decode_fwd"]
 
 # By KiB of shared memory, then by bytes of an element. Products of float32 run without tensor
 # cores, one multiply-add at a time, and keep both operands in registers.

@@ -3,8 +3,8 @@ formulas and the format.
 
 Three variants, and `choose` decides between them:
 
-    gemv     up to eight tokens, without tensor cores (quant_linear_gemv.py)
-    fused    weights of 4 bits, decoded on their way to the tensor cores (quant_linear_fused.py)
+    gemv     up to eight tokens, without tensor cores (gemv.py)
+    fused    weights of 4 bits, decoded on their way to the tensor cores (fused.py)
     slab     as many dequantised rows or columns of the weight as half the L2 cache holds, then
              torch's product with them; dense weights of another dtype go the same way
 
@@ -19,10 +19,9 @@ import torch
 import triton
 from torch import Tensor
 
-from glmkern.triton_kernels import quant_linear_fused as fused
-from glmkern.triton_kernels import quant_linear_gemv as gemv
-from glmkern.triton_kernels.dequantize import dequantize_kernel
 from glmkern.triton_kernels.launch import contiguous, launch
+from glmkern.triton_kernels.quant_linear import fused, gemv
+from glmkern.triton_kernels.quant_linear.decode import dequantize_kernel
 from glmkern.triton_kernels.tiles import by_shared_memory
 
 # The most tokens of each variant; `choose` says why.

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from glmkern.triton_kernels.dequantize import decode_pair
+from glmkern.triton_kernels.quant_linear.decode import decode_pair
 
 
 class FusedTile(NamedTuple):

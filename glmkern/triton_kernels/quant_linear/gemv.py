@@ -10,7 +10,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from glmkern.triton_kernels.dequantize import decode_field
+from glmkern.triton_kernels.quant_linear.decode import decode_field
 
 MAX_TOKENS = 8
 
