@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except TrainingError as error:
         return _fail(error, EXIT_FAILED_RUN)
     except Interrupted as stop:
-        from glmkern.training.resume import resume_command
+        from glmkern.training.loop.resume import resume_command
 
         return _fail(f"{stop}; go on with: {resume_command(argv, os.environ)}", stop.status)
     except KeyboardInterrupt:
@@ -75,7 +75,7 @@ def _dispatch(argv: list[str]) -> int:
 
 def _official(argv: list[str], verb: str = "train", implied: Sequence[str] = ()) -> int:
     """Run the official flow; `implied` are the tasks that the verb stands for."""
-    from glmkern.training.parser import parse
+    from glmkern.training.flags.parser import parse
 
     try:
         arguments = parse(argv, f"glmkern {verb}")

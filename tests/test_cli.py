@@ -10,7 +10,7 @@ import torch
 import glmkern
 from glmkern import cli
 from glmkern.errors import InputError, Interrupted, TrainingError
-from glmkern.training.arguments import ModelArguments, TrainingArguments
+from glmkern.training.flags.arguments import ModelArguments, TrainingArguments
 from glmkern.training.run import choose_device, choose_dtype
 from tests.official import refused
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 import glmkern
 from glmkern import cli
 from glmkern.checkpoint import read_prefix
-from glmkern.training.arguments import ModelArguments
+from glmkern.training.flags.arguments import ModelArguments
 from glmkern.training.run import load_model
 from tests.official import command, refused, write_base
 

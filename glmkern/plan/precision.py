@@ -6,7 +6,7 @@ import torch
 
 from glmkern.model.config import ChatGLMConfig
 from glmkern.model.modules import kept_dtype
-from glmkern.training.loss_scale import LossScale
+from glmkern.training.loop.loss_scale import LossScale
 
 
 @dataclass(frozen=True)

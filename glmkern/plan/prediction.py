@@ -22,9 +22,9 @@ from glmkern.plan.memory import (
 )
 from glmkern.plan.precision import Precision
 from glmkern.plan.work import RowLength, linear_weights, step_flops
-from glmkern.training.arguments import Arguments
-from glmkern.training.batching import labelled_tokens, token_budget
-from glmkern.training.state import Plan
+from glmkern.training.data.packs import labelled_tokens, token_budget
+from glmkern.training.flags.arguments import Arguments
+from glmkern.training.output.state import Plan
 
 SAMPLED_STEPS = 64
 # A layer's calls, forward and backward, for a pack of any size.
@@ -119,7 +119,7 @@ class Job:
         return [rows[start : start + count] for start in starts]
 
     def packs(self, step: Sequence[RowLength]) -> list[RowLength]:
-        """A step's rows as they are computed at once (training/batching.py), added up."""
+        """A step's rows as they are computed at once (training/data/packs.py), added up."""
         packs = [RowLength(0, 0)]
         for place, row in enumerate(step):
             full = (

@@ -11,8 +11,8 @@ from glmkern.model.packing import Row
 from glmkern.plan.machines import GIB, this_machine
 from glmkern.plan.precision import Precision
 from glmkern.plan.prediction import Job, Prediction, as_seconds, fitted, predict
-from glmkern.training.arguments import Arguments
-from glmkern.training.progress import peak_memory
+from glmkern.training.flags.arguments import Arguments
+from glmkern.training.output.progress import peak_memory
 
 COMPARED_STEPS = 3
 

@@ -22,26 +22,26 @@ from glmkern.model.config import ChatGLMConfig
 from glmkern.plan.prediction import Prediction
 from glmkern.plan.run import FirstSteps, predict_run
 from glmkern.tokenizer import ChatGLMTokenizer
-from glmkern.training.arguments import Arguments, ModelArguments, TrainingArguments
-from glmkern.training.distributed import World, join_world
-from glmkern.training.evaluation import Evaluation, EvaluationData
-from glmkern.training.prediction import PredictionFile
-from glmkern.training.progress import write_line
-from glmkern.training.reports import Reports, check_reports
-from glmkern.training.resume import (
+from glmkern.training.data.files import RunData, TrainingData, read_data
+from glmkern.training.evaluation.answers import PredictionFile
+from glmkern.training.evaluation.evaluation import Evaluation, EvaluationData
+from glmkern.training.flags.arguments import Arguments, ModelArguments, TrainingArguments
+from glmkern.training.flags.validation import check_arguments, check_output_folder
+from glmkern.training.loop.distributed import World, join_world
+from glmkern.training.loop.resume import (
     asks_to_resume,
     check_same_run,
     describe_warm_start,
     find_checkpoint,
     read_flags,
 )
-from glmkern.training.run_data import RunData, TrainingData, read_data
-from glmkern.training.run_folder import RunFolder
-from glmkern.training.samples import SampleWriter
-from glmkern.training.seeding import set_seed, use_deterministic_libraries
-from glmkern.training.state import metrics_table
-from glmkern.training.trainer import Trainer
-from glmkern.training.validation import check_arguments, check_output_folder
+from glmkern.training.loop.seeding import set_seed, use_deterministic_libraries
+from glmkern.training.loop.trainer import Trainer
+from glmkern.training.output.progress import write_line
+from glmkern.training.output.reports import Reports, check_reports
+from glmkern.training.output.run_folder import RunFolder
+from glmkern.training.output.samples import SampleWriter
+from glmkern.training.output.state import metrics_table
 
 
 def run(arguments: Arguments) -> dict[str, float]:

@@ -8,12 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from glmkern.training.arguments import Arguments
-from glmkern.training.parser import parse as parse_flags
+from glmkern.training.flags.arguments import Arguments
+from glmkern.training.flags.parser import parse as parse_flags
 
 if TYPE_CHECKING:
     from glmkern.model.config import ChatGLMConfig
-    from glmkern.training.dataset import Row
+    from glmkern.training.data.examples import Row
 
 # What checking a training command asks for and a plan can do without.
 STAND_INS = {"train_file": "rows.json", "prompt_column": "prompt", "response_column": "response"}
@@ -56,8 +56,8 @@ def plan(arguments: Arguments, gpu: str | None = None) -> list[str]:
     from glmkern.plan.machines import named_gpu, this_machine
     from glmkern.plan.precision import Precision
     from glmkern.plan.prediction import Job, fitted, predict
+    from glmkern.training.flags.validation import check_arguments
     from glmkern.training.run import choose_device, choose_dtype, take_prefix_from_checkpoint
-    from glmkern.training.validation import check_arguments
 
     check_arguments(_as_a_run(arguments), {})
     training = arguments.training
@@ -102,8 +102,8 @@ def _rows(
 ) -> tuple[Sequence[Row] | None, list[str]]:
     """The rows of --train_file, or None, and the lines that describe them."""
     from glmkern.tokenizer import ChatGLMTokenizer
+    from glmkern.training.data.files import describe_rows, training_data
     from glmkern.training.run import check_vocabulary
-    from glmkern.training.run_data import describe_rows, training_data
 
     data = arguments.data
     if data.train_file is None:

@@ -16,7 +16,7 @@ from glmkern.checkpoint.export import export_glm
 from glmkern.errors import InputError
 from glmkern.model.config import ChatGLMConfig
 from glmkern.tokenizer import ChatGLMTokenizer
-from glmkern.training.run_folder import RunFolder
+from glmkern.training.output.run_folder import RunFolder
 from tests.model.oracles import SMALL, random_weights
 
 CONFIG = ChatGLMConfig.from_dict(

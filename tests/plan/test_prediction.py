@@ -29,14 +29,14 @@ from glmkern.plan.prediction import (
 )
 from glmkern.plan.run import predict_run
 from glmkern.plan.work import RowLength, attention_flops, linear_flops, linear_weights, step_flops
-from glmkern.training.arguments import (
+from glmkern.training.data.examples import Row
+from glmkern.training.data.packs import pack_step
+from glmkern.training.flags.arguments import (
     Arguments,
     DataTrainingArguments,
     ModelArguments,
     TrainingArguments,
 )
-from glmkern.training.batching import pack_step
-from glmkern.training.dataset import Row
 from tests.model.oracles import diffusers_twin, small_model
 
 REPOSITORY = Path(__file__).resolve().parents[2]
