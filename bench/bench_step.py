@@ -45,7 +45,7 @@ from glmkern import ChatGLM, ChatGLMConfig, dispatch, ops
 from glmkern.checkpoint import expected_shapes, quantize_stream
 from glmkern.model.modules import FrozenLinear
 from glmkern.model.packing import IGNORE_INDEX, PackedBatch, pack_rows
-from glmkern.training.data.examples import Row
+from glmkern.training.data.rows import Row
 
 ROUNDS = 7
 ROW_BY_ROW = f"{OURS}, a row at a time"

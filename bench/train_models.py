@@ -15,7 +15,7 @@ from torch import Tensor
 from glmkern import ChatGLM, ChatGLMConfig
 from glmkern.checkpoint import expected_shapes
 from glmkern.model.packing import IGNORE_INDEX, pack_rows
-from glmkern.training.data.examples import Row
+from glmkern.training.data.rows import Row
 
 PREFIX = 128
 TOLERANCE = 1e-5

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 import glmkern
 from glmkern import cli
 from glmkern.checkpoint import read_prefix
-from glmkern.training.flags.arguments import ModelArguments
-from glmkern.training.run import load_model
+from glmkern.training.flags.arguments import build
+from glmkern.training.setup import prepare
 from tests.official import command, refused, write_base
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -278,17 +278,23 @@ def test_projection_and_own_flags(flags, tmp_path):
 
 
 def test_model_flags_reach_the_model(base):
-    args = ModelArguments(
-        output_layer_bit=8,
-        offload_embedding=True,
-        pre_seq_len=3,
-        prefix_projection=True,
-        prefix_dropout=0.25,
-        recompute="mlp",
-        rope_precision="model",
+    args = build(
+        {
+            "model_name_or_path": str(base),
+            "model_dtype": "float16",
+            "output_layer_bit": 8,
+            "offload_embedding": True,
+            "pre_seq_len": 3,
+            "prefix_projection": True,
+            "prefix_dropout": 0.25,
+            "recompute": "mlp",
+            "rope_precision": "model",
+            "label_smoothing_factor": 0.125,
+        }
     )
-    model = load_model(base, args, torch.device("cpu"), torch.float16)
+    model = prepare(args, torch.device("cpu")).load_model()
     assert (model.prefix_dropout, model.recompute, model.rope_precision) == (0.25, "mlp", "model")
+    assert model.label_smoothing == 0.125
     assert model.transformer.output_layer.bits == 8 and model.offload_embedding
     assert model.dtype == torch.float16
     assert model.prefix_encoder.embedding.weight.shape == (3, 16)

@@ -8,8 +8,9 @@ from glmkern.model.chatglm import ChatGLM
 from glmkern.model.packing import pack_rows
 from glmkern.tokenizer import ChatGLMTokenizer
 from glmkern.training.data.examples import Example
+from glmkern.training.data.rows import EvaluationData
 from glmkern.training.evaluation.answers import Decoding, answer, decode
-from glmkern.training.evaluation.evaluation import EvaluationData, measuring
+from glmkern.training.evaluation.evaluation import measuring
 
 
 class Evaluation(NamedTuple):

@@ -5,7 +5,7 @@ import torch
 from transformers.trainer_pt_utils import LabelSmoother
 
 from glmkern.model.packing import pack_rows
-from glmkern.training.data.examples import Row
+from glmkern.training.data.rows import Row
 from tests.model.oracles import (
     diffusers_twin,
     padded_batch,

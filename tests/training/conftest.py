@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from glmkern.checkpoint import expected_shapes
 from glmkern.model.chatglm import ChatGLM
 from glmkern.model.config import ChatGLMConfig
-from glmkern.training.data.examples import Row
+from glmkern.training.data.rows import Row
 from tests.training.stand_in import OFFICIAL
 
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
-from glmkern.training.data.examples import Row
+from glmkern.training.data.rows import Row
 from glmkern.training.flags.arguments import TrainingArguments
 from glmkern.training.loop.trainer import Trainer
 

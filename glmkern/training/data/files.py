@@ -6,14 +6,8 @@ from dataclasses import dataclass
 from glmkern.errors import InputError
 from glmkern.model.config import ChatGLMConfig
 from glmkern.tokenizer import ChatGLMTokenizer
-from glmkern.training.data.examples import (
-    Example,
-    Examples,
-    TrainingRows,
-    build_training_rows,
-    read_examples,
-)
-from glmkern.training.evaluation.evaluation import EvaluationData
+from glmkern.training.data.examples import Example, Examples, read_examples
+from glmkern.training.data.rows import EvaluationData, TrainingRows, build_training_rows
 from glmkern.training.flags.arguments import Arguments, DataTrainingArguments
 
 

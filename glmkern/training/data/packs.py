@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from glmkern.model.packing import IGNORE_INDEX, PackedBatch, Row, pack_rows
+from glmkern.training.flags.arguments import AUTO
 
 # Matrix products over this many tokens already read each weight seldom enough to be bound by
 # arithmetic; larger packs only take more memory.
@@ -31,7 +32,7 @@ class Pack:
 
 def token_budget(tokens_per_pack: str) -> int:
     """`--tokens_per_pack` as a number."""
-    return AUTO_TOKENS if tokens_per_pack == "auto" else int(tokens_per_pack)
+    return AUTO_TOKENS if tokens_per_pack == AUTO else int(tokens_per_pack)
 
 
 def labelled_tokens(row: Row) -> int:

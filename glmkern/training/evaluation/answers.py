@@ -13,7 +13,7 @@ from glmkern.errors import InputError, TrainingError
 from glmkern.model.chatglm import ChatGLM
 from glmkern.model.config import ChatGLMConfig
 from glmkern.tokenizer import ChatGLMTokenizer
-from glmkern.training.data.examples import EvaluationRows
+from glmkern.training.data.rows import EvaluationRows
 from glmkern.training.flags.arguments import Arguments
 
 # What the official script passes to generate; top_k is the default of transformers.

@@ -3,7 +3,7 @@
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -13,46 +13,14 @@ from tqdm import tqdm
 from glmkern.errors import TrainingError
 from glmkern.model.chatglm import ChatGLM
 from glmkern.tokenizer import ChatGLMTokenizer
-from glmkern.training.data.examples import (
-    EvaluationRows,
-    Example,
-    TrainingRows,
-    build_evaluation_rows,
-    build_training_rows,
-)
 from glmkern.training.data.packs import Pack, pack_step, token_budget
+from glmkern.training.data.rows import EvaluationData
 from glmkern.training.evaluation.answers import Decoding, PredictionFile, answer, decode
 from glmkern.training.evaluation.scores import Scores
 from glmkern.training.flags.arguments import Arguments
 
 # Bounds the rows that are tensors at one time, however many the file has.
 BATCHES_PACKED_TOGETHER = 64
-
-
-@dataclass(frozen=True)
-class EvaluationData:
-    """The rows of a file in the two forms that are measured.
-
-    Attributes:
-        rows: prompt, response and end of text, as in training, for the loss. The official script
-            has the prompt alone there, with labels of another length.
-        prompts: for generation, with the references the answers are compared with.
-    """
-
-    examples: Sequence[Example]
-    rows: TrainingRows
-    prompts: EvaluationRows
-
-    @classmethod
-    def of(
-        cls, examples: Sequence[Example], tokenizer: ChatGLMTokenizer, **lengths
-    ) -> "EvaluationData":
-        """`lengths`: max_source_length, max_target_length and source_prefix."""
-        return cls(
-            examples,
-            build_training_rows(examples, tokenizer, **lengths),
-            build_evaluation_rows(examples, tokenizer, **lengths),
-        )
 
 
 @dataclass(frozen=True)

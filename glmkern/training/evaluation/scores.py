@@ -1,22 +1,8 @@
 """The official scores of an answer: ROUGE over jieba's words, BLEU-4 over characters."""
 
 import logging
-from importlib.util import find_spec
 
-from glmkern.errors import InputError
-
-NAMES = ("rouge-1", "rouge-2", "rouge-l", "bleu-4")
-PACKAGES = ("jieba", "rouge_chinese", "nltk")
-
-
-def require_packages() -> None:
-    """Raise InputError where a package that the scores need is not installed; imports none."""
-    missing = [name for name in PACKAGES if find_spec(name) is None]
-    if missing:
-        raise InputError(
-            f"--predict_with_generate needs {' and '.join(missing)} for its scores; "
-            "pip install 'glmkern[eval]'"
-        )
+from glmkern.training.flags.packages import SCORES, require_score_packages
 
 
 class Scores:
@@ -29,7 +15,7 @@ class Scores:
     """
 
     def __init__(self):
-        require_packages()
+        require_score_packages()
         import jieba
         from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
         from rouge_chinese import Rouge
@@ -37,7 +23,7 @@ class Scores:
         jieba.setLogLevel(logging.WARNING)
         self._words, self._rouge = jieba.cut, Rouge()
         self._bleu, self._smoothing = sentence_bleu, SmoothingFunction().method3
-        self._totals = dict.fromkeys(NAMES, 0.0)
+        self._totals = dict.fromkeys(SCORES, 0.0)
         self.count = self.empty = 0
 
     def add(self, answer: str, reference: str) -> dict[str, float]:
@@ -45,7 +31,7 @@ class Scores:
         if answer.strip() and reference.strip():
             scores = self._score(answer, reference)
         else:
-            scores = dict.fromkeys(NAMES, 0.0)
+            scores = dict.fromkeys(SCORES, 0.0)
             self.empty += 1
         for name, value in scores.items():
             self._totals[name] += value
@@ -60,7 +46,7 @@ class Scores:
         rouge = self._rouge.get_scores(
             " ".join(self._words(answer)), " ".join(self._words(reference))
         )[0]
-        scores = {name: rouge[name]["f"] for name in NAMES[:3]}
+        scores = {name: rouge[name]["f"] for name in SCORES[:3]}
         scores["bleu-4"] = self._bleu(
             [list(reference)], list(answer), smoothing_function=self._smoothing
         )

@@ -21,7 +21,8 @@ SCHEDULES = (
 )
 OPTIMIZERS = ("adamw_hf", "adamw_torch", "adamw_torch_fused")
 INTERVALS = ("no", "steps", "epoch")
-DTYPES = ("auto", "float32", "float16", "bfloat16")
+AUTO = "auto"
+DTYPES = (AUTO, "float32", "float16", "bfloat16")
 
 
 def _flag(default: Any, help: str, choices: tuple[str, ...] | None = None, own: bool = False):
@@ -55,10 +56,7 @@ class ModelArguments:
     prefix_projection: bool = _flag(False, "compute the prefix with a two-layer tanh MLP")
     prefix_dropout: float = _flag(0.1, "dropout of the prefix keys and values", own=True)
     model_dtype: str = _flag(
-        "auto",
-        "precision of the base; auto is float32 on a CPU, float16 on a GPU",
-        DTYPES,
-        own=True,
+        AUTO, "precision of the base; auto is float32 on a CPU, float16 on a GPU", DTYPES, own=True
     )
     rope_precision: str = _flag(
         "float32",
@@ -133,7 +131,7 @@ class TrainingArguments:
     )
     gradient_accumulation_steps: int = _flag(1, "micro-batches of an optimiser step")
     tokens_per_pack: str = _flag(
-        "auto",
+        AUTO,
         "tokens that are computed at once: the rows of an optimiser step are packed to at most this"
         " many; auto is 2,048, or fewer where that is predicted not to fit; 0 is one micro-batch at"
         " a time; the gradient does not depend on it",

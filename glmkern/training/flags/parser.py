@@ -36,7 +36,7 @@ def parse(argv: Sequence[str], prog: str = "glmkern train") -> Arguments:
     namespace, rest = _parser(prog).parse_known_args([_plain_name(token) for token in argv])
     for token in rest:
         _refuse_unknown(token)
-    return _sort_out({**given, **vars(namespace)})
+    return _resolve({**given, **vars(namespace)})
 
 
 def _plain_name(token: str) -> str:
@@ -132,7 +132,7 @@ def _refuse_unknown(token: str) -> NoReturn:
     raise InputError(f"there is no flag --{name}; the nearest is --{nearest}")
 
 
-def _sort_out(given: dict[str, Any]) -> Arguments:
+def _resolve(given: dict[str, Any]) -> Arguments:
     """Convert the honoured values, note those without effect, refuse the rest."""
     fields, values, notes = honoured(), {}, []
     for name, value in given.items():

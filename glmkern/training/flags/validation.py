@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from glmkern.errors import InputError
-from glmkern.training.evaluation.scores import NAMES, require_packages
-from glmkern.training.flags.arguments import Arguments, ModelArguments, TrainingArguments
+from glmkern.training.flags.arguments import AUTO, Arguments, ModelArguments, TrainingArguments
+from glmkern.training.flags.packages import SCORES, require_score_packages
 
 LAUNCHER = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 POLYNOMIAL_END = 1e-7  # the learning rate at which the polynomial schedule ends
@@ -133,7 +133,7 @@ def _check_training(training: TrainingArguments) -> None:
     _check_interval("save_steps", training.save_steps, training.save_strategy, least=False)
     _check_evaluations(training)
     _require_range("sample_prompts", training.sample_prompts, 0, math.inf, "at least 0")
-    if training.tokens_per_pack != "auto" and not training.tokens_per_pack.isdecimal():
+    if training.tokens_per_pack != AUTO and not training.tokens_per_pack.isdecimal():
         raise InputError(
             f"--tokens_per_pack is {training.tokens_per_pack}; it must be auto or a whole number "
             "of tokens (0 is one micro-batch at a time)"
@@ -182,12 +182,12 @@ def _check_evaluation(arguments: Arguments) -> None:
     _require_range("eval_delay", training.eval_delay, 0, math.inf, "at least 0")
     _check_best_metric(arguments)
     if arguments.generates:
-        require_packages()
+        require_score_packages()
 
 
 def _check_best_metric(arguments: Arguments) -> None:
     """Raise InputError where an evaluation will not have --metric_for_best_model."""
-    names = ("loss", *NAMES) if arguments.generates else ("loss",)
+    names = ("loss", *SCORES) if arguments.generates else ("loss",)
     metric = (arguments.training.metric_for_best_model or "loss").removeprefix("eval_")
     if metric not in names:
         raise InputError(
@@ -210,7 +210,7 @@ def _check_precision(model: ModelArguments, training: TrainingArguments) -> None
     asked = {
         "--fp16": training.fp16,
         "--bf16": training.bf16,
-        f"--model_dtype {model.model_dtype}": model.model_dtype != "auto",
+        f"--model_dtype {model.model_dtype}": model.model_dtype != AUTO,
     }
     names = [name for name, given in asked.items() if given]
     agreed = names == ["--fp16", "--model_dtype float16"] or names == [

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from glmkern.errors import InputError
 from glmkern.training.flags.arguments import TrainingArguments
-from glmkern.training.output.state import TrainerState
+from glmkern.training.output.trainer_state import TrainerState
 
 
 class Due(NamedTuple):

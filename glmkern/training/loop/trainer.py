@@ -1,7 +1,7 @@
 """The training loop of transformers 4.30.2 for a prefix, over packed rows."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -16,25 +16,27 @@ from glmkern.model.packing import Row
 from glmkern.training.data.order import create_sampler
 from glmkern.training.data.packs import labelled_tokens
 from glmkern.training.flags.arguments import TrainingArguments
+from glmkern.training.loop.checkpoint import (
+    Position,
+    TrainingState,
+    fingerprint,
+    read_training_state,
+    write_training_state,
+)
 from glmkern.training.loop.distributed import PeerFailure, World
 from glmkern.training.loop.failures import StepFailure
 from glmkern.training.loop.gradient import StepGradient
+from glmkern.training.loop.hooks import Hooks
 from glmkern.training.loop.loss_scale import LossScale
 from glmkern.training.loop.optimizer import create_optimizer, create_scheduler
-from glmkern.training.loop.resume import (
-    Position,
-    find_checkpoint,
-    fingerprint,
-    read_training_state,
-    take_up_best,
-    write_training_state,
-)
+from glmkern.training.loop.resume import find_checkpoint, locate_best_checkpoint
 from glmkern.training.loop.schedule import Schedule
 from glmkern.training.loop.seeding import set_seed
 from glmkern.training.loop.signals import StopRequest
+from glmkern.training.loop.steps import StepPlan, speed_metrics
 from glmkern.training.output.progress import Progress
 from glmkern.training.output.run_folder import LOG, RunFolder
-from glmkern.training.output.state import Plan, TrainerState, speed_metrics
+from glmkern.training.output.trainer_state import TrainerState
 
 LAST_GOOD = "last good checkpoint"
 
@@ -49,15 +51,10 @@ class Trainer:
         args: how; see `flags.arguments.TrainingArguments`.
         sampler: the order of the rows in each epoch; None shuffles as the official run does.
         folder: where checkpoints and logs go; None writes nothing.
-        write_companions: writes what else belongs in a checkpoint folder (configuration,
-            tokenizer) into the folder it is given.
         row_names: what an error message calls the rows; None: their indices.
         world: the ranks of the run; None: this process alone. Only the first prints, writes,
             evaluates and calls the hooks.
-        evaluate: returns the metrics of one evaluation, their names beginning with "eval_"; called
-            when --evaluation_strategy says so, after the log and before the save of a step.
-        on_save: called with every new checkpoint folder and its step.
-        on_step: called with the number of every step taken.
+        hooks: what is done beside the steps; None: nothing.
         flags: every flag of the run, as glmkern.json keeps them; None: those of `args`.
 
     Attributes:
@@ -75,12 +72,9 @@ class Trainer:
         *,
         sampler: Sampler[int] | None = None,
         folder: RunFolder | None = None,
-        write_companions: Callable[[Path], None] | None = None,
         row_names: Sequence[object] | None = None,
         world: World | None = None,
-        evaluate: Callable[[], dict[str, float]] | None = None,
-        on_save: Callable[[Path, int], None] | None = None,
-        on_step: Callable[[int], None] | None = None,
+        hooks: Hooks | None = None,
         flags: Mapping[str, Any] | None = None,
     ):
         for index, row in enumerate(rows):
@@ -88,16 +82,15 @@ class Trainer:
                 raise ValueError(f"row {index} has no token to predict; leave it out")
         self.model, self.rows, self.args = model, rows, args
         self.world = world or World()
-        self.folder, self.write_companions = folder, write_companions
+        self.folder, self.hooks = folder, hooks or Hooks()
         self.row_names = row_names or range(len(rows))
-        self.evaluate, self.on_save, self.on_step = evaluate, on_save, on_step
         self.flags = flags or asdict(args)
-        if args.evaluation_strategy != "no" and evaluate is None:
+        if args.evaluation_strategy != "no" and self.hooks.evaluate is None:
             raise ValueError(
                 f"--evaluation_strategy {args.evaluation_strategy} needs something to "
                 "evaluate; pass no"
             )
-        self.plan = Plan.of(len(rows), args)
+        self.plan = StepPlan.of(len(rows), args)
         # As the official Trainer: seeded again once the model is there, so that the order of rows
         # does not depend on how many random numbers the model's construction took.
         set_seed(args.seed)
@@ -124,7 +117,7 @@ class Trainer:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of the rows; see resume.fingerprint."""
+        """Of the rows; see checkpoint.fingerprint."""
         return fingerprint(self.rows)
 
     def train(self, resume_from: Path | None = None) -> dict[str, float]:
@@ -142,11 +135,7 @@ class Trainer:
         """
         args, plan = self.args, self.plan
         if resume_from is not None:
-            read_training_state(resume_from, self)
-            forgotten = take_up_best(resume_from, self.state, self.flags)
-            if forgotten is not None and self.world.is_first:
-                print(forgotten)
-            self.last_checkpoint = resume_from
+            self._resume(resume_from)
         state, first_step = self.state, self.state.global_step
         self.model.train()
         self.optimizer.zero_grad()
@@ -190,6 +179,27 @@ class Trainer:
             self.progress.close()
         return metrics
 
+    def _training_state(self) -> TrainingState:
+        return TrainingState(
+            self.model.prefix_encoder,
+            self.optimizer,
+            self.scheduler,
+            self.loss_scale,
+            self.state,
+            self.position,
+            rows=self.fingerprint,
+            dtype=self.model.dtype,
+        )
+
+    def _resume(self, checkpoint: Path) -> None:
+        saved = self._training_state()
+        read_training_state(checkpoint, saved)
+        self.state, self.position = saved.trainer_state, saved.position
+        forgotten = locate_best_checkpoint(checkpoint, self.state, self.flags)
+        if forgotten is not None and self.world.is_first:
+            print(forgotten)
+        self.last_checkpoint = checkpoint
+
     def _train_epochs(self) -> None:
         """All epochs from the first; what `position` says is done is passed over."""
         plan, state, done = self.plan, self.state, self.position.micro_batches
@@ -228,8 +238,8 @@ class Trainer:
         position.window_loss += result.loss
         position.tokens += result.tokens
         self.progress.step(result.loss, self.scheduler.get_last_lr()[0], result.tokens)
-        if self.on_step is not None and self.world.is_first:
-            self.on_step(state.global_step)
+        if self.world.is_first:
+            self.hooks.on_step(state.global_step)
         self._log_evaluate_save(*self.schedule.after_step(state))
         # With several ranks all of them stop, or none: what they agreed on goes.
         stop = result.stop if self.world.size > 1 else self._stop_request.signal
@@ -261,9 +271,9 @@ class Trainer:
         self._write_log(logs)
 
     def _evaluate(self) -> dict[str, float] | None:
-        if self.evaluate is None or not self.world.is_first:
+        if not self.world.is_first:
             return None
-        metrics = self.evaluate()
+        metrics = self.hooks.evaluate()
         self.model.train()
         self._write_log(self.state.log(metrics))
         return metrics
@@ -280,13 +290,12 @@ class Trainer:
             self._print("Saving PrefixEncoder")
             self.folder.write_checkpoint(state.global_step, self._fill_checkpoint, self._best())
         self.last_checkpoint = path
-        if self._writes and self.on_save is not None:
-            self.on_save(path, state.global_step)
+        if self._writes:
+            self.hooks.on_save(path, state.global_step)
 
     def _fill_checkpoint(self, folder: Path) -> None:
-        write_training_state(folder, self)
-        if self.write_companions is not None:
-            self.write_companions(folder)
+        write_training_state(folder, self._training_state())
+        self.hooks.write_companions(folder)
 
     def _best(self) -> Path | None:
         best = self.state.best_model_checkpoint

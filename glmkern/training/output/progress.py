@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from glmkern.checkpoint.atomic import writing
-from glmkern.training.output.state import TrainerState
+from glmkern.training.output.trainer_state import TrainerState
 
 GIB = 2**30
 # A logged number, and what LLaMA-Factory's tools call it in trainer_log.jsonl.

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from glmkern.checkpoint.atomic import write_text, writing
 from glmkern.errors import InputError
-from glmkern.training.output.state import TrainerState
+from glmkern.training.output.trainer_state import TrainerState
 
 CHECKPOINT = "checkpoint-"
 LOG = "trainer_log.jsonl"

@@ -10,7 +10,8 @@ from glmkern.checkpoint.atomic import write_text
 from glmkern.model.chatglm import ChatGLM
 from glmkern.tokenizer import ChatGLMTokenizer
 from glmkern.training.flags.arguments import Arguments
-from glmkern.training.data.examples import Example, build_evaluation_rows
+from glmkern.training.data.examples import Example
+from glmkern.training.data.rows import build_evaluation_rows
 from glmkern.training.evaluation.evaluation import measuring
 from glmkern.training.evaluation.answers import Decoding, answer, clean, decode
 from glmkern.training.output.run_folder import CHECKPOINT
@@ -23,7 +24,7 @@ class SampleWriter:
     """Answers fixed prompts greedily and appends them, under the step, to samples.md in `folder`.
 
     Called after a save with the checkpoint's folder and its step. The file of an earlier run is
-    replaced at the first call, unless `go_on_from` said that this run continues it.
+    replaced at the first call, unless `resume_from` said that this run continues it.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class SampleWriter:
             source_prefix=arguments.data.source_prefix,
         )
 
-    def go_on_from(self, checkpoint: Path) -> None:
+    def resume_from(self, checkpoint: Path) -> None:
         """Keep the sections up to `checkpoint`, from which the run is resumed.
 
         Its own is added where it lacks, because the run was killed between the save and the

@@ -11,14 +11,8 @@ from hypothesis import strategies as st
 
 from glmkern.errors import InputError
 from glmkern.tokenizer import ChatGLMTokenizer
-from glmkern.training.data.examples import (
-    Example,
-    Examples,
-    TrainingRows,
-    build_evaluation_rows,
-    build_training_rows,
-    read_examples,
-)
+from glmkern.training.data.examples import Example, Examples, read_examples
+from glmkern.training.data.rows import TrainingRows, build_evaluation_rows, build_training_rows
 
 # The conversation of the official README, as it stands in its training file.
 TURNS = (

@@ -2,8 +2,8 @@
 
 import pytest
 
-from glmkern.training.data.examples import Row
 from glmkern.training.data.packs import AUTO_TOKENS, labelled_tokens, pack_step, token_budget
+from glmkern.training.data.rows import Row
 from tests.training.stand_in import IGNORED
 
 

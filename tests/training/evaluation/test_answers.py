@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerBase
 
 from glmkern.errors import InputError, TrainingError
 from glmkern.tokenizer import ChatGLMTokenizer
-from glmkern.training.data.examples import Example, Examples, build_evaluation_rows
+from glmkern.training.data.examples import Example, Examples
+from glmkern.training.data.rows import build_evaluation_rows
 from glmkern.training.evaluation.answers import Decoding, PredictionFile, answer, clean, decode
 
 

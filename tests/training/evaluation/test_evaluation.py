@@ -8,8 +8,9 @@ import torch
 from glmkern.errors import TrainingError
 from glmkern.tokenizer import ChatGLMTokenizer
 from glmkern.training.data.examples import Example, Examples
+from glmkern.training.data.rows import EvaluationData
 from glmkern.training.evaluation.answers import Decoding, PredictionFile
-from glmkern.training.evaluation.evaluation import Evaluation, EvaluationData
+from glmkern.training.evaluation.evaluation import Evaluation
 from tests.model.oracles import small_model
 
 

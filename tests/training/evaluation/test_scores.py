@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from glmkern.training.evaluation.scores import NAMES, Scores
+from glmkern.training.evaluation.scores import Scores
+from glmkern.training.flags.packages import SCORES
 
 
 @pytest.fixture(scope="module")
@@ -20,8 +21,8 @@ def test_official_scores(recorded):
     pairs = recorded["pairs"] + [each for each in recorded["edge"] if "rouge_error" not in each]
     assert len(pairs) == 12
     for pair in pairs:
-        assert scores.add(pair["pred"], pair["label"]) == {name: pair[name] for name in NAMES}
-    means = {name: fmean(pair[name] for pair in pairs) for name in NAMES}
+        assert scores.add(pair["pred"], pair["label"]) == {name: pair[name] for name in SCORES}
+    means = {name: fmean(pair[name] for pair in pairs) for name in SCORES}
     assert scores.means() == pytest.approx(means, rel=1e-12)
     assert (scores.count, scores.empty) == (12, 0)
 
@@ -32,7 +33,7 @@ def test_what_ends_the_official_run_scores_zero_and_counts(recorded):
     fatal = [each for each in recorded["edge"] if "rouge_error" in each]
     assert len(fatal) == 2
     for pair in [*fatal, {"pred": " \n\u3000", "label": "好"}]:
-        assert scores.add(pair["pred"], pair["label"]) == dict.fromkeys(NAMES, 0)
+        assert scores.add(pair["pred"], pair["label"]) == dict.fromkeys(SCORES, 0)
     assert (scores.count, scores.empty) == (4, 3)
     assert scores.means()["bleu-4"] == 13.0065 / 4
 

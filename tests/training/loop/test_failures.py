@@ -7,6 +7,7 @@ import torch
 
 from glmkern.errors import TrainingError
 from glmkern.training.loop.failures import where_the_gradient_fails
+from glmkern.training.loop.hooks import Hooks
 from glmkern.training.loop.trainer import Trainer
 from glmkern.training.output.run_folder import RunFolder
 from tests.model.oracles import small_model
@@ -24,7 +25,7 @@ def stop_after(steps: int, poison, tmp_path, dtype=torch.float32, projection=Fal
             max_steps=6, save_steps=2, tokens_per_pack="0", per_device_train_batch_size=3, **flags
         ),
         folder=RunFolder(tmp_path),
-        on_step=lambda step: step == steps and poison(model),
+        hooks=Hooks(on_step=lambda step: step == steps and poison(model)),
         row_names=[f"line {i}" for i in range(9)],
     )
     if steps == 0:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from glmkern.errors import TrainingError
-from glmkern.training.data.examples import Row
+from glmkern.training.data.rows import Row
 from glmkern.training.loop.loss_scale import LossScale
 from glmkern.training.loop.trainer import Trainer
 from glmkern.training.output.run_folder import RunFolder

@@ -13,6 +13,7 @@ import torch
 
 from glmkern.errors import InputError, Interrupted
 from glmkern.training.flags.arguments import Arguments, DataTrainingArguments, ModelArguments
+from glmkern.training.loop.hooks import Hooks
 from glmkern.training.loop.resume import find_checkpoint, resume_command
 from glmkern.training.loop.trainer import Trainer
 from glmkern.training.output.run_folder import RunFolder
@@ -162,8 +163,10 @@ def run_in_parts(folder: Path, stops: list[int], model, flags: dict) -> Trainer:
             random_rows(13, 12),
             args,
             folder=RunFolder(folder),
-            evaluate=children.draws,
-            on_step=lambda step, stop=stop: step == stop and os.kill(os.getpid(), 15),
+            hooks=Hooks(
+                evaluate=children.draws,
+                on_step=lambda step, stop=stop: step == stop and os.kill(os.getpid(), 15),
+            ),
         )
         try:
             trainer.train(find_checkpoint("auto", folder))

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from glmkern.errors import InputError
+from glmkern.training.loop.hooks import Hooks
 from glmkern.training.loop.trainer import Trainer
 from glmkern.training.output.run_folder import RunFolder
 from tests.training.loop.test_resume import contents, every_flag
@@ -43,11 +44,13 @@ def train_for_the_best(
         args,
         folder=RunFolder(folder, args.save_total_limit),
         flags=kept,
-        evaluate=lambda: {
-            "eval_loss": losses[trainer.state.global_step],
-            "eval_bleu-4": 100 - losses[trainer.state.global_step],
-        },
-        write_companions=lambda path: rewrite(path / "glmkern.json", kept),
+        hooks=Hooks(
+            evaluate=lambda: {
+                "eval_loss": losses[trainer.state.global_step],
+                "eval_bleu-4": 100 - losses[trainer.state.global_step],
+            },
+            write_companions=lambda path: rewrite(path / "glmkern.json", kept),
+        ),
     )
     trainer.train(resume_from)
     return trainer

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from glmkern.errors import InputError
-from glmkern.training.loop.resume import check_same_run, find_checkpoint, fingerprint
+from glmkern.training.loop.checkpoint import fingerprint
+from glmkern.training.loop.resume import check_same_run, find_checkpoint
 from glmkern.training.loop.trainer import Trainer
 from tests.training import children
 from tests.training.children import random_rows

@@ -15,10 +15,11 @@ from glmkern.checkpoint import expected_shapes
 from glmkern.errors import TrainingError
 from glmkern.model.chatglm import ChatGLM
 from glmkern.model.config import ChatGLMConfig
-from glmkern.training.data.examples import Row
+from glmkern.training.data.rows import Row
+from glmkern.training.loop.steps import StepPlan
 from glmkern.training.loop.trainer import Trainer
 from glmkern.training.output.run_folder import RunFolder
-from glmkern.training.output.state import Plan, metrics_table
+from glmkern.training.output.trainer_state import metrics_table
 from tests.training.stand_in import IGNORED, OFFICIAL, Recorder, StandIn, arguments, simple_rows
 
 
@@ -109,7 +110,7 @@ def test_packing_changes_neither_masks_nor_gradient(tiny, tiny_rows):
     ],
 )
 def test_floor_rule(rows, batch, accumulation, epochs, max_steps, expected):
-    plan = Plan.of(
+    plan = StepPlan.of(
         rows,
         arguments(
             per_device_train_batch_size=batch,
@@ -123,8 +124,8 @@ def test_floor_rule(rows, batch, accumulation, epochs, max_steps, expected):
 
 def test_dropping_the_last_batch():
     flags = {"per_device_train_batch_size": 4, "max_steps": 5}
-    kept = Plan.of(10, arguments(**flags))
-    dropped = Plan.of(10, arguments(dataloader_drop_last=True, **flags))
+    kept = StepPlan.of(10, arguments(**flags))
+    dropped = StepPlan.of(10, arguments(dataloader_drop_last=True, **flags))
     assert (kept.batches_per_epoch, dropped.batches_per_epoch) == (3, 2)
     trainer = Recorder(StandIn(), simple_rows(10), arguments(dataloader_drop_last=True, **flags))
     trainer.train()

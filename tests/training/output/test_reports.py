@@ -14,7 +14,7 @@ from glmkern.errors import InputError, Interrupted
 from glmkern.training.output import reports
 from glmkern.training.output.progress import Progress
 from glmkern.training.output.reports import Reports, check_reports, smoothed, tag
-from glmkern.training.output.state import TrainerState
+from glmkern.training.output.trainer_state import TrainerState
 from tests import test_official_run as official_run
 from tests.test_official_run import command, refused
 from tests.training.stand_in import arguments

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from glmkern.errors import InputError
+from glmkern.training.loop.hooks import Hooks
 from glmkern.training.output.run_folder import RunFolder
 from glmkern.training.loop.trainer import Trainer
 from tests.training.stand_in import OFFICIAL, StandIn, arguments, simple_rows
@@ -202,9 +203,11 @@ def train_with_losses(folder, losses, metric=None, **flags):
             }
         ),
         folder=RunFolder(folder, flags.get("save_total_limit")),
-        evaluate=lambda: order.append("evaluate") or {metric or "eval_loss": next(values)},
-        on_save=lambda path, step: order.append(path.name),
-        on_step=lambda step: order.append(step),
+        hooks=Hooks(
+            evaluate=lambda: order.append("evaluate") or {metric or "eval_loss": next(values)},
+            on_save=lambda path, step: order.append(path.name),
+            on_step=lambda step: order.append(step),
+        ),
     )
     write_log = trainer._write_log
     trainer._write_log = lambda logs: order.append(next(iter(logs))) or write_log(logs)

@@ -109,7 +109,7 @@ def test_a_resumed_run_has_the_sections_of_one_that_was_never_stopped(tokenizer,
 
     model = Numbered()
     write = writer(tmp_path, model, tokenizer)
-    write.go_on_from(saves[10])
+    write.resume_from(saves[10])
     if written < 3:
         assert (tmp_path / "samples.md").read_text() == texts[1]
     assert len(model.calls) == (written == 1)
@@ -122,6 +122,6 @@ def test_a_resumed_run_has_the_sections_of_one_that_was_never_stopped(tokenizer,
 def test_a_run_resumed_in_another_folder_begins_with_the_checkpoint(tokenizer, tmp_path):
     (tmp_path / "new").mkdir()
     model = Numbered()
-    writer(tmp_path / "new", model, tokenizer).go_on_from(checkpoint(tmp_path, 10))
+    writer(tmp_path / "new", model, tokenizer).resume_from(checkpoint(tmp_path, 10))
     assert steps(tmp_path / "new") == ["## Step 10"]
     assert not (tmp_path / "samples.md").exists()

@@ -1,16 +1,13 @@
-"""What a run has done so far, in the words and files of transformers 4.30.2."""
+"""How many optimiser steps a run takes, as transformers 4.30.2 counts them."""
 
-import datetime
-import json
 import math
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass
 
 from glmkern.training.flags.arguments import TrainingArguments
 
 
 @dataclass(frozen=True)
-class Plan:
+class StepPlan:
     """How many steps a run takes, by the official floor rule.
 
     steps_per_epoch = max(ceil(rows / batch) // accumulation, 1), and max_steps = ceil(epochs *
@@ -26,7 +23,7 @@ class Plan:
     train_samples: float  # examples a run counts as seen, for samples per second
 
     @classmethod
-    def of(cls, num_examples: int, args: TrainingArguments) -> "Plan":
+    def of(cls, num_examples: int, args: TrainingArguments) -> "StepPlan":
         """For a run over this many rows; ValueError where they do not fill a micro-batch."""
         batch, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
         whole_batches = num_examples // batch
@@ -72,41 +69,7 @@ class Plan:
         ]
 
 
-@dataclass
-class TrainerState:
-    """trainer_state.json, key by key."""
-
-    epoch: float = 0
-    global_step: int = 0
-    max_steps: int = 0
-    num_train_epochs: int = 0
-    total_flos: float = 0
-    log_history: list[dict[str, float]] = field(default_factory=list)
-    best_metric: float | None = None
-    best_model_checkpoint: str | None = None
-    is_local_process_zero: bool = True
-    is_world_process_zero: bool = True
-    is_hyper_param_search: bool = False
-    trial_name: str | None = None
-    trial_params: dict[str, Any] | None = None
-
-    def log(self, logs: dict[str, float]) -> dict[str, float]:
-        """Append to log_history, with the step; returns `logs` with the epoch, as it is printed."""
-        logs = {**logs, "epoch": round(self.epoch, 2)}
-        self.log_history.append({**logs, "step": self.global_step})
-        return logs
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=2, sort_keys=True) + "\n"
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "TrainerState":
-        """From trainer_state.json; keys that other releases of transformers add are left out."""
-        known = {each.name for each in fields(cls)}
-        return cls(**{name: value for name, value in values.items() if name in known})
-
-
-def speed_metrics(plan: Plan, steps: int, runtime: float) -> dict[str, float]:
+def speed_metrics(plan: StepPlan, steps: int, runtime: float) -> dict[str, float]:
     """train_runtime in seconds, and samples and steps per second, of `steps` steps of the plan."""
     samples = plan.train_samples * steps / plan.max_steps
     return {
@@ -114,19 +77,3 @@ def speed_metrics(plan: Plan, steps: int, runtime: float) -> dict[str, float]:
         "train_samples_per_second": round(samples / runtime, 3),
         "train_steps_per_second": round(steps / runtime, 3),
     }
-
-
-def metrics_table(metrics: dict[str, float], split: str = "train") -> list[str]:
-    """The lines printed after a split is done: names to the left, values to the right."""
-    shown = {name: _formatted(name, value) for name, value in sorted(metrics.items())}
-    name_width = max(map(len, shown))
-    value_width = max(map(len, shown.values()))
-    lines = [f"  {name:<{name_width}} = {value:>{value_width}}" for name, value in shown.items()]
-    return [f"***** {split} metrics *****", *lines]
-
-
-def _formatted(name: str, value: float) -> str:
-    if name.endswith("_runtime"):
-        hundredths = int((value - int(value)) * 100)
-        return f"{datetime.timedelta(seconds=int(value))}.{hundredths:02d}"
-    return str(round(value, 4))
