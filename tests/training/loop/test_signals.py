@@ -7,6 +7,7 @@ import threading
 import pytest
 
 from glmkern.errors import Interrupted
+from glmkern.training.loop.hooks import Hooks
 from glmkern.training.loop.signals import StopRequest
 from glmkern.training.loop.trainer import Trainer
 from glmkern.training.output.run_folder import RunFolder
@@ -63,7 +64,7 @@ def test_the_step_is_finished_and_saved(tmp_path, handlers, number, status, capf
 def test_what_was_just_saved_is_not_saved_again(tmp_path, handlers):
     saves = []
     stopped = trainer(Signalling(signal.SIGTERM), tmp_path, save_steps=3)
-    stopped.on_save = lambda folder, step: saves.append((folder.name, step))
+    stopped.hooks = Hooks(on_save=lambda folder, step: saves.append((folder.name, step)))
     with pytest.raises(Interrupted):
         stopped.train()
     assert saves == [("checkpoint-3", 3)]
