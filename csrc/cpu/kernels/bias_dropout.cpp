@@ -34,8 +34,8 @@ void for_each_dropout_row(const DropoutRows& rows, int64_t hidden, int64_t begin
                           F f) {
   int64_t sequence = 0;
   for (int64_t row = begin; row < end; row++) {
-    while (row >= rows.cu_seqlens[sequence + 1]) sequence++;
-    f(row, rows.sequence_ids[sequence], (row - rows.cu_seqlens[sequence]) * hidden);
+    while (row >= rows.sequences.cu_seqlens[sequence + 1]) sequence++;
+    f(row, rows.sequences.ids[sequence], (row - rows.sequences.cu_seqlens[sequence]) * hidden);
   }
 }
 
