@@ -22,17 +22,22 @@ FLAGS = [
 SANITIZE = ["-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 
+def find_compiler() -> list[str]:
+    """The C++ compiler and the arguments that CXX gives it."""
+    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+    assert compiler, "these tests need a C++ compiler: install g++ or set CXX"
+    return compiler.split()
+
+
 def compile_program(
     source: Path, kernels: Sequence[str], folder: Path, sanitize: bool = False
 ) -> Path:
     """`source` with the kernels of csrc/cuda/kernels/<name>.cu, as a program in `folder`."""
-    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
-    assert compiler, "these tests need a C++ compiler: install g++ or set CXX"
     program = folder / (source.stem + ("-sanitized" if sanitize else ""))
     units = [str(source)] + [f"{CSRC / 'cuda/kernels' / name}.cu" for name in kernels]
     subprocess.run(
         [
-            *compiler.split(),
+            *find_compiler(),
             *FLAGS,
             *(SANITIZE if sanitize else ["-O1"]),
             "-x",

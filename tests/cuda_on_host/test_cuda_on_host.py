@@ -53,6 +53,7 @@ def test_conversions_round_to_nearest_even(program, dtype, name):
     [
         ("barrier_in_a_branch", "thread 0 waits at __syncthreads; thread 32 has ended"),
         ("shuffle_in_a_branch", "thread 0 waits for its warp; thread 16 has ended"),
+        ("shuffle_outside_its_mask", "a lane shuffles outside its own mask"),
         ("too_many_threads", "invalid configuration argument"),
     ],
 )

@@ -1,7 +1,8 @@
 // Stands in for the CUDA toolkit's header of this name, so that a C++ compiler can build csrc/cuda
 // and a CPU run it. The threads of a block are fibers, which take turns until they wait or end; one
-// block runs after another. A thread that waits for something that never comes is an error that
-// names it: a barrier or a shuffle that not every thread reaches.
+// block runs after another, and one kernel after another, whatever thread launches it. A thread
+// that waits for something that never comes is an error that names it: a barrier or a shuffle that
+// not every thread reaches.
 //
 // Not emulated: anything that depends on how fast threads are. Kernels with PTX need their ptx.cuh
 // wrappers emulated here as well.
@@ -12,8 +13,10 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <exception>
 #include <functional>
 #include <memory>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -55,6 +58,8 @@ inline std::vector<Thread> threads;
 inline std::function<void()> kernel_call;
 inline ucontext_t scheduler;
 inline int current;
+inline std::exception_ptr failure;  // what a thread of the block has thrown
+inline std::mutex one_kernel;       // that runs, for all of the above is shared
 
 inline void wait(State state) {
   const int me = current;
@@ -63,11 +68,16 @@ inline void wait(State state) {
 }
 
 inline void thread_main() {
-  kernel_call();
+  try {  // an exception can't leave a fiber
+    kernel_call();
+  } catch (...) {
+    failure = std::current_exception();
+  }
   wait(State::kEnded);
 }
 
 inline void start_block(int count) {
+  failure = nullptr;
   if (static_cast<int>(threads.size()) < count) threads.resize(count);
   for (int i = 0; i < count; i++) {
     Thread& thread = threads[i];
@@ -130,6 +140,7 @@ inline void run_block(int count) {
       do {
         for (int i = first; i < end; i++) {
           if (threads[i].state == State::kReady) resume(i);
+          if (failure) std::rethrow_exception(failure);
         }
       } while (release_warp(first, end));
     }
@@ -205,6 +216,7 @@ struct cudaLaunchConfig_t {
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments&&... arguments) {
+  const std::lock_guard<std::mutex> lock(cuda_on_host::one_kernel);
   gridDim = config->gridDim;
   blockDim = config->blockDim;
   const unsigned count = blockDim.x * blockDim.y * blockDim.z;
