@@ -8,8 +8,6 @@
 // wrappers emulated here as well.
 #pragma once
 
-#include <ucontext.h>
-
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -20,6 +18,8 @@
 #include <stdexcept>
 #include <string>
 #include <vector>
+
+#include "fiber.h"
 
 #define __global__
 #define __device__
@@ -39,15 +39,13 @@ inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 namespace cuda_on_host {
 
 constexpr int kWarp = 32;
-constexpr size_t kStackBytes = 64 * 1024;
 
 enum class State { kReady, kAtBlockBarrier, kAtWarpBarrier, kEnded };
 inline const char* const kStateNames[] = {"is ready", "waits at __syncthreads",
                                           "waits for its warp", "has ended"};
 
 struct Thread {
-  ucontext_t context;
-  std::unique_ptr<char[]> stack{new char[kStackBytes]};
+  Fiber fiber;
   State state;
   unsigned warp_mask;
   int shuffles;           // how many it has taken part in
@@ -56,7 +54,6 @@ struct Thread {
 
 inline std::vector<Thread> threads;
 inline std::function<void()> kernel_call;
-inline ucontext_t scheduler;
 inline int current;
 inline std::exception_ptr failure;  // what a thread of the block has thrown
 inline std::mutex one_kernel;       // that runs, for all of the above is shared
@@ -64,7 +61,7 @@ inline std::mutex one_kernel;       // that runs, for all of the above is shared
 inline void wait(State state) {
   const int me = current;
   threads[me].state = state;
-  swapcontext(&threads[me].context, &scheduler);
+  threads[me].fiber.yield();
 }
 
 inline void thread_main() {
@@ -81,11 +78,7 @@ inline void start_block(int count) {
   if (static_cast<int>(threads.size()) < count) threads.resize(count);
   for (int i = 0; i < count; i++) {
     Thread& thread = threads[i];
-    getcontext(&thread.context);
-    thread.context.uc_stack.ss_sp = thread.stack.get();
-    thread.context.uc_stack.ss_size = kStackBytes;
-    thread.context.uc_link = &scheduler;
-    makecontext(&thread.context, thread_main, 0);
+    thread.fiber.start(thread_main);
     thread.state = State::kReady;
     thread.shuffles = 0;
   }
@@ -94,7 +87,7 @@ inline void start_block(int count) {
 inline void resume(int i) {
   current = i;
   threadIdx = dim3(i % blockDim.x, i / blockDim.x % blockDim.y, i / (blockDim.x * blockDim.y));
-  swapcontext(&scheduler, &threads[i].context);
+  threads[i].fiber.resume();
 }
 
 // Resumes the lanes of the warp at `first` whose mask has arrived as a whole; false if none.
