@@ -14,7 +14,7 @@ namespace {
 constexpr int64_t kUnits = 16;
 constexpr int64_t kLeastRows = 256;  // a unit's sums of the prefix cost as much as a few rows
 
-// Consecutive tokens, perhaps of several sequences.
+// Consecutive tokens of one or more sequences.
 struct Unit {
   int64_t begin, end;
   int64_t first_key;  // where the first of its sequences begins
@@ -122,8 +122,8 @@ class Backward {
       if (arguments_.token_grad) {
         const int64_t first_head = (token * shape_.groups + group) * shape_.heads;
         a.dq = element_of(arguments_.dq, shape_.dtype, first_head * shape_.channels);
-        const int64_t behind = (token - unit.first_key) * channels;
-        a.own = {own.keys + behind, own.values + behind};
+        const int64_t offset = (token - unit.first_key) * channels;
+        a.own = {own.keys + offset, own.values + offset};
       }
       a.prefix = prefix;
       if (arguments_.prefix_grad && prefix_.is_dropped()) {

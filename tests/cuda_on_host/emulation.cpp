@@ -9,7 +9,7 @@
 
 namespace {
 
-using namespace glmkern;
+using namespace glmkern::cuda;
 
 void sum_kernel(const float* x, float* sums) {
   __shared__ float partial[kMaxWarps];

@@ -17,7 +17,7 @@ void for_each_factor(const Dropout& dropout, int64_t sequence_id, int64_t first,
     dropout.for_each_vec(sequence_id, first, hidden, f);
     return;
   }
-  // The row starts amid a counter's four elements: draw from the counter's first one on.
+  // The row starts within a counter's four elements: draw from the counter's first one on.
   constexpr int64_t kChunk = 256;
   float factors[kChunk + 4];
   for (int64_t chunk = 0; chunk < hidden; chunk += kChunk) {
