@@ -1,4 +1,4 @@
-"""Builds the CUDA kernels with a C++ compiler, against the stand-ins in include/, and runs them."""
+"""How a C++ compiler builds CUDA code, against the stand-ins in include/; programs made of it."""
 
 import os
 import shutil
@@ -29,25 +29,10 @@ def find_compiler() -> list[str]:
     return compiler.split()
 
 
-def compile_program(
-    source: Path, kernels: Sequence[str], folder: Path, sanitize: bool = False
-) -> Path:
-    """`source` with the kernels of csrc/cuda/kernels/<name>.cu, as a program in `folder`."""
-    program = folder / (source.stem + ("-sanitized" if sanitize else ""))
-    units = [str(source)] + [f"{CSRC / 'cuda/kernels' / name}.cu" for name in kernels]
-    subprocess.run(
-        [
-            *find_compiler(),
-            *FLAGS,
-            *(SANITIZE if sanitize else ["-O1"]),
-            "-x",
-            "c++",
-            *units,
-            "-o",
-            str(program),
-        ],
-        check=True,
-    )
+def compile_program(source: Path, folder: Path) -> Path:
+    """`source` as a program in `folder`."""
+    program = folder / source.stem
+    subprocess.run([*find_compiler(), *FLAGS, "-O1", str(source), "-o", str(program)], check=True)
     return program
 
 

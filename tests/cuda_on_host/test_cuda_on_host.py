@@ -10,7 +10,7 @@ from tests.cuda_on_host.host import HERE, compile_program, run
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory):
-    return compile_program(HERE / "emulation.cpp", [], tmp_path_factory.mktemp("host"))
+    return compile_program(HERE / "emulation.cpp", tmp_path_factory.mktemp("host"))
 
 
 def test_a_block_sums_over_its_threads(program):
