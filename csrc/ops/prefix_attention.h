@@ -33,7 +33,8 @@ struct AttentionPrefix {
   const int64_t* seed;        // [2], null where p is 0
 };
 
-// lse is the natural logarithm of a row's sum of exponentials.
+// A token sees the prefix, itself and the tokens before it in its sequence. lse is the natural
+// logarithm of the sum of exp(scale * q k) over what it sees.
 struct PrefixAttentionForward {
   AttentionShape shape;
   float scale;
@@ -59,8 +60,8 @@ struct PrefixAttentionBackward {
   void *dprefix_k, *dprefix_v;  // [prefix, groups, channels], in the prefix's dtype
 };
 
-// Row b has q_lens[b] queries, and cache_lens[b] entries of its cache that the last one sees; each
-// query before it sees one less. `shape.tokens` is the room for queries of one row.
+// Query i of row b sees the prefix and the first cache_lens[b] - q_lens[b] + i + 1 entries of the
+// row's cache; i < q_lens[b]. `shape.tokens` is the room for queries of one row.
 struct PrefixAttentionDecode {
   AttentionShape shape;
   float scale;
