@@ -108,7 +108,7 @@ def as_float32(model: ChatGLM) -> ChatGLM:
         if isinstance(linear, FrozenLinear) and linear.weight is None:
             weight = ops.dequantize(linear.matrix, torch.float32)
             linear.weight = torch.nn.Parameter(weight, requires_grad=False)
-            linear.packed = linear.scale = linear.bits = None
+            linear.packed, linear.scale, linear.bits = None, None, 0
     found.config = replace(found.config, quantization_bit=0)
     return found.float()
 

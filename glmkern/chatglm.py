@@ -121,7 +121,7 @@ class ChatGLM(ChatGLMModel):
             raise ValueError(f"output_layer_bit must be 8 or None, not {output_layer_bit}")
         tensors = quantize_stream(read_base(folder, config), quantization_bit, output_layer_bit)
         model.load_base(tensors, dtype, device, copy=not mapped)
-        if prefix_state is not None:
+        if prefix_state is not None and model.prefix_encoder is not None:
             model.prefix_encoder.load_state_dict(prefix_state)
         return model
 
@@ -143,7 +143,7 @@ class ChatGLM(ChatGLMModel):
         query: str,
         history: History | None = None,
         **options: Any,
-    ) -> tuple[str, list]:
+    ) -> tuple[str, list[Any]]:
         """The reply to `query` and the history with this round; see generation/chat.py."""
         return chat(self, tokenizer, query, history, **options)
 
@@ -154,7 +154,7 @@ class ChatGLM(ChatGLMModel):
         history: History | None = None,
         past_key_values: KeyValueCache | None = None,
         **options: Any,
-    ) -> Iterator[tuple]:
+    ) -> Iterator[tuple[Any, ...]]:
         """chat() as the reply grows; see generation/chat.py."""
         return stream_chat(self, tokenizer, query, history, past_key_values, **options)
 

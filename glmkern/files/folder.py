@@ -86,7 +86,7 @@ def _hugging_face_cache() -> Path:
             return Path(os.environ[variable]).expanduser()
     home = os.environ.get("HF_HOME")
     if not home:
-        home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
+        home = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
     return Path(home).expanduser() / "hub"
 
 

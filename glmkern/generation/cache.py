@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from glmkern.model.layer import Layer, Pass, kernels
+from glmkern.model.kernels import kernels
+from glmkern.model.layer import Layer, Pass
 from glmkern.model.model import ChatGLMModel
 from glmkern.model.packing import PackedBatch
 
@@ -57,7 +58,7 @@ class KeyValueCache:
                 batch.cu_seqlens,
                 batch.sequence_ids,
                 None,
-                layer.channels**-0.5,
+                layer.scale,
                 0.0,
             )[0]
 
@@ -82,7 +83,7 @@ class KeyValueCache:
                 lens,
                 *self._prefix[layer.index],
                 queries,
-                layer.channels**-0.5,
+                layer.scale,
             )
             return out.flatten(0, 1)
 

@@ -1,8 +1,8 @@
 """ChatGLM2 with a frozen base and a trained prefix, over packed tokens."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -127,14 +127,19 @@ class ChatGLMModel(nn.Module):
         return self.transformer.prefix_encoder
 
     @property
+    def layers(self) -> Sequence[Layer]:
+        """The transformer's blocks, the lowest first."""
+        return cast("Sequence[Layer]", self.transformer.encoder.layers)
+
+    @property
     def dtype(self) -> torch.dtype:
         """The dtype of activations, and of weights but those that kept_dtype keeps in half."""
-        return self.transformer.encoder.layers[0].input_layernorm.weight.dtype
+        return self.layers[0].input_layernorm.weight.dtype
 
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.transformer.encoder.layers[0].input_layernorm.weight.device
+        return self.layers[0].input_layernorm.weight.device
 
     def forward(
         self,
@@ -230,17 +235,19 @@ class ChatGLMModel(nn.Module):
         """Embeds tokens [T], takes them through `run_layer(layer, x)` for every layer, and
         normalises: [T, H]."""
         embedding = self.transformer.embedding.word_embeddings
-        x = embedding(input_ids.to(embedding.weight.device)).to(self.device, self.dtype)
-        for layer in self.transformer.encoder.layers:
+        x: Tensor = embedding(input_ids.to(embedding.weight.device)).to(self.device, self.dtype)
+        for layer in self.layers:
             x = run_layer(layer, x)
         norm = self.transformer.encoder.final_layernorm
-        return x if norm is None else norm(x)
+        if norm is not None:
+            x = norm(x)
+        return x
 
-    def prefix(self) -> list[tuple[Tensor | None, Tensor | None]]:
+    def prefix(self) -> Sequence[tuple[Tensor | None, Tensor | None]]:
         """Every layer's prefix keys and values, float32 [P, G, C], or None, None without one."""
         if self.prefix_encoder is None:
             return [(None, None)] * self.config.num_layers
-        segments = self.prefix_encoder()
+        segments: list[tuple[Tensor, Tensor]] = self.prefix_encoder()
         if self.dtype == torch.float64:
             segments = [(k.double(), v.double()) for k, v in segments]
         return segments
@@ -278,7 +285,8 @@ class _Embedding(nn.Module):
     def __init__(self, config: ChatGLMConfig):
         super().__init__()
         # Not nn.Embedding(): its random start would import much of torch for a meta tensor.
-        self.word_embeddings = nn.Embedding.from_pretrained(
+        make: Callable[[Tensor], nn.Embedding] = nn.Embedding.from_pretrained
+        self.word_embeddings = make(
             torch.empty(config.padded_vocab_size, config.hidden_size, device="meta")
         )
 
@@ -300,4 +308,4 @@ class _Transformer(nn.Module):
         self.embedding = _Embedding(config)
         self.encoder = _Encoder(config)
         self.output_layer = FrozenLinear(config.hidden_size, config.padded_vocab_size, bias=False)
-        self.prefix_encoder = None
+        self.prefix_encoder: PrefixEncoder | None = None

@@ -6,17 +6,21 @@ from torch import Tensor, nn
 
 from glmkern import ops
 from glmkern.model.config import ChatGLMConfig
+from glmkern.model.kernels import kernels
 from glmkern.ops.quant_linear import as_stored
-
-kernels = torch.ops.glmkern
 
 
 class FrozenLinear(nn.Module):
     """A linear layer whose weight [out, in] never gets a gradient.
 
     The weight is dense, `weight`, or quantised: `packed`, `scale` and `bits` of an
-    ops.QuantizedWeight. The other kind is None.
+    ops.QuantizedWeight. The other kind is None, and bits are 0 for a dense weight.
     """
+
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+    packed: Tensor
+    scale: Tensor
 
     def __init__(self, inputs: int, outputs: int, bias: bool):
         super().__init__()
@@ -25,10 +29,15 @@ class FrozenLinear(nn.Module):
         self.bias = _place(outputs) if bias else None
         self.register_buffer("packed", None)
         self.register_buffer("scale", None)
-        self.bits = None
+        self.bits = 0
 
     def load_(
-        self, name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device, copy: bool = True
+        self,
+        name: str,
+        tensor: Tensor,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        copy: bool = True,
     ) -> None:
         """Takes one tensor of a checkpoint: "weight", dense or int8 codes, "weight_scale", which
         keeps its own dtype, or "bias"; itself where `copy` is False and nothing is to be
@@ -44,6 +53,7 @@ class FrozenLinear(nn.Module):
 
     def quantize_(self, bits: int) -> None:
         """Replaces the weight by codes of 4 or 8 bits; see ops.quantize, whose errors these are."""
+        assert self.weight is not None
         self.packed, self.scale, self.bits = ops.quantize(self.weight, bits)
         self.weight = None
 
@@ -57,23 +67,28 @@ class FrozenLinear(nn.Module):
     def project(self, x: Tensor, with_bias: bool = True) -> Tensor:
         """[T, in] -> [T, out]."""
         bias = self.bias if with_bias else None
-        if self._has_kernel(x):
-            return kernels.quant_linear_fwd(x.contiguous(), *as_stored(self.matrix), bias)
-        return F.linear(x, self.weight, bias)
+        weight = self._weight_for_torch(x)
+        if weight is not None:
+            return F.linear(x, weight, bias)
+        return kernels.quant_linear_fwd(x.contiguous(), *as_stored(self.matrix), bias)
 
     def project_back(self, dy: Tensor) -> Tensor:
         """The gradient of the input: [T, out] -> [T, in]."""
-        if self._has_kernel(dy):
-            return kernels.quant_linear_bwd(dy.contiguous(), *as_stored(self.matrix))
-        return dy @ self.weight
+        weight = self._weight_for_torch(dy)
+        if weight is not None:
+            return dy @ weight
+        return kernels.quant_linear_bwd(dy.contiguous(), *as_stored(self.matrix))
 
-    def _has_kernel(self, x: Tensor) -> bool:
-        """A float32 product on the CPU is ours too: its bits, unlike those of torch's, do not
-        depend on the number of threads, and it is not slower (bench/NOTES.md). So is one with a
-        weight that is kept in half precision."""
+    def _weight_for_torch(self, x: Tensor) -> Tensor | None:
+        """The dense weight where torch computes its product with x, None where our kernel does.
+
+        A float32 product on the CPU is ours too: its bits, unlike those of torch's, do not depend
+        on the number of threads, and it is not slower (bench/NOTES.md). So is one with a weight
+        that is kept in half precision.
+        """
         if self.weight is None or self.weight.dtype != x.dtype:
-            return True
-        return x.device.type == "cpu" and x.dtype == torch.float32
+            return None
+        return None if x.device.type == "cpu" and x.dtype == torch.float32 else self.weight
 
 
 class FrozenNorm(nn.Module):
@@ -107,9 +122,9 @@ class FrozenNorm(nn.Module):
         if self.bias is None:
             return kernels.rms_norm_bwd(dy, x, self.weight, stats, dresidual, False)[0]
         mean, rstd = stats
-        dx, _, _ = torch.ops.aten.native_layer_norm_backward(
+        dx: Tensor = torch.ops.aten.native_layer_norm_backward(
             dy, x, self.weight.shape, mean, rstd, self.weight, self.bias, [True, False, False]
-        )
+        )[0]
         return dx if dresidual is None else dx + dresidual
 
     def forward(self, x: Tensor) -> Tensor:
