@@ -8,7 +8,7 @@ The model is bench_train's (hidden 1024, 8 layers, prefix 128), in float32:
 
     predict   16 prompts as long as AdvertiseGen's, 32 new tokens each: ours in one batch, the peer
               one after the other, as the official prediction runs
-    decode    33 tokens behind a prompt of one, so that all but the first pass are decoding; ours
+    decode    33 tokens after a prompt of one, so that all but the first pass are decoding; ours
               also over weights kept in float16 and in 4 bits
 
 The peer is transformers with sdpa and its own cache, and the prefix as PEFT has it. Before anything

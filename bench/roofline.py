@@ -39,9 +39,11 @@ class Probe:
 
 
 def in_turn(calls: Sequence[Callable]) -> Callable:
-    """Calls the next of `calls` every time: the same work on tensors that no cache holds, where
-    together they have more than a last-level cache. One that holds half of a tensor would favour
-    whoever touches the fewest."""
+    """Calls the next of `calls` every time: the same work on tensors that no cache holds.
+
+    Together they must have more bytes than the last-level cache. A cache that holds half of a
+    tensor would favour the implementation that touches the fewest.
+    """
     turn = itertools.cycle(calls)
     return lambda: next(turn)()
 

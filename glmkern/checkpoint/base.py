@@ -80,7 +80,7 @@ def stored_bits(folder: Path) -> int:
 def _stream(homes: dict[str, Path]) -> Iterator[tuple[str, torch.Tensor]]:
     opened, mapped = None, 0
     for name, path in homes.items():
-        # Pages once read stay resident as long as their mapping, so it is renewed now and then.
+        # A page that was read stays resident as long as its mapping, so the mapping is renewed.
         if path != opened or mapped > MAPPED_BYTES:
             tensors = read_tensors(path)
             opened, mapped = path, 0

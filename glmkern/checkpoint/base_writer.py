@@ -111,7 +111,7 @@ def _write(
             names[copy] = companion.name
         config.write_text(configuration, encoding="utf-8")
         names[config] = "config.json"
-        # An older model's shards must not stay beside a single file, nor a file beside shards.
+        # An older model's shards must not stay beside a single file; the reverse holds too.
         new.rename(
             names, ("config.json", single, f"{single}.index.json", shard.replace("{:05d}", "*"))
         )

@@ -14,7 +14,7 @@ BLOCK = 64  # entries: a cache grows by whole blocks
 class KeyValueCache:
     """What a batch of rows has read, without padding; `read_prompts` and `read` add to it.
 
-    A pass that raises or is interrupted leaves it of no use.
+    A pass that raises or is interrupted leaves it unusable.
 
     Attributes:
         lens: int64 [rows], tokens of each row; also the position of its next token.
@@ -119,7 +119,7 @@ class KeyValueCache:
 
     def _run(self, input_ids: Tensor, positions: Tensor, slots: Tensor, attend) -> Tensor:
         """Takes new tokens [T] through the model; keys and values go to `slots` [T] of the rows
-        laid end to end. Returns hidden states [T, H] behind the final norm."""
+        laid end to end. Returns hidden states [T, H] after the final norm."""
         run = Pass(self.model.cos_sin, positions)
 
         def run_layer(layer: Layer, x: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ def chat(
             officially, instead of an error.
 
     Returns:
-        The reply, and the history with this round or these messages behind it.
+        The reply, and the history with this round or these messages at its end.
 
     Raises:
         ValueError: an argument is out of range, or the conversation has no room for a reply.

@@ -247,16 +247,16 @@ def _run_until_gate_up(
     layer: Layer, x: Tensor, run: Pass, attend: Attend
 ) -> tuple[SavedActivations, Tensor]:
     """The block up to the first linear of the MLP; also that linear's input [T, H]."""
-    normalised, stats1 = layer.input_layernorm.run(x)
+    normalised, stats1 = layer.input_layernorm.normalize(x)
     q, k, v = layer._rotated(normalised, run)
     out, lse = attend(q, k, v)
     dense, norm = layer.self_attention.dense, layer.post_attention_layernorm
     residual = normalised if layer.residual_after_norm else x
     if run.hidden_dropout == 0:
-        normalised, h, stats2 = norm.run_added(dense.project(out.flatten(1)), residual)
+        normalised, h, stats2 = norm.add_and_normalize(dense.project(out.flatten(1)), residual)
     else:
         h = _add_projected(layer, dense, out.flatten(1), residual, run, site=ATTENTION_SITE)
-        normalised, stats2 = norm.run(h)
+        normalised, stats2 = norm.normalize(h)
     gate_up = layer.mlp.dense_h_to_4h.project(normalised)
     return SavedActivations(stats1, q, k, v, out, lse, h, stats2, gate_up), normalised
 
@@ -265,7 +265,9 @@ def _mlp_backward(layer: Layer, dy: Tensor, saved: SavedActivations, run: Pass) 
     """The gradient of h, the stream between attention and MLP, from that of the block's output."""
     gate_up = saved.gate_up
     if gate_up is None:
-        gate_up = layer.mlp.dense_h_to_4h.project(layer.post_attention_layernorm.run(saved.h)[0])
+        gate_up = layer.mlp.dense_h_to_4h.project(
+            layer.post_attention_layernorm.normalize(saved.h)[0]
+        )
     dm = _dropout_backward(layer, dy, run, site=MLP_SITE)
     dgate_up = kernels.swiglu_bwd(layer.mlp.dense_4h_to_h.project_back(dm), gate_up)
     dnormalised = layer.mlp.dense_h_to_4h.project_back(dgate_up)
@@ -279,8 +281,8 @@ def _norm_backward(
 ) -> Tensor:
     """The gradient of a norm's input x; the residual left either before or after the norm."""
     if layer.residual_after_norm:
-        return norm.run_back(dnormalised + dresidual, x, stats, None)
-    return norm.run_back(dnormalised, x, stats, dresidual)
+        return norm.backward(dnormalised + dresidual, x, stats, None)
+    return norm.backward(dnormalised, x, stats, dresidual)
 
 
 def _add_projected(

@@ -133,7 +133,7 @@ class ChatGLMModel(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of activations, and of weights but those that kept_dtype keeps in half."""
+        """The dtype of activations, and of all weights but those that kept_dtype keeps in half."""
         return self.layers[0].input_layernorm.weight.dtype
 
     @property
@@ -213,7 +213,7 @@ class ChatGLMModel(nn.Module):
         return replace(batch.to(self.device), input_ids=batch.input_ids.to(place))
 
     def _hidden(self, batch: PackedBatch, dropout_offset: int, seed: int) -> Tensor:
-        """[T, H] behind the final norm, in training mode with dropout."""
+        """Hidden states [T, H] after the final norm, in training mode with dropout."""
         drops_prefix = self.training and self.prefix_encoder is not None
         seeds = None
         if self.training:

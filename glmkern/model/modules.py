@@ -1,4 +1,4 @@
-"""Frozen building blocks: they hold weights under official names and know two directions."""
+"""Linears and norms with frozen weights, each with its forward and its backward pass."""
 
 import torch
 import torch.nn.functional as F
@@ -25,8 +25,8 @@ class FrozenLinear(nn.Module):
     def __init__(self, inputs: int, outputs: int, bias: bool):
         super().__init__()
         self.inputs = inputs
-        self.weight = _place(outputs, inputs)
-        self.bias = _place(outputs) if bias else None
+        self.weight = _empty(outputs, inputs)
+        self.bias = _empty(outputs) if bias else None
         self.register_buffer("packed", None)
         self.register_buffer("scale", None)
         self.bits = 0
@@ -97,11 +97,11 @@ class FrozenNorm(nn.Module):
     def __init__(self, config: ChatGLMConfig):
         super().__init__()
         self.eps = config.layernorm_epsilon
-        self.weight = _place(config.hidden_size)
-        self.bias = None if config.rmsnorm else _place(config.hidden_size)
+        self.weight = _empty(config.hidden_size)
+        self.bias = None if config.rmsnorm else _empty(config.hidden_size)
 
-    def run(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x [T, H] -> normalised [T, H], and the row statistics that run_back needs."""
+    def normalize(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x [T, H] -> normalised [T, H], and the row statistics that backward needs."""
         if self.bias is None:
             return kernels.rms_norm_fwd(x, self.weight, self.eps)
         y, mean, rstd = torch.native_layer_norm(
@@ -109,15 +109,15 @@ class FrozenNorm(nn.Module):
         )
         return y, torch.stack([mean, rstd])
 
-    def run_added(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def add_and_normalize(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """h = x + residual, normalised: (normalised, h, the statistics of h)."""
         if self.bias is None:
             return kernels.add_rms_norm_fwd(x, residual, self.weight, self.eps)
         h = x + residual
-        y, stats = self.run(h)
+        y, stats = self.normalize(h)
         return y, h, stats
 
-    def run_back(self, dy: Tensor, x: Tensor, stats: Tensor, dresidual: Tensor | None) -> Tensor:
+    def backward(self, dy: Tensor, x: Tensor, stats: Tensor, dresidual: Tensor | None) -> Tensor:
         """The gradient of x, plus `dresidual` where x also reached the result another way."""
         if self.bias is None:
             return kernels.rms_norm_bwd(dy, x, self.weight, stats, dresidual, False)[0]
@@ -129,12 +129,15 @@ class FrozenNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [T, H] -> normalised [T, H], differentiable in x."""
-        return self.run(x)[0]
+        return self.normalize(x)[0]
 
 
 def kept_dtype(weight: Tensor, dtype: torch.dtype, device: torch.device | str) -> torch.dtype:
-    """What a large weight is kept in by a model of `dtype`. On a CPU a float32 model keeps it in
-    half precision where it is stored so: the kernels read it as it is, with the same results."""
+    """The dtype in which a model of `dtype` keeps a large weight.
+
+    On a CPU a float32 model keeps a weight in half precision where it is stored so. The kernels
+    read it as it is, with the same results.
+    """
     half = weight.dtype in (torch.float16, torch.bfloat16)
     keeps = half and dtype == torch.float32 and torch.device(device).type == "cpu"
     return weight.dtype if keeps else dtype
@@ -145,6 +148,6 @@ def frozen(weight: Tensor) -> nn.Parameter:
     return nn.Parameter(weight, requires_grad=False)
 
 
-def _place(*shape: int) -> nn.Parameter:
-    """A place for a weight; it gets its values when a checkpoint is read."""
+def _empty(*shape: int) -> nn.Parameter:
+    """A parameter on the meta device; a checkpoint brings its values."""
     return frozen(torch.empty(*shape, device="meta"))

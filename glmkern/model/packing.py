@@ -1,6 +1,6 @@
 """A batch is sequences laid end to end: padding does not exist inside the model.
 
-`unpad` turns a padded call into a PackedBatch at the door, `pack_rows` builds one from rows.
+`unpad` turns a padded batch into a PackedBatch, `pack_rows` builds one from rows.
 """
 
 from collections.abc import Sequence

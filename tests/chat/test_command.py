@@ -46,7 +46,7 @@ class Spoken:
 
 @pytest.fixture
 def talk(model, tokenizer, monkeypatch, capsys):
-    """Runs a conversation; returns it and what was printed behind the banner."""
+    """Runs a conversation; returns it and what was printed after the banner."""
 
     def run(*lines, prefixes=(), tokenizer=tokenizer, **options):
         options = dict(max_length=250, do_sample=False) | options

@@ -46,7 +46,7 @@ def test_packed_equals_padded(side):
 
 @pytest.mark.parametrize("recompute", ["none", "mlp", "layer"])
 def test_packing_changes_neither_masks_nor_gradient(recompute):
-    """In float64, where a mask that moved could not hide behind rounding."""
+    """In float64, where rounding cannot hide a mask that moved."""
     model = small_model(dict(hidden_dropout=0.2), dtype=torch.float64).train()
     model.prefix_encoder.double()
     model.computation = Computation(recompute=recompute)
