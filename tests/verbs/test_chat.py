@@ -9,13 +9,23 @@ from pathlib import Path
 import pytest
 import torch
 
-from glmkern import ChatGLMConfig, ChatGLMTokenizer, cli
+from glmkern import ChatGLM, ChatGLMConfig, ChatGLMTokenizer, cli
 from glmkern.checkpoint import write_base, write_prefix
 from glmkern.model.prefix import PrefixEncoder
 from glmkern.verbs import chat as verb
-from tests.chat.models import TALKATIVE
+from tests.generation.models import TALKATIVE, chat_model
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(shared) -> ChatGLMTokenizer:
+    return ChatGLMTokenizer.from_pretrained(shared / "data" / "tokenizer")
+
+
+@pytest.fixture(scope="module")
+def model() -> ChatGLM:
+    return chat_model()
 
 
 @pytest.fixture(scope="module")

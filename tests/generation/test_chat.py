@@ -6,7 +6,7 @@ import torch
 from glmkern import ChatGLMTokenizer
 from glmkern.generation import KeyValueCache
 from glmkern.generation.chat import process_response
-from tests.chat.models import HISTORY, POSITIONS, chat_model
+from tests.generation.models import HISTORY, POSITIONS, chat_model
 from tests.generation.oracles import Recorder, glm_twin
 
 # chat
