@@ -17,8 +17,8 @@ ROUNDS = 21
 SAMPLE_SECONDS = 0.01
 # Cleared before every sample on a GPU: more than any L2 cache holds.
 FLUSH_BYTES = 2**29
-# It is cleared so often that the GPU is busy for this long, in which Python queues the launches of
-# a sample, five for a backward pass: what is timed is then the work of the GPU alone.
+# It is cleared so often that the GPU is busy for this long. In that time Python queues the launches
+# of a sample, five for a backward pass; what is timed is then the work of the GPU alone.
 QUEUE_SECONDS = 1e-3
 
 

@@ -80,9 +80,9 @@ class ChatGLM(ChatGLMModel):
                 vocabulary; None or 0: as the folder has it.
             offload_embedding: keep the embedding in host memory and send the GPU only the rows
                 that a batch needs; on the CPU it is there anyway.
-            mapped: on the CPU use weights that are stored as they are needed where the system maps
-                the files, so that all processes of the machine share one copy. The files must stay
-                as they are while the model lives.
+            mapped: on the CPU, weights that need no conversion stay mapped from their files: all
+                processes of the machine share one copy. The files must not change while the model
+                lives.
             computation: settings of the training loss; None: the defaults.
 
         Raises:

@@ -62,8 +62,14 @@ class Search:
         ids: Tensor,
         ends: Sequence[int],
     ) -> list[tuple[int, int, float]]:
-        """The next beams as (row of ids, token, sum), out of candidates in descending order that
-        continue `beams`, rows of ids [R * K, S']."""
+        """The next beams as (row of ids, token, sum).
+
+        Args:
+            sums, beams, tokens: the candidates, the largest sum first; each continues a beam, a
+                row of `ids`, by a token.
+            ids: int64 [R * K, S'], all beams of the batch.
+            ends: end tokens.
+        """
         continued = []
         for rank, (total, beam, token) in enumerate(zip(sums, beams, tokens, strict=True)):
             if token not in ends:

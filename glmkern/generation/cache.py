@@ -103,8 +103,8 @@ class KeyValueCache:
         return self._layers[0].shape[2]
 
     def _make_room(self, rows: int, entries: int) -> None:
-        """Room for `entries` tokens a row. It grows by a quarter at least, so that the copies of a
-        whole text cost no more than a few of its last one."""
+        """Room for `entries` tokens a row. It grows by a quarter at least: all copies for one text
+        then cost no more than a few copies of its final size."""
         if self._layers and entries <= self._room:
             return
         config = self.model.config

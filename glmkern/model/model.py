@@ -68,9 +68,15 @@ class ChatGLMModel(nn.Module):
         device: torch.device | str,
         copy: bool = True,
     ) -> None:
-        """Fills the frozen weights from (official name, tensor) pairs, converted one at a time;
-        codes and scales of quantised linears stay as they are. A tensor mapped from a file dies
-        with the file, so each is copied, or with `copy` False only those that are converted."""
+        """Fills the frozen weights, one tensor at a time.
+
+        Args:
+            tensors: pairs of an official name and a tensor.
+            dtype: of activations and weights; codes and scales keep their own.
+            device: where the weights are put.
+            copy: copy every tensor, so that none depends on the file it was mapped from. False:
+                copy only those that are converted.
+        """
         for name, tensor in tensors:
             path, _, leaf = name.rpartition(".")
             module = self.get_submodule(path)
@@ -87,15 +93,17 @@ class ChatGLMModel(nn.Module):
         self.cos_sin = rotary_table(self.config, dtype, self.rope_precision, device)
 
     def quantize(self, bits: int) -> "ChatGLMModel":
-        """Replaces the weights of every layer's four linears by codes of 4 or 8 bits, one linear
-        at a time and for good; embedding, norms, output layer and prefix stay as they are.
+        """Replaces the weights of every layer's four linears by codes of 4 or 8 bits.
+
+        One linear at a time; the dense weights are dropped. Embedding, norms, output layer and
+        prefix stay as they are.
 
         Returns:
             This model; its config.quantization_bit is `bits`.
 
         Raises:
-            ValueError: bits is neither 4 nor 8, the model is quantised already, a linear's input is
-                odd for 4 bits, or a weight is not finite.
+            ValueError: bits is neither 4 nor 8, or the model is quantised already. Or a linear's
+                input is odd for 4 bits, or a weight is not finite.
         """
         if bits not in (4, 8):
             raise ValueError(f"quantize: bits must be 4 or 8, not {bits}")
