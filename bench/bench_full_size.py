@@ -37,7 +37,8 @@ from bench.roofline import gemm_probe, machine
 from glmkern import ChatGLM, ChatGLMConfig, ChatGLMTokenizer, demo
 from glmkern.checkpoint import expected_shapes, quantize_folder, write_base
 from glmkern.model.packing import pack_rows
-from glmkern.training.dataset import build_training_rows, read_examples
+from glmkern.training.data.examples import read_examples
+from glmkern.training.data.rows import build_training_rows
 
 FOLDER = Path(__file__).resolve().parents[1] / "build/full_size"
 # Asked of each stage: GiB resident, seconds.

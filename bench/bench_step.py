@@ -47,7 +47,7 @@ from glmkern.checkpoint import expected_shapes, quantize_stream
 from glmkern.model.computation import Computation
 from glmkern.model.modules import FrozenLinear
 from glmkern.model.packing import IGNORE_INDEX, PackedBatch, pack_rows
-from glmkern.training.dataset import Row
+from glmkern.training.data.rows import Row
 
 ROUNDS = 7
 ROW_BY_ROW = f"{OURS}, a row at a time"

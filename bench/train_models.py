@@ -17,7 +17,7 @@ from glmkern import ChatGLM, ChatGLMConfig
 from glmkern.checkpoint import expected_shapes
 from glmkern.model.computation import Computation
 from glmkern.model.packing import IGNORE_INDEX, pack_rows
-from glmkern.training.dataset import Row
+from glmkern.training.data.rows import Row
 
 PREFIX = 128
 TOLERANCE = 1e-5

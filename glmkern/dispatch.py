@@ -49,6 +49,8 @@ _libraries = {
     for ns in ("glmkern", "glmkern_cpu", "glmkern_cuda")
 }
 _libraries["glmkern_cpu"].define("isa() -> str")  # which instruction set its kernels use
+_libraries["glmkern_cpu"].define("isas() -> str")
+_libraries["glmkern_cpu"].define("set_isa(str name) -> ()")
 
 
 def define_op(

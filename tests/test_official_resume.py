@@ -11,7 +11,7 @@ import pytest
 from glmkern import cli
 from tests.test_official_run import REPOSITORY, base, command, flags, prefix, refused, rows  # noqa: F401 (fixtures)
 from tests.training.children import wait_for
-from tests.training.test_resume import contents, without
+from tests.training.loop.test_resume import contents, without
 
 # Long enough to be stopped, however late the signal is sent.
 LONG = {"max_steps": 150, "save_steps": 30, "logging_steps": 10, "save_total_limit": 3}

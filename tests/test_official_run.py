@@ -14,8 +14,8 @@ import glmkern
 from glmkern import cli
 from glmkern.checkpoint import read_prefix
 from glmkern.model.computation import Computation
-from glmkern.training.arguments import ModelArguments
-from glmkern.training.run import load_model
+from glmkern.training.flags.arguments import build
+from glmkern.training.setup import prepare
 from tests.official import command, refused, write_base
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -279,17 +279,22 @@ def test_projection_and_own_flags(flags, tmp_path):
 
 
 def test_model_flags_reach_the_model(base):
-    args = ModelArguments(
-        output_layer_bit=8,
-        offload_embedding=True,
-        pre_seq_len=3,
-        prefix_projection=True,
-        prefix_dropout=0.25,
-        recompute="mlp",
-        rope_precision="model",
+    args = build(
+        {
+            "model_name_or_path": str(base),
+            "model_dtype": "float16",
+            "output_layer_bit": 8,
+            "offload_embedding": True,
+            "pre_seq_len": 3,
+            "prefix_projection": True,
+            "prefix_dropout": 0.25,
+            "recompute": "mlp",
+            "rope_precision": "model",
+            "label_smoothing_factor": 0.125,
+        }
     )
-    model = load_model(base, args, torch.device("cpu"), torch.float16)
-    assert model.computation == Computation(prefix_dropout=0.25, recompute="mlp")
+    model = prepare(args, torch.device("cpu")).load_model()
+    assert model.computation == Computation(0.25, "mlp", 0.125)
     assert model.rope_precision == "model"
     assert model.transformer.output_layer.bits == 8 and model.offload_embedding
     assert model.dtype == torch.float16

@@ -61,7 +61,7 @@ def run(argv: Sequence[str] | None = None) -> int:
     from glmkern.chatglm import ChatGLM
     from glmkern.demo.evaluation import evaluate
     from glmkern.tokenizer import ChatGLMTokenizer
-    from glmkern.training.dataset import read_examples
+    from glmkern.training.data.examples import read_examples
 
     tokenizer = ChatGLMTokenizer.from_pretrained(BASE)
     held_out = read_examples(HELD_OUT_FILE, PROMPT_COLUMN, RESPONSE_COLUMN)

@@ -9,7 +9,7 @@ import random
 from collections.abc import Iterator
 
 from glmkern.demo.grammar import SAMPLE_STYLE, SIGNATURES, VOICES, Goods, Style, describe, goods
-from glmkern.training.dataset import Example
+from glmkern.training.data.examples import Example
 
 SAMPLE_SEED = 243
 TRAINING_ROWS = 243

@@ -7,9 +7,10 @@ from glmkern.chatglm import ChatGLM
 from glmkern.demo.rouge import rouge_l
 from glmkern.model.packing import pack_rows
 from glmkern.tokenizer import ChatGLMTokenizer
-from glmkern.training.dataset import Example
-from glmkern.training.evaluation import EvaluationData, measuring
-from glmkern.training.prediction import Decoding, answer, decode
+from glmkern.training.data.examples import Example
+from glmkern.training.data.rows import EvaluationData
+from glmkern.training.evaluation.answers import Decoding, answer, decode
+from glmkern.training.evaluation.evaluation import measuring
 
 
 class Evaluation(NamedTuple):

@@ -22,9 +22,9 @@ from glmkern.plan.memory import (
 )
 from glmkern.plan.precision import Precision
 from glmkern.plan.work import RowLength, linear_weights, step_flops
-from glmkern.training.arguments import Arguments
-from glmkern.training.batching import labelled_tokens, token_budget
-from glmkern.training.state import Plan
+from glmkern.training.data.packs import labelled_tokens, token_budget
+from glmkern.training.loop.steps import StepPlan
+from glmkern.training.setup import Setup
 
 SAMPLED_STEPS = 64
 # A layer's calls, forward and backward, for a pack of any size.
@@ -63,22 +63,10 @@ class Job:
 
     @classmethod
     def of(
-        cls,
-        arguments: Arguments,
-        config: ChatGLMConfig,
-        precision: Precision,
-        rows: Sequence[Row] | None = None,
-        processes: int = 1,
+        cls, setup: Setup, precision: Precision, rows: Sequence[Row] | None, processes: int
     ) -> "Job":
         """The run of these flags; without rows, all are as long as the flags let them be."""
-        model, data, training = arguments.model, arguments.data, arguments.training
-        bits = model.quantization_bit or config.quantization_bit
-        config = replace(
-            config,
-            quantization_bit=bits,
-            pre_seq_len=model.pre_seq_len,
-            prefix_projection=model.prefix_projection,
-        )
+        model, data, training, _ = setup.arguments
         batch = training.per_device_train_batch_size
         accumulation = -(-training.gradient_accumulation_steps // processes)
         if rows is None:
@@ -87,9 +75,9 @@ class Job:
             lengths, steps = [longest] * (batch * accumulation), max(training.max_steps, 0)
         else:
             lengths = [RowLength(len(row.input_ids), labelled_tokens(row)) for row in rows]
-            steps = Plan.of(len(lengths), training).max_steps
+            steps = StepPlan.of(len(lengths), training).max_steps
         return cls(
-            config,
+            setup.tuned_config,
             precision,
             lengths,
             batch,
@@ -119,7 +107,7 @@ class Job:
         return [rows[start : start + count] for start in starts]
 
     def packs(self, step: Sequence[RowLength]) -> list[RowLength]:
-        """A step's rows as they are computed at once (training/batching.py), added up."""
+        """A step's rows as they are computed at once (training/data/packs.py), added up."""
         packs = [RowLength(0, 0)]
         for place, row in enumerate(step):
             full = (

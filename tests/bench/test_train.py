@@ -15,7 +15,8 @@ from glmkern.model.modules import FrozenLinear
 from glmkern.model.packing import IGNORE_INDEX
 from glmkern.plan.work import linear_flops
 from glmkern.tokenizer import ChatGLMTokenizer
-from glmkern.training.dataset import build_training_rows, read_examples
+from glmkern.training.data.examples import read_examples
+from glmkern.training.data.rows import build_training_rows
 from tests.model.models import small_model
 
 LENGTHS = {

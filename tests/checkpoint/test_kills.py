@@ -16,7 +16,7 @@ from glmkern.errors import InputError
 from glmkern.files.atomic import write_text
 from glmkern.model.config import ChatGLMConfig
 from glmkern.tokenizer import ChatGLMTokenizer
-from glmkern.training.run_folder import RunFolder
+from glmkern.training.output.run_folder import RunFolder
 from tests.model.models import SMALL, random_weights
 
 CONFIG = ChatGLMConfig.from_dict(

@@ -2,9 +2,9 @@
 // or the name of a mistake.
 #include <string>
 
-#include "cuda/launch.cuh"
-#include "cuda/reduce.cuh"
-#include "cuda/vec.cuh"
+#include "cuda/device/launch.cuh"
+#include "cuda/device/reduce.cuh"
+#include "cuda/device/vec.cuh"
 #include "program.h"
 
 namespace {

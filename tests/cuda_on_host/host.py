@@ -25,11 +25,11 @@ SANITIZE = ["-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover
 def compile_program(
     source: Path, kernels: Sequence[str], folder: Path, sanitize: bool = False
 ) -> Path:
-    """`source` with the kernels of csrc/cuda/<name>.cu, as a program in `folder`."""
+    """`source` with the kernels of csrc/cuda/kernels/<name>.cu, as a program in `folder`."""
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
     assert compiler, "these tests need a C++ compiler: install g++ or set CXX"
     program = folder / (source.stem + ("-sanitized" if sanitize else ""))
-    units = [str(source)] + [f"{CSRC / 'cuda' / name}.cu" for name in kernels]
+    units = [str(source)] + [f"{CSRC / 'cuda/kernels' / name}.cu" for name in kernels]
     subprocess.run(
         [
             *compiler.split(),

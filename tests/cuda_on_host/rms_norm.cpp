@@ -2,7 +2,7 @@
 // 2 bfloat16; RESIDUAL 0 or 1; SPLITS 0 for no weight gradient; OFFSET in bytes.
 #include <string>
 
-#include "cuda/rms_norm.h"
+#include "cuda/kernels/rms_norm_cuda.h"
 #include "program.h"
 
 namespace {

@@ -7,7 +7,7 @@ from transformers.trainer_pt_utils import LabelSmoother
 from bench.oracles import diffusers_twin, relative_error, twin_forward
 from glmkern.model.computation import Computation
 from glmkern.model.packing import pack_rows
-from glmkern.training.dataset import Row
+from glmkern.training.data.rows import Row
 from tests.model.models import padded_batch, small_model
 
 

@@ -9,12 +9,9 @@ import torch
 
 from glmkern import ops
 from glmkern.ops.philox import keep_mask
-from glmkern.triton_kernels import prefix_attention as forward
-from glmkern.triton_kernels import prefix_attention_bwd as backward
-from glmkern.triton_kernels import prefix_attention_decode as decode
-from glmkern.triton_kernels import prefix_attention_dkv as dkv
-from glmkern.triton_kernels import prefix_attention_shared as shared
+from glmkern.triton_kernels import prefix_attention as kernels
 from glmkern.triton_kernels import tiles
+from glmkern.triton_kernels.prefix_attention import backward, decode, dkv, dprefix, forward, shared
 from tests.ops.numerics import HALF_AND_SINGLE, SAMPLE, matches_fp64, poisoned_memory, same_bits
 from tests.ops.test_prefix_attention import (
     case_id,
@@ -25,7 +22,7 @@ from tests.ops.test_prefix_attention import (
     tensors,
 )
 
-FILES = (forward, backward, decode, dkv, shared)
+FILES = (forward, backward, decode, dkv, dprefix, shared)
 CASES = [  # lengths, N, G, C, P; no tensor so small that its largest error is luck
     ([1], 1, 1, 100, 1),
     ([1] * 10, 2, 1, 10, 10),
@@ -305,10 +302,10 @@ def test_splits(small_tiles, seed, rows, rate, monkeypatch):
 
 
 def test_splits_depend_on_shapes_alone():
-    assert dkv._splits(programs=6, rows=192 * 16) == 12  # a short sequence: 256 rows each
-    assert dkv._splits(programs=64, rows=2048 * 16) == 5  # 264 programs
-    assert dkv._splits(programs=10**4, rows=10**6) == 1
-    assert dkv._splits(programs=0, rows=1) == 1
+    assert dkv.row_splits(programs=6, rows=192 * 16) == 12  # a short sequence: 256 rows each
+    assert dkv.row_splits(programs=64, rows=2048 * 16) == 5  # 264 programs
+    assert dkv.row_splits(programs=10**4, rows=10**6) == 1
+    assert dkv.row_splits(programs=0, rows=1) == 1
 
 
 def test_slices_of_one_wider_row(seed):
@@ -380,9 +377,9 @@ def test_touches_nothing_outside(small_tiles, seed, sizes, rate, monkeypatch):
     monkeypatch.setattr(dkv, "ROWS_OF_A_SPLIT", 16)
     monkeypatch.setattr(decode, "KEYS_OF_A_SPLIT", 16)
     monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
-    out, lse = forward.prefix_attention_fwd(q, k, v, *prefix, *batch)
-    gradients = forward.prefix_attention_bwd(dout, q, k, v, *prefix, out, lse, *batch, True, True)
-    decoded = forward.prefix_attention_decode_fwd(queries, *caches, lens, *prefix, new, 0.5)
+    out, lse = kernels.prefix_attention_fwd(q, k, v, *prefix, *batch)
+    gradients = kernels.prefix_attention_bwd(dout, q, k, v, *prefix, out, lse, *batch, True, True)
+    decoded = kernels.prefix_attention_decode_fwd(queries, *caches, lens, *prefix, new, 0.5)
     assert all(x.isfinite().all() for x in (out, lse, *gradients, decoded))
     assert len(buffers) - inputs >= 12
     for buffer in buffers[inputs:]:
@@ -396,9 +393,9 @@ def test_sequences_must_fit(seed, call, monkeypatch):
     dout, q, k, v, pk, pv, out, lse, _, *batch = arguments([5], torch.float32, 0.0, seed)
     with pytest.raises(ValueError, match="number of tokens, 5, not from 0 to 4"):
         if call == "fwd":
-            forward.prefix_attention_fwd(q, k, v, pk, pv, cumulative([4]), *batch)
+            kernels.prefix_attention_fwd(q, k, v, pk, pv, cumulative([4]), *batch)
         else:
-            forward.prefix_attention_bwd(
+            kernels.prefix_attention_bwd(
                 dout, q, k, v, pk, pv, out, lse, cumulative([4]), *batch, True, True
             )
 

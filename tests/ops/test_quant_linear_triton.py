@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from glmkern import ops
 from glmkern.triton_kernels import quant_linear as kernels
-from glmkern.triton_kernels.quant_linear_fused import FusedTile
+from glmkern.triton_kernels.quant_linear.fused import FusedTile
 from tests.ops.numerics import HALF_AND_SINGLE, matches_fp64, poisoned_memory, same_bits
 
 # Odd rows, columns of 2 mod 4 and of 4 mod 8, whole words, more than one tile. With fewer rows,

@@ -29,16 +29,17 @@ from glmkern.plan.prediction import (
     predict,
     tokens_that_fit,
 )
-from glmkern.plan.run import predict_run
+from glmkern.plan.run import forecast_run
 from glmkern.plan.work import RowLength, attention_flops, linear_flops, linear_weights, step_flops
-from glmkern.training.arguments import (
+from glmkern.training.data.packs import pack_step
+from glmkern.training.data.rows import Row
+from glmkern.training.flags.arguments import (
     Arguments,
     DataTrainingArguments,
     ModelArguments,
     TrainingArguments,
 )
-from glmkern.training.batching import pack_step
-from glmkern.training.dataset import Row
+from glmkern.training.setup import Setup
 from tests.model.models import small_model
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -442,7 +443,6 @@ def test_a_run_knows_its_share(monkeypatch, device, environment, sharing):
         TrainingArguments(output_dir="out"),
         (),
     )
-    predict_run(
-        arguments, chatglm2_6b(), random_rows(3, 9, 100), torch.device(device), torch.float32
-    )
+    setup = Setup(torch.device(device), torch.float32, Path("base"), chatglm2_6b(), arguments)
+    forecast_run(setup, random_rows(3, 9, 100))
     assert asked == [(device, "float32", sharing)]

@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
-from glmkern.training.arguments import TrainingArguments
-from glmkern.training.dataset import Row
-from glmkern.training.trainer import Trainer
+from glmkern.training.data.rows import Row
+from glmkern.training.flags.arguments import TrainingArguments
+from glmkern.training.loop.trainer import Trainer
 
 IGNORED = -100
 OFFICIAL = "transformer.prefix_encoder."
