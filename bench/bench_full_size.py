@@ -2,8 +2,8 @@
 
     python -m bench.bench_full_size [--folder F]     prints a table and writes bench/results/
 
-Makes an fp16 base of 28 layers, hidden 4096, vocabulary 65,024 (12.5 GB, shard by shard) in F
-(default build/full_size) unless it is there, and runs every stage in a process of its own:
+Makes an fp16 base of 28 layers, hidden 4096, vocabulary 65,024 in F (default build/full_size), 12.5
+GB, shard by shard, unless it is there. Then it runs every stage in a process of its own:
 
     quantise   `glmkern quantize --bits 4`, streamed from the fp16 shards
     load       ChatGLM.from_pretrained of the 4-bit folder

@@ -61,7 +61,7 @@ TOLERANCE = {torch.float16: 0.1, torch.float32: 1e-5}
 
 
 class DequantizedLinear(nn.Module):
-    """A quantised FrozenLinear by way of a dense weight, made anew for every product."""
+    """A quantised FrozenLinear by way of a dense weight, made again for every product."""
 
     def __init__(self, linear: FrozenLinear):
         super().__init__()

@@ -17,8 +17,8 @@ ROUNDS = 21
 SAMPLE_SECONDS = 0.01
 # Cleared before every sample on a GPU: more than any L2 cache holds.
 FLUSH_BYTES = 2**29
-# It is cleared so often that the GPU is busy for this long, in which Python queues the launches of
-# a sample, five for a backward pass: what is timed is then the work of the GPU alone.
+# It is cleared so often that the GPU is busy for this long. In that time Python queues the launches
+# of a sample, five for a backward pass; what is timed is then the work of the GPU alone.
 QUEUE_SECONDS = 1e-3
 
 
@@ -74,9 +74,11 @@ def paired_ratio(numerator: Sequence[float], denominator: Sequence[float]) -> fl
 
 
 def keep_freed_memory() -> None:
-    """Lets glibc keep what it frees, up to 1 GiB, in blocks of up to 32 MiB. Otherwise it returns a
-    large result's pages to the system whenever they lie at the end of the heap, and the next call,
-    whosever it is, pays some thousand page faults."""
+    """Lets glibc keep what it frees, up to 1 GiB, in blocks of up to 32 MiB.
+
+    Otherwise it returns a large result's pages to the system whenever they lie at the end of the
+    heap. The next call, of any implementation, then pays some thousand page faults.
+    """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         libc.mallopt(-3, 32 * 2**20)  # M_MMAP_THRESHOLD

@@ -1,8 +1,8 @@
 """How a benchmark measures and reports.
 
 A benchmark lists `Work`s: the same piece of work by each implementation and peer. `measure` runs
-them in interleaved rounds, the roofline's probes among them, and takes ratios inside a round, so
-that whatever else the machine does hits both sides. `main` is the command line of an op.
+them in interleaved rounds (clock.py), the roofline's probes among them. Ratios are taken within a
+round: whatever else the machine does then hits both sides. `main` is the command line of an op.
 
     fraction   T_roof / T, T_roof from the probes of the same round; median over the rounds
     vs peer    T of the fastest peer / T in the same round; median over the rounds
@@ -162,8 +162,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run_and_report(
     name: str, works: Callable[[str], list[Work]], args: argparse.Namespace, **more: object
 ) -> None:
-    """Measures, prints the table and writes it with `more` to bench/results/<name>.json and .md,
-    beside what the file holds of the other kind of device."""
+    """Measures, prints the table and writes it with `more` to bench/results/<name>.json and .md.
+
+    The results of the other kind of device stay in the files.
+    """
     if args.threads:
         torch.set_num_threads(args.threads)
     keep_freed_memory()

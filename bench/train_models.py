@@ -23,9 +23,9 @@ PREFIX = 128
 TOLERANCE = 1e-5
 # (tokens of the prompt, tokens learned) of each row.
 FULL_ROWS = ((0, 128),) * 4
-# Of all batches of four neighbours in AdvertiseGen's training rows, as tokenised by the official
-# script with max_source_length 64 and max_target_length 128, the one whose number of tokens,
-# longest row and prompts are nearest to the means: 517, 154 and 205.
+# Four neighbours among AdvertiseGen's training rows, tokenised by the official script with
+# max_source_length 64 and max_target_length 128. Of all such batches this one is nearest to the
+# means of tokens, longest row and prompts: 517, 154 and 205.
 ADVERTISEGEN_ROWS = ((58, 64), (43, 71), (50, 79), (58, 97))
 OFFICIAL_WIDTH = 64 + 128 + 1  # to which the official script pads every row
 

@@ -80,9 +80,9 @@ class ChatGLM(ChatGLMModel):
                 vocabulary; None or 0: as the folder has it.
             offload_embedding: keep the embedding in host memory and send the GPU only the rows
                 that a batch needs; on the CPU it is there anyway.
-            mapped: on the CPU use weights that are stored as they are needed where the system maps
-                the files, so that all processes of the machine share one copy. The files must stay
-                as they are while the model lives.
+            mapped: on the CPU, weights that need no conversion stay mapped from their files: all
+                processes of the machine share one copy. The files must not change while the model
+                lives.
             computation: settings of the training loss; None: the defaults.
 
         Raises:
@@ -121,7 +121,7 @@ class ChatGLM(ChatGLMModel):
             raise ValueError(f"output_layer_bit must be 8 or None, not {output_layer_bit}")
         tensors = quantize_stream(read_base(folder, config), quantization_bit, output_layer_bit)
         model.load_base(tensors, dtype, device, copy=not mapped)
-        if prefix_state is not None:
+        if prefix_state is not None and model.prefix_encoder is not None:
             model.prefix_encoder.load_state_dict(prefix_state)
         return model
 
@@ -143,7 +143,7 @@ class ChatGLM(ChatGLMModel):
         query: str,
         history: History | None = None,
         **options: Any,
-    ) -> tuple[str, list]:
+    ) -> tuple[str, list[Any]]:
         """The reply to `query` and the history with this round; see generation/chat.py."""
         return chat(self, tokenizer, query, history, **options)
 
@@ -154,7 +154,7 @@ class ChatGLM(ChatGLMModel):
         history: History | None = None,
         past_key_values: KeyValueCache | None = None,
         **options: Any,
-    ) -> Iterator[tuple]:
+    ) -> Iterator[tuple[Any, ...]]:
         """chat() as the reply grows; see generation/chat.py."""
         return stream_chat(self, tokenizer, query, history, past_key_values, **options)
 

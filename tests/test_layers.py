@@ -1,8 +1,8 @@
 """Imports only go down the list of layers, and no two modules import each other.
 
 Every import of glmkern/ and bench/ is read from the source: at the top of a file, inside a function
-and under TYPE_CHECKING. `from package import name` counts as an import of the module `name` where
-there is one, and of the module that the package's table _HOMES names where `name` is loaded lazily.
+and under TYPE_CHECKING. `from package import name` imports the module `name` where there is one.
+Where `name` is loaded lazily, it imports the module that the package's table _HOMES names.
 """
 
 import ast

@@ -36,13 +36,15 @@ def write_base(
     One model.safetensors ("bin": pytorch_model.bin), or shards of at most `max_shard_bytes` with
     their index; a tensor larger than that has a shard of its own. A stream of (key, tensor) pairs
     is written as it comes, with one shard in memory. Files of the same layout already in the folder
-    are replaced, and `companions` (the tokenizer's, say) are copied into it. All files are written
-    before the first is renamed, and config.json goes first and comes last: a kill leaves the old
-    model, the new one, or a folder without config.json, which is refused.
+    are replaced, and `companions` (the tokenizer's, say) are copied into it.
 
-    Raises ValueError where `tensors` is not exactly the weights that `config` describes
-    (quantization_bit included), and InputError where they cannot be written, or "bin" beside
-    safetensors, which would be read in their place.
+    All files are written before the first is renamed. The old config.json is removed first, and the
+    new one is named last. A kill leaves the old model, the new one, or a folder without
+    config.json, which is refused.
+
+    Raises ValueError where `tensors` is not exactly the weights that `config` describes,
+    quantization_bit included. Raises InputError where they cannot be written. So too for "bin"
+    beside safetensors, which would be read in its place.
     """
     expected = expected_shapes(config, config.quantization_bit)
     return _write(folder, config.to_json(), expected, tensors, max_shard_bytes, layout, companions)
@@ -111,7 +113,7 @@ def _write(
             names[copy] = companion.name
         config.write_text(configuration, encoding="utf-8")
         names[config] = "config.json"
-        # An older model's shards must not stay beside a single file, nor a file beside shards.
+        # An older model's shards must not stay beside a single file; the reverse holds too.
         new.rename(
             names, ("config.json", single, f"{single}.index.json", shard.replace("{:05d}", "*"))
         )

@@ -32,8 +32,8 @@ FAMILY = "base_family"
 def weight_files(folder: Path) -> dict[Path, set[str]]:
     """The folder's weight files; for each, the keys that its index promises (none without one).
 
-    Raises InputError for a folder without weights and for an index that is broken, points outside
-    the folder or to a missing file.
+    Raises InputError for a folder without weights, and for a broken index. So too where an index
+    points outside the folder or to a missing file.
     """
     for layout in LAYOUTS:
         path = folder / layout

@@ -6,6 +6,7 @@ import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import TracebackType
 
 from glmkern.errors import InputError
 
@@ -68,7 +69,12 @@ class NewFiles:
                 os.replace(temporary, self.folder / name)
             _flush(self.folder)
 
-    def __exit__(self, kind, error, traceback) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
         for path in self._temporary:
             with suppress(OSError):
                 path.unlink()

@@ -17,9 +17,9 @@ REPOSITORY = re.compile(r"(?P<organisation>[\w.-]+)/(?P<model>[\w.-]+)")
 def resolve_folder(name_or_path: str | Path) -> Path:
     """The local folder of a model: the path itself, else the download caches, in this order.
 
-    A folder that exists wins. A name such as THUDM/chatglm2-6b (or zai-org/chatglm2-6b: both
-    spellings find both) is looked up in the Hugging Face cache (HF_HUB_CACHE, HF_HOME), snapshot
-    refs/main or else the newest, then in ModelScope's (MODELSCOPE_CACHE).
+    A folder that exists wins. A name such as THUDM/chatglm2-6b is looked up in two caches; it and
+    zai-org/chatglm2-6b find each other. First comes the Hugging Face cache (HF_HUB_CACHE, HF_HOME),
+    snapshot refs/main or else the newest, then ModelScope's (MODELSCOPE_CACHE).
     Raises InputError where there is none, with the two commands that download the model.
     """
     path = Path(name_or_path).expanduser()
@@ -86,7 +86,7 @@ def _hugging_face_cache() -> Path:
             return Path(os.environ[variable]).expanduser()
     home = os.environ.get("HF_HOME")
     if not home:
-        home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
+        home = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
     return Path(home).expanduser() / "hub"
 
 

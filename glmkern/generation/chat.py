@@ -37,9 +37,9 @@ def chat(
     Args:
         model, tokenizer: of one family.
         query: what is said now.
-        history: what was said so far: (query, response) of every round; with ChatGLM3's tokenizer
-            messages, each a dictionary of role, content and, where the assistant calls a tool, the
-            tool's name as metadata.
+        history: what was said so far: (query, response) of every round. With ChatGLM3's tokenizer
+            messages, each a dictionary of role and content. Where the assistant calls a tool, the
+            message has the tool's name as metadata.
         role: ChatGLM3: who says `query`, "user" or, for a tool's result, "observation".
         max_length: most tokens of prompt and reply; at most config.seq_length acts.
         num_beams, do_sample, top_p, temperature, logits_processor, options: see generate(), whose
@@ -47,7 +47,7 @@ def chat(
             officially, instead of an error.
 
     Returns:
-        The reply, and the history with this round or these messages behind it.
+        The reply, and the history with this round or these messages at its end.
 
     Raises:
         ValueError: an argument is out of range, or the conversation has no room for a reply.
@@ -88,8 +88,8 @@ def stream_chat(
 
     Args:
         past_key_values: what an earlier call returned for `history`: only what is new is read.
-            None: the whole history is. (The official code then reads only the last round if
-            return_past_key_values is set, which loses the conversation.) It is extended in place.
+            None: the whole history is. It is extended in place. (Without it, the official code
+            with return_past_key_values reads only the last round and loses the conversation.)
         max_length: as for chat(); what past_key_values holds counts too.
         return_past_key_values: also yield the cache. It holds this round once the generator has
             ended; one that was left early has lost its last token.

@@ -217,7 +217,7 @@ class ChatGLMConfig:
         if self.rope_ratio == 16:
             return "chatglm2-6b-32k"
         for text in (self.extra.get("_name_or_path"), self.extra.get("auto_map")):
-            named = re.findall("|".join(FAMILIES), str(text).lower())
+            named: list[str] = re.findall("|".join(FAMILIES), str(text).lower())
             if named:
                 return named[-1]  # of a path such as chatglm2-6b/tuned/chatglm3-6b the innermost
         if (self.torch_dtype, self.pad_token_id, self.seq_length) == ("bfloat16", None, 8192):
@@ -256,7 +256,8 @@ class ChatGLMConfig:
         """torch_dtype as torch's own object; float32 where the file names none."""
         import torch
 
-        return getattr(torch, self.torch_dtype or "float32")
+        dtype: torch.dtype = getattr(torch, self.torch_dtype or "float32")
+        return dtype
 
     def check_dtype(self, dtype: torch.dtype | str) -> None:
         """Raise ValueError where weights of this dtype cannot run this configuration."""

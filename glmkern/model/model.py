@@ -1,8 +1,8 @@
 """ChatGLM2 with a frozen base and a trained prefix, over packed tokens."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -68,9 +68,15 @@ class ChatGLMModel(nn.Module):
         device: torch.device | str,
         copy: bool = True,
     ) -> None:
-        """Fills the frozen weights from (official name, tensor) pairs, converted one at a time;
-        codes and scales of quantised linears stay as they are. A tensor mapped from a file dies
-        with the file, so each is copied, or with `copy` False only those that are converted."""
+        """Fills the frozen weights, one tensor at a time.
+
+        Args:
+            tensors: pairs of an official name and a tensor.
+            dtype: of activations and weights; codes and scales keep their own.
+            device: where the weights are put.
+            copy: copy every tensor, so that none depends on the file it was mapped from. False:
+                copy only those that are converted.
+        """
         for name, tensor in tensors:
             path, _, leaf = name.rpartition(".")
             module = self.get_submodule(path)
@@ -87,15 +93,17 @@ class ChatGLMModel(nn.Module):
         self.cos_sin = rotary_table(self.config, dtype, self.rope_precision, device)
 
     def quantize(self, bits: int) -> "ChatGLMModel":
-        """Replaces the weights of every layer's four linears by codes of 4 or 8 bits, one linear
-        at a time and for good; embedding, norms, output layer and prefix stay as they are.
+        """Replaces the weights of every layer's four linears by codes of 4 or 8 bits.
+
+        One linear at a time; the dense weights are dropped. Embedding, norms, output layer and
+        prefix stay as they are.
 
         Returns:
             This model; its config.quantization_bit is `bits`.
 
         Raises:
-            ValueError: bits is neither 4 nor 8, the model is quantised already, a linear's input is
-                odd for 4 bits, or a weight is not finite.
+            ValueError: bits is neither 4 nor 8, or the model is quantised already. Or a linear's
+                input is odd for 4 bits, or a weight is not finite.
         """
         if bits not in (4, 8):
             raise ValueError(f"quantize: bits must be 4 or 8, not {bits}")
@@ -127,14 +135,19 @@ class ChatGLMModel(nn.Module):
         return self.transformer.prefix_encoder
 
     @property
+    def layers(self) -> Sequence[Layer]:
+        """The transformer's blocks, the lowest first."""
+        return cast("Sequence[Layer]", self.transformer.encoder.layers)
+
+    @property
     def dtype(self) -> torch.dtype:
-        """The dtype of activations, and of weights but those that kept_dtype keeps in half."""
-        return self.transformer.encoder.layers[0].input_layernorm.weight.dtype
+        """The dtype of activations, and of all weights but those that kept_dtype keeps in half."""
+        return self.layers[0].input_layernorm.weight.dtype
 
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.transformer.encoder.layers[0].input_layernorm.weight.device
+        return self.layers[0].input_layernorm.weight.device
 
     def forward(
         self,
@@ -208,7 +221,7 @@ class ChatGLMModel(nn.Module):
         return replace(batch.to(self.device), input_ids=batch.input_ids.to(place))
 
     def _hidden(self, batch: PackedBatch, dropout_offset: int, seed: int) -> Tensor:
-        """[T, H] behind the final norm, in training mode with dropout."""
+        """Hidden states [T, H] after the final norm, in training mode with dropout."""
         drops_prefix = self.training and self.prefix_encoder is not None
         seeds = None
         if self.training:
@@ -230,17 +243,19 @@ class ChatGLMModel(nn.Module):
         """Embeds tokens [T], takes them through `run_layer(layer, x)` for every layer, and
         normalises: [T, H]."""
         embedding = self.transformer.embedding.word_embeddings
-        x = embedding(input_ids.to(embedding.weight.device)).to(self.device, self.dtype)
-        for layer in self.transformer.encoder.layers:
+        x: Tensor = embedding(input_ids.to(embedding.weight.device)).to(self.device, self.dtype)
+        for layer in self.layers:
             x = run_layer(layer, x)
         norm = self.transformer.encoder.final_layernorm
-        return x if norm is None else norm(x)
+        if norm is not None:
+            x = norm(x)
+        return x
 
-    def prefix(self) -> list[tuple[Tensor | None, Tensor | None]]:
+    def prefix(self) -> Sequence[tuple[Tensor | None, Tensor | None]]:
         """Every layer's prefix keys and values, float32 [P, G, C], or None, None without one."""
         if self.prefix_encoder is None:
             return [(None, None)] * self.config.num_layers
-        segments = self.prefix_encoder()
+        segments: list[tuple[Tensor, Tensor]] = self.prefix_encoder()
         if self.dtype == torch.float64:
             segments = [(k.double(), v.double()) for k, v in segments]
         return segments
@@ -278,7 +293,8 @@ class _Embedding(nn.Module):
     def __init__(self, config: ChatGLMConfig):
         super().__init__()
         # Not nn.Embedding(): its random start would import much of torch for a meta tensor.
-        self.word_embeddings = nn.Embedding.from_pretrained(
+        make: Callable[[Tensor], nn.Embedding] = nn.Embedding.from_pretrained
+        self.word_embeddings = make(
             torch.empty(config.padded_vocab_size, config.hidden_size, device="meta")
         )
 
@@ -300,4 +316,4 @@ class _Transformer(nn.Module):
         self.embedding = _Embedding(config)
         self.encoder = _Encoder(config)
         self.output_layer = FrozenLinear(config.hidden_size, config.padded_vocab_size, bias=False)
-        self.prefix_encoder = None
+        self.prefix_encoder: PrefixEncoder | None = None

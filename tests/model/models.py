@@ -1,6 +1,8 @@
 """Small random models and batches."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -75,6 +77,16 @@ def recorded_model(
             {k.removeprefix("transformer.prefix_encoder."): v for k, v in state.items()}
         )
     return model.eval()
+
+
+def random_rows(lengths: Sequence[int]) -> list[SimpleNamespace]:
+    """Random rows of these lengths; the second half of each carries labels."""
+    rows = []
+    for n in lengths:
+        ids = torch.randint(SMALL["padded_vocab_size"], (n,)).tolist()
+        labels = [-100] * (n // 2) + ids[n // 2 :]
+        rows.append(SimpleNamespace(input_ids=ids, labels=labels))
+    return rows
 
 
 def padded_batch(lengths: list[int], vocabulary: int, side: str) -> dict[str, Tensor]:

@@ -93,7 +93,7 @@ def test_left_padding(record, name):
     labels[:, 1:][case["attention_mask"][:, :-1] == 0] = -100
     twin.zero_grad()
     their_loss, _ = twin_forward(twin, *padded, labels)
-    for ours in (case["labels"], labels):  # the model ignores the labels behind padding itself
+    for ours in (case["labels"], labels):  # the model itself ignores the labels after padding
         model.zero_grad()
         loss, logits = model(*padded, ours)
         real = case["attention_mask"].bool()

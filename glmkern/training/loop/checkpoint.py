@@ -19,8 +19,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from glmkern.checkpoint import read_prefix, write_prefix
+from glmkern.checkpoint.tensor_files import write_torch
 from glmkern.errors import InputError
-from glmkern.files.atomic import write_text, write_torch
+from glmkern.files.atomic import write_text
 from glmkern.model.packing import Row
 from glmkern.training.loop.loss_scale import LossScale
 from glmkern.training.loop.seeding import rng_state, set_rng_state

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from glmkern.errors import InputError
+from glmkern.files.atomic import replaced
 from glmkern.training.flags.arguments import TrainingArguments
 
 LOSS_CURVE = "training_loss.png"

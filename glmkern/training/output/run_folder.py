@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from glmkern.errors import InputError
+from glmkern.files.atomic import write_text, writing
 from glmkern.training.output.trainer_state import TrainerState
 
 CHECKPOINT = "checkpoint-"

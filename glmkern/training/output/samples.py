@@ -9,11 +9,11 @@ from glmkern.chatglm import ChatGLM
 from glmkern.checkpoint import read_prefix
 from glmkern.files.atomic import write_text
 from glmkern.tokenizer import ChatGLMTokenizer
-from glmkern.training.flags.arguments import Arguments
 from glmkern.training.data.examples import Example
 from glmkern.training.data.rows import build_evaluation_rows
-from glmkern.training.evaluation.evaluation import measuring
 from glmkern.training.evaluation.answers import Decoding, answer, clean, decode
+from glmkern.training.evaluation.evaluation import measuring
+from glmkern.training.flags.arguments import Arguments
 from glmkern.training.output.run_folder import CHECKPOINT
 
 NAME = "samples.md"

@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 
-
 @dataclass
 class TrainerState:
     """trainer_state.json, key by key."""

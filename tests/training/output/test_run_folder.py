@@ -11,8 +11,8 @@ import torch
 
 from glmkern.errors import InputError
 from glmkern.training.loop.hooks import Hooks
-from glmkern.training.output.run_folder import RunFolder
 from glmkern.training.loop.trainer import Trainer
+from glmkern.training.output.run_folder import RunFolder
 from tests.training.stand_in import OFFICIAL, StandIn, arguments, simple_rows
 
 

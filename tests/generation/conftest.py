@@ -3,7 +3,7 @@
 import pytest
 
 from glmkern import ChatGLM, ChatGLMTokenizer
-from tests.chat.models import chat_model
+from tests.generation.models import chat_model
 
 
 @pytest.fixture(scope="package")

@@ -9,13 +9,23 @@ from pathlib import Path
 import pytest
 import torch
 
-from glmkern import ChatGLMConfig, ChatGLMTokenizer, cli
+from glmkern import ChatGLM, ChatGLMConfig, ChatGLMTokenizer, cli
 from glmkern.checkpoint import write_base, write_prefix
 from glmkern.model.prefix import PrefixEncoder
 from glmkern.verbs import chat as verb
-from tests.chat.models import TALKATIVE
+from tests.generation.models import TALKATIVE, chat_model
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(shared) -> ChatGLMTokenizer:
+    return ChatGLMTokenizer.from_pretrained(shared / "data" / "tokenizer")
+
+
+@pytest.fixture(scope="module")
+def model() -> ChatGLM:
+    return chat_model()
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +56,7 @@ class Spoken:
 
 @pytest.fixture
 def talk(model, tokenizer, monkeypatch, capsys):
-    """Runs a conversation; returns it and what was printed behind the banner."""
+    """Runs a conversation; returns it and what was printed after the banner."""
 
     def run(*lines, prefixes=(), tokenizer=tokenizer, **options):
         options = dict(max_length=250, do_sample=False) | options

@@ -1,27 +1,14 @@
-"""What the model promises beyond its numbers: packing, dropout, frozen weights, errors, loading."""
+"""What the model promises beyond its numbers: packing, dropout, frozen weights, errors."""
 
 import types
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from bench.oracles import relative_error
-from glmkern.chatglm import ChatGLM
-from glmkern.checkpoint import quantize_folder, write_base, write_prefix
-from glmkern.errors import InputError
 from glmkern.model.computation import RECOMPUTE, Computation
 from glmkern.model.packing import PackedBatch, pack_rows
-from tests.model.models import SMALL, padded_batch, small_model
-
-
-def random_rows(lengths):
-    rows = []
-    for n in lengths:
-        ids = torch.randint(SMALL["padded_vocab_size"], (n,)).tolist()
-        labels = [-100] * (n // 2) + ids[n // 2 :]
-        rows.append(types.SimpleNamespace(input_ids=ids, labels=labels))
-    return rows
+from tests.model.models import SMALL, padded_batch, random_rows, small_model
 
 
 def gradient(model, *losses):
@@ -46,7 +33,7 @@ def test_packed_equals_padded(side):
 
 @pytest.mark.parametrize("recompute", ["none", "mlp", "layer"])
 def test_packing_changes_neither_masks_nor_gradient(recompute):
-    """In float64, where a mask that moved could not hide behind rounding."""
+    """In float64, where rounding cannot hide a mask that moved."""
     model = small_model(dict(hidden_dropout=0.2), dtype=torch.float64).train()
     model.prefix_encoder.double()
     model.computation = Computation(recompute=recompute)
@@ -227,106 +214,6 @@ def test_unknown_recompute():
         Computation(recompute="all")
 
 
-@pytest.fixture
-def folder(tmp_path):
-    model = small_model()
-    state = {k: v for k, v in model.state_dict().items() if "prefix_encoder" not in k}
-    write_base(tmp_path / "base", model.config, state)
-    write_prefix(tmp_path, model.prefix_encoder.state_dict())
-    return tmp_path, model
-
-
-def test_from_pretrained(folder):
-    path, model = folder
-    batch = pack_rows(random_rows([6, 2]))
-    again = ChatGLM.from_pretrained(path / "base", prefix_checkpoint=path).eval()
-    assert again.dtype == torch.float32
-    assert again.loss(batch) == model.loss(batch)
-    half = ChatGLM.from_pretrained(
-        path / "base",
-        dtype=torch.float16,
-        pre_seq_len=5,
-        prefix_checkpoint=path / "pytorch_model.bin",
-    ).eval()
-    assert half.prefix_encoder.embedding.weight.dtype == torch.float32
-    assert half.loss(batch).item() == pytest.approx(model.loss(batch).item(), rel=1e-2)
-
-
-def test_a_folder_that_holds_its_own_prefix(tmp_path):
-    """As a full checkpoint of the official code: config.json says pre_seq_len."""
-    model, rows = small_model(), pack_rows(random_rows([6, 2]))
-    model.config.save(tmp_path)
-    save_file(model.state_dict(), tmp_path / "model.safetensors")
-    again = ChatGLM.from_pretrained(tmp_path).eval()
-    assert again.loss(rows) == model.loss(rows)
-    quantize_folder(tmp_path, tmp_path / "base", 8)
-    assert ChatGLM.from_pretrained(tmp_path / "base").prefix_encoder is None
-    save_file(
-        {k: v for k, v in model.state_dict().items() if "prefix" not in k},
-        tmp_path / "model.safetensors",
-    )
-    with pytest.raises(InputError, match="holds no prefix"):
-        ChatGLM.from_pretrained(tmp_path)
-
-
-@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16], ids=str)
-def test_half_weights_stay_as_they_are_on_a_cpu(tmp_path, stored):
-    """The same results as from float32 copies of them, without the copies."""
-    model = small_model(pre_seq_len=None)
-    state = {name: weight.to(stored) for name, weight in model.state_dict().items()}
-    write_base(tmp_path, model.config, state)
-    kept = ChatGLM.from_pretrained(tmp_path, "cpu", pre_seq_len=5).eval()
-    copied = ChatGLM(kept.config, pre_seq_len=5).eval()
-    copied.load_base(
-        ((name, weight.float()) for name, weight in state.items()), torch.float32, "cpu"
-    )
-    copied.prefix_encoder.load_state_dict(kept.prefix_encoder.state_dict())
-    dtypes = {name: p.dtype for name, p in kept.named_parameters()}
-    assert kept.dtype == torch.float32
-    assert {dtypes[name] for name in state if "norm" not in name and "bias" not in name} == {stored}
-    assert {dtypes[name] for name in dtypes if "norm" in name or "bias" in name} == {torch.float32}
-
-    batch, ids = pack_rows(random_rows([6, 2])), torch.tensor([[3, 14, 15]])
-    results = []
-    for each in (kept, copied):
-        loss = each.loss(batch)
-        (gradient,) = torch.autograd.grad(loss, each.prefix_encoder.embedding.weight)
-        results.append(
-            (each(ids).logits, loss, gradient, each.generate(ids, max_length=9, do_sample=False))
-        )
-    for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
-    assert torch.equal(results[0][-1], results[1][-1])
-
-
-@pytest.mark.parametrize(
-    ("arguments", "sentence"),
-    [
-        (dict(pre_seq_len=6), "holds 5 virtual tokens, but pre_seq_len is 6"),
-        (dict(prefix_projection=True), "was trained without prefix_projection"),
-    ],
-)
-def test_prefix_must_fit(folder, arguments, sentence):
-    path, _ = folder
-    with pytest.raises(InputError, match=sentence):
-        ChatGLM.from_pretrained(path / "base", prefix_checkpoint=path, **arguments)
-
-
-def test_unsupported_loads(folder):
-    path, _ = folder
-    with pytest.raises(InputError, match="4 or 8 bits, not 5"):
-        ChatGLM.from_pretrained(path / "base", quantization_bit=5)
-    with pytest.raises(ValueError, match="pre_seq_len is 0; it must be a positive"):
-        ChatGLM.from_pretrained(path / "base", pre_seq_len=0)
-
-
 def test_interleaved_heads_need_a_prefix_of_their_size():
     with pytest.raises(ValueError, match="pre_seq_len is 5 with multi_query_attention False"):
         small_model(dict(multi_query_attention=False, multi_query_group_num=2))
-
-
-def test_float32_residual_needs_float32_weights(tmp_path):
-    model = small_model(dict(fp32_residual_connection=True), pre_seq_len=None)
-    write_base(tmp_path, model.config, model.state_dict())
-    with pytest.raises(ValueError, match="fp32_residual_connection is True"):
-        ChatGLM.from_pretrained(tmp_path, dtype=torch.float16)

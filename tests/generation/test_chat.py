@@ -6,7 +6,7 @@ import torch
 from glmkern import ChatGLMTokenizer
 from glmkern.generation import KeyValueCache
 from glmkern.generation.chat import process_response
-from tests.chat.models import HISTORY, POSITIONS, chat_model
+from tests.generation.models import HISTORY, POSITIONS, chat_model
 from tests.generation.oracles import Recorder, glm_twin
 
 # chat
@@ -106,7 +106,7 @@ def test_a_character_of_several_tokens_is_shown_when_it_is_whole(model, tokenize
 
 
 def test_a_conversation_on_its_cache(model, tokenizer):
-    """The second round reads only itself, behind all but the last token of the first one."""
+    """The second round reads only itself, after all but the last token of the first one."""
     options = dict(max_length=60, do_sample=False, return_past_key_values=True)
     *_, (reply, history, past) = model.stream_chat(tokenizer, "你好", **options)
     prompt = tokenizer.build_inputs("你好")
