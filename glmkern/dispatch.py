@@ -2,8 +2,8 @@
 
 Every op has up to four implementations of one definition: `cpu` (C++), `triton`, `cuda` (CUDA C++)
 and `reference` (plain PyTorch, any device). A call takes the first one of its device's order that
-supports its arguments; `GLMKERN_BACKEND=name` or `with glmkern.backend(name):` forces one, and a
-forced one that cannot serve is an error, never a silent fallback.
+supports its arguments. `GLMKERN_BACKEND=name` or `with glmkern.backend(name):` forces one; a forced
+one that cannot serve is an error, never a silent fallback.
 """
 
 import contextlib
@@ -84,18 +84,19 @@ def define_op(
         module: the name that the files of all implementations share.
         reference: computes the op with plain PyTorch.
         fake: the shapes of the results.
-        supports: by backend ("cpu", "triton", "cuda"), a predicate that takes the op's arguments
+        supports: a predicate for each of "cpu", "triton" and "cuda". It takes the op's arguments
             and says None, or why the backend's kernel cannot serve them. It may ask the capability
-            of the device that they are on.
-        check_values: takes the op's arguments and raises ValueError for values, such as lengths or
-            labels, that do not fit. `call` runs it where values may be read: on the CPU, and
-            everywhere under GLMKERN_CHECK=1.
-        reference_reads_values: the reference reads those values on every device, so that they are
+            of their device.
+        check_values: takes the op's arguments and raises ValueError where values, such as lengths
+            or labels, do not fit. It runs before the backend does, where values may be read: on the
+            CPU, and everywhere under GLMKERN_CHECK=1.
+        reference_reads_values: the reference reads these values on every device, so they are
             checked wherever it runs.
         setup_context, backward: the derivative as torch.library.register_autograd takes it; without
             them, differentiating the op (a second derivative, for a `_bwd`) is an error.
     """
-    op = OPS[name] = Op(name, module, reference, supports, check_values, reference_reads_values)
+    predicates = {**supports, "reference": _supports_everything}
+    op = OPS[name] = Op(name, module, reference, predicates, check_values, reference_reads_values)
     for library in _libraries.values():
         library.define(name + schema)  # type: ignore[no-untyped-call]
 
@@ -120,6 +121,10 @@ def define_op(
     )
 
 
+def _supports_everything(*args: Any) -> None:
+    """The predicate of the reference."""
+
+
 def _may_read_values(op: Op, name: str, device: torch.device) -> bool:
     """Whether `call` checks values before backend `name` computes."""
     if name in CHECK_VALUES_THEMSELVES:
@@ -135,7 +140,9 @@ def choose(op: Op, device: torch.device, args: tuple[Any, ...]) -> tuple[str, Im
     """The backend that serves these arguments, and its implementation; RuntimeError where a forced
     one cannot."""
     for name in order(device):
-        found = _serving(op, name, device, args)
+        found = find_implementation(op, name, device)
+        if not isinstance(found, str):
+            found = op.supports[name](*args) or found
         if not isinstance(found, str):
             return name, found
         if _forced is not None:
@@ -147,28 +154,25 @@ def choose(op: Op, device: torch.device, args: tuple[Any, ...]) -> tuple[str, Im
 
 
 def order(device: torch.device) -> tuple[str, ...]:
-    """The backends that a call on `device` tries, the first that serves it being taken."""
-    return ORDER.get(device.type, ("reference",)) if _forced is None else (_forced,)
+    """The backends that a call on `device` tries, one after the other."""
+    return _preferred(device) if _forced is None else (_forced,)
 
 
-def _serving(
-    op: Op, name: str, device: torch.device, args: tuple[Any, ...]
-) -> Implementation | str:
-    """What backend `name` computes these arguments with, or the reason why it cannot."""
-    found = find_implementation(op, name, device)
-    if name == "reference" or isinstance(found, str):
-        return found
-    return op.supports[name](*args) or found
+@cache  # a device builds its type's name every time that it is asked
+def _preferred(device: torch.device) -> tuple[str, ...]:
+    return ORDER.get(device.type, ("reference",))
 
 
-@cache  # every call of an op asks, and looking for a module reads the disk
 def find_implementation(op: Op, name: str, device: torch.device) -> Implementation | str:
     """What backend `name` computes `op` with on `device`, or the reason why it cannot."""
     if name == "reference":
         return op.reference
-    reason = why_unavailable(name, device)
-    if reason is not None:
-        return reason
+    return why_unavailable(name, device) or _load_implementation(op, name, device)
+
+
+@cache  # every call of an op asks, and looking for a module reads the disk
+def _load_implementation(op: Op, name: str, device: torch.device) -> Implementation | str:
+    """What a backend that can run on `device` computes `op` with, or the reason why it cannot."""
     function: Implementation
     if name == "triton":
         module = f"glmkern.triton_kernels.{op.module}"
@@ -220,7 +224,7 @@ def _why_no_triton(device: torch.device) -> str | None:
 
 @cache
 def capability(device: torch.device) -> tuple[int, int]:
-    """(8, 6) for sm_86: of this GPU, as a machine may have different ones."""
+    """(8, 6) for sm_86. Asked for each GPU, as a machine may have different ones."""
     return torch.cuda.get_device_capability(device)
 
 

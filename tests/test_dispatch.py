@@ -15,6 +15,15 @@ from glmkern import dispatch, ops
 from glmkern.ops import bias_dropout, checks, sequences
 
 
+@pytest.fixture(autouse=True)
+def _no_cuda_on_host(monkeypatch):
+    """Other tests of this process may run CUDA kernels on the host."""
+    monkeypatch.delenv("GLMKERN_CUDA_ON_HOST", raising=False)
+    dispatch.why_unavailable.cache_clear()
+    yield
+    dispatch.why_unavailable.cache_clear()
+
+
 def run_python(code, **environment):
     return subprocess.run(
         [sys.executable, "-c", code],
@@ -92,9 +101,7 @@ def two_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(dispatch, "capability", capability)
     monkeypatch.setattr(checks, "capability", capability)
-    yield old, new
-    dispatch.why_unavailable.cache_clear()
-    dispatch.find_implementation.cache_clear()
+    return old, new
 
 
 def test_each_gpu_has_its_own_capability(two_gpus):

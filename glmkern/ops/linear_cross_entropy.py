@@ -3,8 +3,8 @@
     loss = sum_t token_weight[t] * (logsumexp_v z[t, v] - sum_v q[t, v] z[t, v]),
     z = hidden @ weight.T,   q[t] = (1 - s) onehot(label[t]) + s / V,   s = label_smoothing
 
-Its gradient, d hidden[t] = token_weight[t] * (softmax(z[t]) - q[t]) @ weight, is formed while a
-chunk's logits are at hand, so that they are computed once. The weight is frozen.
+Its gradient is d hidden[t] = token_weight[t] * (softmax(z[t]) - q[t]) @ weight. The forward forms
+it from each chunk's logits, so that these are computed once. The weight is frozen.
 """
 
 from typing import Any
@@ -22,7 +22,7 @@ from glmkern.ops.checks import (
 )
 from glmkern.ops.quant_linear import QuantizedWeight, dense_weight, stored
 
-# Logits of one chunk: small beside the weight, but of enough rows to read the weight seldom.
+# Logits of one chunk: few beside the weight's elements, but enough rows to read the weight seldom.
 CHUNK_ELEMENTS = 1 << 22
 LEAST_CHUNK_ROWS = 256
 
@@ -215,8 +215,8 @@ def _backward(ctx: Any, dloss: Tensor, _ddhidden: Tensor) -> tuple[Tensor | None
     return dhidden, *[None] * 8
 
 
-# dhidden, the gradient of the loss, stays in float32 until it is multiplied by the incoming
-# gradient, so that a loss scale acts before the rounding to half; empty unless hidden_grad.
+# dhidden is the gradient of the loss, empty unless hidden_grad. It stays in float32 until the
+# backward multiplies it by the incoming gradient: a loss scale acts before the rounding to half.
 define_op(
     "linear_cross_entropy_fwd",
     "(Tensor hidden, Tensor packed, Tensor? scale, int bits,"

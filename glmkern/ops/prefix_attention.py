@@ -1,8 +1,8 @@
 """Causal attention of packed sequences over a shared prefix, with grouped heads.
 
 Every token sees the whole prefix and the tokens of its own sequence up to itself. The prefix is one
-more segment of keys and values, stored once and shared by the whole batch; kernels never
-concatenate or expand it (the reference does, a sequence at a time).
+more segment of keys and values, stored once and shared by the whole batch. Kernels never
+concatenate or expand it; the reference does, a sequence at a time.
 With P = exp(scale * q k^T - lse) over both segments and D = rowsum(dO * O), each segment has
 
     dS = P * (dO v^T - D),   dq += scale * dS k,   dk = scale * dS^T q,   dv = P^T dO
@@ -117,8 +117,8 @@ def prefix_attention_decode(
         q: [B, S, N, C]; k_cache, v_cache: [B, L, G, C], q's dtype.
         cache_lens: int64 [B], valid entries of each row's cache, the new tokens included.
         prefix_k, prefix_v: [P, G, C] or None, as in prefix_attention.
-        q_lens: int64 [B], valid queries of each row (the first ones); None: S. The output behind
-            them is zero.
+        q_lens: int64 [B], valid queries of each row (the first ones); None: S. The output of the
+            others is zero.
         scale: factor of q k^T; None: 1 / sqrt(C).
 
     Returns:

@@ -1,8 +1,8 @@
 """The reference of prefix_attention, in plain PyTorch, a sequence at a time; the formulas are in
 prefix_attention.py.
 
-The kernels never form the softmax weights. The reference does, in both directions, and so needs
-neither out nor lse in the backward.
+The kernels never form the softmax weights. The reference forms them in both directions, so its
+backward needs neither out nor lse.
 """
 
 import torch
@@ -63,11 +63,13 @@ class _Prefix:
 
 
 class _Sequence:
-    """One sequence's softmax weights over prefix and tokens, [G, S * heads, P + L], its queries
-    [G, S * heads, C], the keys and values [G, P + L, C] and the factor that dropout put on the
-    prefix.
+    """One sequence with its prefix. From q [S, N, C] and k, v [L, G, C], of which the last S are
+    the queries' own tokens, it computes
 
-    Takes q [S, N, C], k and v [L, G, C], the last S of them the queries' own tokens.
+        queries         [G, S * heads, C], scaled
+        keys, values    [G, P + L, C]
+        scores, weights [G, S * heads, P + L], before and after the softmax
+        factor          [2, G, P, C], what dropout multiplied the prefix by, or None
     """
 
     def __init__(

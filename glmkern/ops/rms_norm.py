@@ -135,7 +135,7 @@ def _bwd_fake(
     return torch.empty_like(x), x.new_empty(weight.shape if weight_grad else 0)
 
 
-# dresidual, a gradient that reaches x by another way, is added before the one rounding;
+# dresidual is a gradient that reaches x by another way; it is added before the one rounding.
 # dweight is empty unless weight_grad.
 define_op(
     "rms_norm_bwd",

@@ -232,10 +232,11 @@ define_op(
     backward=_backward,
 )
 
-# For a layer's own backward: what follows and precedes the product with query_key_value's weight,
-# in one pass. qkv [T, (heads + 2 groups) * C], whose rows may be slices of wider ones, plus bias
-# becomes rotated q [T, heads, C] and k and a copy of v [T, groups, C]; the backward makes the
-# gradient of qkv from theirs. `interleaved`: see _split_qkv.
+# For a layer's own backward: all that lies between the product with query_key_value's weight and
+# attention, in one pass. The forward adds the bias to qkv [T, (heads + 2 groups) * C], whose rows
+# may be slices of wider ones. It returns rotated q [T, heads, C] and k [T, groups, C], and a copy
+# of v [T, groups, C]. The backward computes the gradient of qkv from theirs. `interleaved`: see
+# _split_qkv.
 define_op(
     "qkv_rope_bwd",
     "(Tensor dq, Tensor dk, Tensor dv, Tensor cos_sin, Tensor positions,"
