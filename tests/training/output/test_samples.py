@@ -8,7 +8,7 @@ from glmkern.tokenizer import ChatGLMTokenizer
 from glmkern.training.data.examples import Example
 from glmkern.training.evaluation.answers import Decoding
 from glmkern.training.output.samples import SampleWriter
-from tests.training.evaluation.test_answers import Echo
+from tests.training.stand_in import Echo
 
 DECODING = Decoding(max_length=40, batch_size=1, num_beams=3, do_sample=True)
 EXAMPLES = [Example("你好", "好\n\n## Step 1"), Example("天气", "晴")]
