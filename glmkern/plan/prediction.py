@@ -70,8 +70,7 @@ class Job:
         batch = training.per_device_train_batch_size
         accumulation = -(-training.gradient_accumulation_steps // processes)
         if rows is None:
-            target = data.max_target_length + 1
-            longest = RowLength(data.max_source_length + target, target)
+            longest = RowLength(data.padded_length, data.max_target_length + 1)
             lengths, steps = [longest] * (batch * accumulation), max(training.max_steps, 0)
         else:
             lengths = [RowLength(len(row.input_ids), labelled_tokens(row)) for row in rows]

@@ -66,7 +66,7 @@ def run(arguments: Arguments, forecast: Forecaster | None = None) -> dict[str, f
     check_arguments(arguments, os.environ)
     check_reports(training_args)
     device = choose_device(training_args)
-    with join_world(training_args, device) as world, world.first_prints():
+    with join_world(training_args, device) as world, world.only_first_prints():
         checkpoint = _prepare_folder(training_args) if training_args.do_train else None
         world.wait_for_all()  # before the first writes into the folder that the others look at
         for line in _notes(arguments, checkpoint):
@@ -74,7 +74,7 @@ def run(arguments: Arguments, forecast: Forecaster | None = None) -> dict[str, f
         _configure_process(training_args)
         setup = prepare(arguments, device)
         if checkpoint is not None:
-            setup = _as_stopped(setup, checkpoint)
+            setup = _with_packs_of(setup, checkpoint)
         return _run(setup, world, checkpoint, forecast)
 
 
@@ -105,7 +105,7 @@ def _configure_process(args: TrainingArguments) -> None:
     set_seed(args.seed)
 
 
-def _as_stopped(setup: Setup, checkpoint: Path) -> Setup:
+def _with_packs_of(setup: Setup, checkpoint: Path) -> Setup:
     """With --tokens_per_pack of the stopped run, where it is left to this one: the same packs give
     the same bits. Raises InputError where the flags are of another run."""
     check_same_run(checkpoint, setup.arguments.to_dict())
@@ -139,7 +139,7 @@ def _run(
     if data.train is not None:
         metrics = _train(setup, model, tokenizer, data, folder, world, checkpoint, on_step)
         if world.is_first:
-            results |= _finish(
+            results |= _write_split(
                 "train", metrics, arguments.data.max_train_samples, data.train, folder
             )
         epoch = {"epoch": metrics["epoch"]}
@@ -149,13 +149,13 @@ def _run(
     if data.validation is not None:
         metrics = Evaluation.of(arguments, model, tokenizer, data.validation).evaluate() | epoch
         print(metrics)
-        results |= _finish(
+        results |= _write_split(
             "eval", metrics, arguments.data.max_eval_samples, data.validation, folder
         )
     if data.test is not None:
         with PredictionFile(folder.path / "generated_predictions.txt") as file:
             metrics = Evaluation.of(arguments, model, tokenizer, data.test).predict(file)
-        results |= _finish(
+        results |= _write_split(
             "predict", metrics, arguments.data.max_predict_samples, data.test, folder
         )
     return results
@@ -180,7 +180,7 @@ def _train(
     if training_args.evaluation_strategy != "no":
         evaluate = Evaluation.of(arguments, model, tokenizer, data.validation).greedy().evaluate
     if data.samples:
-        samples = SampleWriter.of(arguments, model, tokenizer, data.samples)
+        samples = SampleWriter(arguments, model, tokenizer, data.samples)
     reports = Reports(
         training_args, lambda: trainer.state.log_history, arguments.to_dict(), writes=world.is_first
     )
@@ -221,7 +221,7 @@ def _train(
     return metrics
 
 
-def _finish(
+def _write_split(
     split: str,
     metrics: dict[str, float],
     limit: int | None,

@@ -77,7 +77,7 @@ def training_data(
 
 def describe_rows(rows: TrainingRows, args: DataTrainingArguments) -> list[str]:
     """What became of the training rows, and what packing saves against the official padding."""
-    width = args.max_source_length + args.max_target_length + 1
+    width = args.padded_length
     lengths = [len(row.input_ids) for row in rows.rows]
     return [
         rows.report(),
@@ -115,7 +115,7 @@ def _evaluation_data(
     config: ChatGLMConfig,
 ) -> EvaluationData:
     args = arguments.data
-    flag = "max_target_length" if args.val_max_target_length is None else "val_max_target_length"
+    flag = args.evaluation_target_flag
     data = EvaluationData.of(
         examples,
         tokenizer,

@@ -8,7 +8,7 @@ from torch.utils.data import RandomSampler, Sampler
 from glmkern.model.packing import Row
 from glmkern.training.flags.arguments import TrainingArguments
 
-MEGABATCHES_AT_LEAST = 4
+MIN_MEGABATCHES = 4
 BATCHES_PER_MEGABATCH = 50
 
 
@@ -40,7 +40,7 @@ class LengthGroupedSampler(Sampler[int]):
 
     def __init__(self, lengths: Sequence[int], rows_per_step: int, generator: torch.Generator):
         self.lengths, self.generator = lengths, generator
-        steps = len(lengths) // (rows_per_step * MEGABATCHES_AT_LEAST)
+        steps = len(lengths) // (rows_per_step * MIN_MEGABATCHES)
         self.rows_per_megabatch = max(1, min(steps, BATCHES_PER_MEGABATCH)) * rows_per_step
 
     def __len__(self) -> int:

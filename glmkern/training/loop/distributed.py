@@ -58,7 +58,7 @@ class World:
         return self.rank == 0
 
     @contextmanager
-    def first_prints(self) -> Iterator[None]:
+    def only_first_prints(self) -> Iterator[None]:
         """Within the block only rank 0 writes to stdout."""
         with contextlib.ExitStack() as stack:
             if not self.is_first:
@@ -126,7 +126,7 @@ class World:
                     "the same files, and an --output_dir that they share"
                 )
 
-    def wait_for_cause(self) -> PeerFailure:
+    def wait_for_failure(self) -> PeerFailure:
         """The failure of a rank that is known to fail and about to say why."""
         return self._peer_failure(CAUSE_SECONDS, "")
 
@@ -162,18 +162,18 @@ class World:
         the lowest rank that is still there, while the others end in silence."""
         if not self._watch.failed.wait(patience):
             with contextlib.suppress(RuntimeError):
-                self._call_roll(symptom)
+                self._find_missing_ranks(symptom)
             self._watch.failed.wait(ROLL_CALL_SECONDS)
         failure = self._watch.failure or STORE_LOST
-        if not self.speaks_about(failure):
+        if not self.is_reporter_of(failure):
             raise SystemExit(1)
         return PeerFailure(failure["message"])
 
-    def speaks_about(self, failure: dict) -> bool:
+    def is_reporter_of(self, failure: dict) -> bool:
         """Whether this is the lowest rank that did not fail."""
         return self.rank == min(set(range(self.size)) - set(failure["ranks"]), default=0)
 
-    def _call_roll(self, symptom: str) -> None:
+    def _find_missing_ranks(self, symptom: str) -> None:
         self._store.set(ROLL_CALL, "")
         answers = [f"{PRESENT}/{rank}" for rank in range(self.size)]
         self._wait_for(answers, ROLL_CALL_SECONDS)
@@ -229,7 +229,7 @@ class _Watch(threading.Thread):
             return
         self.failed.set()
         if self.failure is not None and not self.stopped.wait(HANG_SECONDS):
-            if self.world.speaks_about(self.failure):
+            if self.world.is_reporter_of(self.failure):
                 print(f"glmkern: {self.failure['message']}", file=sys.stderr, flush=True)
             os._exit(1)
 

@@ -11,11 +11,7 @@ from glmkern.model.packing import Row
 from glmkern.training.data.packs import Pack, pack_step, token_budget
 from glmkern.training.flags.arguments import TrainingArguments
 from glmkern.training.loop.distributed import World
-from glmkern.training.loop.failures import (
-    StepFailure,
-    where_the_gradient_fails,
-    where_the_loss_fails,
-)
+from glmkern.training.loop.failures import StepFailure, locate_gradient_failure, locate_loss_failure
 from glmkern.training.loop.loss_scale import LossScale
 
 
@@ -106,10 +102,10 @@ class StepGradient:
     ) -> None:
         for pack, loss in zip(packs, losses, strict=True):
             if not math.isfinite(loss):
-                where = where_the_loss_fails(self.model, pack.batch, offset, self.args.seed)
+                where = locate_loss_failure(self.model, pack.batch, offset, self.args.seed)
                 raise StepFailure(f"the loss is {loss}", pack.rows, self._cure(), where)
         if not all(math.isfinite(loss) for loss, _ in reports):
-            raise self.world.wait_for_cause()
+            raise self.world.wait_for_failure()
 
     def _unscale_and_clip(self) -> bool:
         """Divide by the loss scale and clip the norm; False where the norm is not finite."""
@@ -133,7 +129,7 @@ class StepGradient:
                     parameter.grad = None
                 return
             what = "the float16 gradient overflows even with a loss scale of 1"
-        where = where_the_gradient_fails(self.model)
+        where = locate_gradient_failure(self.model)
         raise StepFailure(what, rows, self._cure(), where, everywhere=True)
 
     def _cure(self) -> str:

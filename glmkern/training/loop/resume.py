@@ -72,7 +72,7 @@ def find_checkpoint(wanted: str | None, output_dir: Path) -> Path | None:
         return None
     if wanted.lower() in NEWEST:
         complete = [path for path in output_dir.glob("checkpoint-*") if not _missing(path)]
-        return max(complete, key=_age, default=None)
+        return max(complete, key=_recency, default=None)
     folder = Path(wanted).expanduser()
     if not folder.is_dir():
         raise InputError(
@@ -194,7 +194,7 @@ def _missing(folder: Path, needed: Sequence[str] = NEEDED) -> list[str]:
     return [name for name in needed if not (folder / name).is_file()]
 
 
-def _age(folder: Path) -> tuple[int, int]:
+def _recency(folder: Path) -> tuple[int, int]:
     """Grows with the time of writing, and within the clock's resolution with the step."""
     step = folder.name.removeprefix("checkpoint-")
     written = (folder / "trainer_state.json").stat().st_mtime_ns

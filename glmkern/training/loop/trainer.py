@@ -141,7 +141,7 @@ class Trainer:
         self.optimizer.zero_grad()
         if self._writes:
             self.folder.make()
-            self.folder.remove_litter()
+            self.folder.remove_temporary_files()
             if resume_from is not None:
                 self.folder.shorten_log(self.position.log_lines)
                 if resume_from == find_checkpoint("auto", self.folder.path):

@@ -85,7 +85,7 @@ class RunFolder:
             with suppress(OSError):
                 self._delete(path)
 
-    def remove_litter(self) -> None:
+    def remove_temporary_files(self) -> None:
         """Delete what a killed run was writing or deleting."""
         for pattern in (f".{CHECKPOINT}*.tmp", f".{'[0-9a-f]' * 16}.tmp"):
             for path in self.path.glob(pattern):
