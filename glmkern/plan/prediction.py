@@ -93,7 +93,7 @@ class Job:
         return max(row.tokens for row in self.rows)
 
     def worst_pack(self) -> RowLength:
-        """A pack that comes up whatever the sampled steps hold: the longest row alone. Where a
+        """The longest row alone, which is a pack of some step even if of no sampled one. Where a
         micro-batch is a pack, an upper bound: the order of rows may put the longest into one."""
         return _sum(heapq.nlargest(1 if self.budget else self.micro_batch, self.rows))
 

@@ -91,8 +91,8 @@ def describe_rows(rows: TrainingRows, args: DataTrainingArguments) -> list[str]:
 def _sample_source(
     args: DataTrainingArguments, train: TrainingData, validation: EvaluationData | None
 ) -> Sequence[Example]:
-    """Rows of --validation_file, which may be unfit where nothing else needs it, or of the
-    training."""
+    """Rows of --validation_file, or, where nothing else needs that file and it is unfit, of
+    --train_file."""
     if validation is not None:
         return validation.examples
     if args.validation_file is not None:

@@ -128,9 +128,11 @@ def _span(batch: range) -> str:
 
 
 def decode(tokenizer: ChatGLMTokenizer, ids: Iterable[int]) -> str:
-    """The text of ids, as the official metrics see it: that of padding for special tokens, whose
-    names ChatGLM3's tokenizer would give, and for ids beyond the vocabulary, which pad the model's
-    matrices and may be chosen by an untrained model."""
+    """The text of ids, as the official metrics see it.
+
+    Special tokens, whose names ChatGLM3's tokenizer would print, decode like padding. So do ids
+    beyond the vocabulary, which an untrained model may choose.
+    """
     silent = set(tokenizer.special_tokens.values())
     return tokenizer.decode(
         tokenizer.pad_token_id if token in silent or token >= tokenizer.vocab_size else token
@@ -148,8 +150,8 @@ def clean(text: str) -> str:
 class PredictionFile:
     """generated_predictions.txt: a JSON object a line, {"labels": ..., "predict": ...}.
 
-    An older file is replaced when the first line comes. Every line is written at once and is there
-    to be read, so that a run that is killed leaves whole lines.
+    An older file is replaced when the first line comes. Every line is written at once, so that a
+    run that is killed leaves whole lines.
     """
 
     def __init__(self, path: Path):

@@ -24,8 +24,8 @@ NOTHING = ("", "none", "null")
 
 
 def parse(argv: Sequence[str], prog: str = "glmkern train") -> Arguments:
-    """The arguments of a command line; a `.json` file in first place is read as a configuration,
-    and flags behind it go before what it says.
+    """The arguments of a command line. A `.json` file in first place is read as a configuration,
+    and the flags after it override it.
 
     Raises InputError for a name in no table (with the nearest one), a refused flag and a value of
     the wrong kind. `-h` and `--help` print the honoured flags and raise SystemExit(0).

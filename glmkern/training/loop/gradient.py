@@ -17,8 +17,11 @@ from glmkern.training.loop.loss_scale import LossScale
 
 @dataclass(frozen=True)
 class StepResult:
-    """Of all ranks. loss: the mean over the step's micro-batches; tokens: of its rows; stop: the
-    signal by which any rank was asked to stop, or 0."""
+    """A step of all ranks.
+
+    loss: the mean over its micro-batches. tokens: of its rows. stop: the signal that asked any rank
+    to stop, or 0.
+    """
 
     loss: float
     tokens: int
@@ -48,13 +51,13 @@ class StepGradient:
         stop: Callable[[], int],
         notify: Callable[[str], None],
     ) -> StepResult:
-        """Compute the micro-batches of `window`, again with half the loss scale as long as the
-        float16 gradient overflows.
+        """Compute the micro-batches of `window`; where the float16 gradient overflows, halve the
+        loss scale and compute them again.
 
         Args:
             step: how many steps have been taken before; decides the dropout masks.
-            stop: asked when the gradient is there, for the signal that came to this rank.
-            notify: is told about overflows.
+            stop: called after the backward pass; returns the signal that this rank received, or 0.
+            notify: called with a line for every overflow.
 
         Raises StepFailure, and PeerFailure where the failing rank is another.
         """

@@ -9,7 +9,7 @@ from glmkern.training.output.trainer_state import TrainerState
 
 
 class Due(NamedTuple):
-    """What is to be done now, in this order."""
+    """What is due now, in this order."""
 
     log: bool
     evaluate: bool

@@ -59,9 +59,9 @@ class Trainer:
 
     Attributes:
         state: TrainerState, as trainer_state.json holds it.
-        position: what else is needed to go on from a checkpoint.
+        position: what else a resumed run needs.
         optimizer, scheduler: torch's, as optimizer.pt and scheduler.pt hold them.
-        last_checkpoint: the newest one of this run, or the one it goes on from.
+        last_checkpoint: the newest one of this run, or the one it resumed from.
     """
 
     def __init__(
@@ -124,8 +124,7 @@ class Trainer:
         """Run all steps; returns the metrics that train_results.json holds.
 
         Args:
-            resume_from: a checkpoint to go on from; the run ends with the bits of one that was
-                never stopped.
+            resume_from: a checkpoint; the run ends with the bits of one that was never stopped.
 
         Raises TrainingError, naming step and rows, where the loss or the gradient is not finite;
         Interrupted, with everything saved, where SIGINT or SIGTERM asked to stop; InputError where
@@ -201,7 +200,7 @@ class Trainer:
         self.last_checkpoint = checkpoint
 
     def _train_epochs(self) -> None:
-        """All epochs from the first; what `position` says is done is passed over."""
+        """All epochs from the first; skips the micro-batches that `position` counts as done."""
         plan, state, done = self.plan, self.state, self.position.micro_batches
         batches = BatchSampler(self.sampler, plan.batch_size, self.args.dataloader_drop_last)
         window: list[list[int]] = []
@@ -241,7 +240,7 @@ class Trainer:
         if self.world.is_first:
             self.hooks.on_step(state.global_step)
         self._log_evaluate_save(*self.schedule.after_step(state))
-        # With several ranks all of them stop, or none: what they agreed on goes.
+        # Several ranks stop together or not at all, as they agreed with the gradient.
         stop = result.stop if self.world.size > 1 else self._stop_request.signal
         if stop:
             self._interrupt(stop)

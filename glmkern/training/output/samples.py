@@ -56,8 +56,8 @@ class SampleWriter:
     def resume_from(self, checkpoint: Path) -> None:
         """Keep the sections up to `checkpoint`, from which the run is resumed.
 
-        Its own is added where it lacks, because the run was killed between the save and the
-        answers; the model is left with the checkpoint's prefix then, which training loads anyway.
+        A run that was killed between the save and the answers lacks the section of the checkpoint:
+        it is added here. The model then holds the checkpoint's prefix, which training loads anyway.
         """
         self._continues = True
         step = checkpoint.name.removeprefix(CHECKPOINT)
