@@ -60,9 +60,12 @@ def run(arguments: Arguments, forecast: Forecaster | None = None) -> dict[str, f
         forecast: told about the training rows before the base takes memory; None: no forecast, and
             --tokens_per_pack auto is as many as suffice for speed.
 
-    Returns the metrics of all that was asked for. Raises InputError where files or flags are
-    wrong, before the base is loaded where that can be told, TrainingError where the run fails, and
-    Interrupted where a signal stops it.
+    Returns the metrics of all that was asked for.
+
+    Raises:
+        InputError: files or flags are wrong; where possible before the base is loaded.
+        TrainingError: the run fails.
+        Interrupted: a signal stops it.
     """
     training_args = arguments.training
     check_arguments(arguments, os.environ)

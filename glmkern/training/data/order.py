@@ -29,8 +29,8 @@ def create_sampler(rows: Sequence[Row], args: TrainingArguments) -> Sampler[int]
 
 
 class LengthGroupedSampler(Sampler[int]):
-    """`--group_by_length`: a random order is cut into megabatches of 50 steps (fewer where that
-    would leave less than four), each of which is sorted, the longest row first. The longest row of
+    """`--group_by_length`: a random order, cut into megabatches of 50 steps, or of fewer where that
+    would give less than four. Each megabatch is sorted, the longest row first. The longest row of
     all changes places with the very first, so that a lack of memory shows at once.
 
     Args:

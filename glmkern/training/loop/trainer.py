@@ -91,8 +91,8 @@ class Trainer:
                 "evaluate; pass no"
             )
         self.plan = StepPlan.of(len(rows), args)
-        # As the official Trainer: seeded again once the model is there, so that the order of rows
-        # does not depend on how many random numbers the model's construction took.
+        # Seeded again after the model is made, as in the official Trainer: the order of rows does
+        # not depend on how many random numbers that took.
         set_seed(args.seed)
         self.sampler = sampler or create_sampler(rows, args)
         self.gradient = StepGradient(model, rows, args, self.world)
@@ -126,11 +126,13 @@ class Trainer:
         Args:
             resume_from: a checkpoint; the run ends with the bits of one that was never stopped.
 
-        Raises TrainingError, naming step and rows, where the loss or the gradient is not finite;
-        Interrupted, with everything saved, where SIGINT or SIGTERM asked to stop; InputError where
-        `resume_from` is damaged, or of other rows, another prefix or precision, or where the best
-        checkpoint is to be loaded at the end and is no more. Whether it is of the same flags,
-        resume.check_same_run says.
+        Whether `resume_from` has the same flags, resume.check_same_run tells.
+
+        Raises:
+            TrainingError: the loss or the gradient is not finite; names step and rows.
+            Interrupted: SIGINT or SIGTERM asked to stop; everything is saved.
+            InputError: `resume_from` is damaged, or of other rows, another prefix or precision; or
+                the best checkpoint, which is to be loaded at the end, is not there.
         """
         args, plan = self.args, self.plan
         if resume_from is not None:

@@ -60,7 +60,7 @@ class Reports:
 
     Args:
         args: report_to, logging_dir, plot_loss and output_dir.
-        history: gives the trainer's log_history as it is by then.
+        history: returns the trainer's present log_history.
         flags: what was asked for, shown beside the curves.
         writes: False in all processes of a run but one.
     """
