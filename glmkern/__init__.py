@@ -5,11 +5,11 @@ import importlib
 __version__ = "0.1.0"
 
 _HOMES = {
-    "ChatGLM": "glmkern.model.chatglm",
+    "ChatGLM": "glmkern.chatglm",
     "ChatGLMConfig": "glmkern.model.config",
     "ChatGLMTokenizer": "glmkern.tokenizer",
     "backend": "glmkern.dispatch",
-    "backends": "glmkern.dispatch",
+    "backends": "glmkern.backends",
     "ops": "glmkern.ops",
 }
 __all__ = ["__version__", *_HOMES]

@@ -46,8 +46,13 @@ class Backend:
 
     @property
     def emulated(self) -> bool:
-        """Whether the kernels are made for a GPU and run without one, hundreds of times slower."""
+        """Whether the kernels are made for a GPU and run without one."""
         return self.name in ("triton", "cuda") and self.device == "cpu"
+
+    @property
+    def interpreted(self) -> bool:
+        """Whether Triton's interpreter runs the kernels, thousands of times slower than a GPU."""
+        return self.name == "triton" and self.emulated
 
     def on_device(self, arguments: dict) -> dict:
         """`arguments` with what is on the CPU on the backend's device."""
@@ -66,9 +71,9 @@ class Backend:
 
 
 def slow(*values):
-    """A case of pytest.mark.parametrize that takes an emulated GPU too long, and shows nothing
+    """A case of pytest.mark.parametrize that takes Triton's interpreter too long, and shows nothing
     there that others do not."""
-    return pytest.param(*values, marks=pytest.mark.slow_when_emulated)
+    return pytest.param(*values, marks=pytest.mark.slow_when_interpreted)
 
 
 TRITON = Backend("triton", "cpu" if INTERPRETED else "cuda")
@@ -89,7 +94,7 @@ def every_backend() -> Sequence[Backend]:
 
 def backends_of(op: str | None) -> list[Backend]:
     """Those that must serve `op`, `<op>_fwd` or `<op>_bwd`; None is any."""
-    module = None if op is None else dispatch._ops[op].module
+    module = None if op is None else dispatch.OPS[op].module
     return [b for b in every_backend() if op is None or module in SERVED[b.name]]
 
 
@@ -117,7 +122,7 @@ def available(backend: Backend) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         if backend.emulated:
             stack.enter_context(_environment(**_emulation(backend.name)))
-        if backend.emulated and backend.name == "triton":
+        if backend.interpreted:
             stack.enter_context(interpreter_corrected())
         yield
 
@@ -135,13 +140,8 @@ def _emulation(name: str) -> dict[str, str]:
 def _environment(**variables: str) -> Iterator[None]:
     """Sets them for dispatch, which keeps its answers, and for no other test."""
     with mock.patch.dict(os.environ, variables):
-        _forget_answers()
+        dispatch.why_unavailable.cache_clear()
         try:
             yield
         finally:
-            _forget_answers()
-
-
-def _forget_answers() -> None:
-    dispatch.why_unavailable.cache_clear()
-    dispatch._find_implementation.cache_clear()
+            dispatch.why_unavailable.cache_clear()

@@ -23,7 +23,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 def pytest_configure(config):
     for mark in (
         "backends(*names): of the backends that serve an op, the ones to test",
-        "slow_when_emulated: not for kernels of a GPU that are run without one",
+        "slow_when_interpreted: not for Triton's interpreter",
     ):
         config.addinivalue_line("markers", mark)
 

@@ -47,8 +47,8 @@ def launches_on(op: str, shared_kib: int) -> list[Launch]:
 @contextlib.contextmanager
 def recorded(op: str, case: str):
     """Yields `record(function, *args)`, which calls a launcher of glmkern.triton_kernels.<op> on
-    tensors without data (device "meta") and returns the launches it made, also those by the op's
-    other files, whose names go on with `_`."""
+    tensors without data (device "meta") and returns the launches it made. Where the op is a
+    package, launches by the package's modules count too."""
     module = importlib.import_module(f"glmkern.triton_kernels.{op}")
     made = []
 
@@ -64,6 +64,6 @@ def recorded(op: str, case: str):
 
     with contextlib.ExitStack() as patches:
         for name, file in list(sys.modules.items()):
-            if f"{name}_".startswith(f"{module.__name__}_") and hasattr(file, "launch"):
+            if f"{name}.".startswith(f"{module.__name__}.") and hasattr(file, "launch"):
                 patches.enter_context(mock.patch.object(file, "launch", keep))
         yield record

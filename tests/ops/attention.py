@@ -8,14 +8,10 @@ from unittest import mock
 import torch
 
 from glmkern import ops
-from glmkern.triton_kernels import prefix_attention as forward
-from glmkern.triton_kernels import prefix_attention_bwd as backward
-from glmkern.triton_kernels import prefix_attention_decode as decode
-from glmkern.triton_kernels import prefix_attention_dkv as dkv
-from glmkern.triton_kernels import prefix_attention_shared as shared
+from glmkern.triton_kernels.prefix_attention import backward, decode, dkv, dprefix, forward, shared
 
 SEED = (-0x1234_5678_9ABC_DEF0, 2**62 + 2**33 + 1)
-FILES = (forward, backward, decode, dkv, shared)
+FILES = (forward, backward, decode, dkv, dprefix, shared)
 TILES = {file: file.TILES for file in (forward, backward, decode, dkv)}
 SMALL, MEDIUM = shared.AttentionTile(16, 16, 4, 1), shared.AttentionTile(32, 32, 4, 1)
 

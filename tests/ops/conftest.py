@@ -26,8 +26,8 @@ def pytest_collection_modifyitems(items):
 
 def too_slow(item: pytest.Item) -> bool:
     backend = item.callspec.params.get("backend") if hasattr(item, "callspec") else None
-    slow = item.get_closest_marker("slow_when_emulated")
-    return bool(slow and backend and backend.emulated)
+    slow = item.get_closest_marker("slow_when_interpreted")
+    return bool(slow and backend and backend.interpreted)
 
 
 @pytest.fixture
@@ -39,8 +39,7 @@ def backend(request) -> Backend:
 
 def interpreted_tiles(backend: Backend) -> contextlib.AbstractContextManager:
     """The interpreter's time goes by the number of blocks, so that attention's are larger there."""
-    interpreted = backend.name == "triton" and backend.emulated
-    return attention.tiles(attention.MEDIUM) if interpreted else contextlib.nullcontext()
+    return attention.tiles(attention.MEDIUM) if backend.interpreted else contextlib.nullcontext()
 
 
 @pytest.fixture

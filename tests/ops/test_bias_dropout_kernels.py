@@ -18,7 +18,7 @@ from tests.ops.numerics import HALF_AND_SINGLE, matches_fp64, poisoned_memory, s
 from tests.ops.test_bias_dropout import SEED, expected_mask, sequences
 
 OP = "bias_dropout_add_fwd"
-PHILOX = "csrc/cpu/philox.h"
+PHILOX = "cpu/kernels/philox.h"
 library = torch.ops.glmkern
 
 
@@ -54,7 +54,7 @@ def test_indices_that_need_all_their_bits(tmp_path, flags):
     source, program = tmp_path / "main.cpp", tmp_path / "main"
     source.write_text(
         PROGRAM.format(
-            header=REPOSITORY / PHILOX,
+            header=PHILOX,
             seed=seed[0].item(),
             offset=seed[1].item(),
             sequence=sequence,
@@ -73,8 +73,8 @@ def test_indices_that_need_all_their_bits(tmp_path, flags):
 
 def compile_program(source: Path, program: Path, *flags: str) -> None:
     compiler = os.environ.get("CXX", "c++")
-    includes = [f"-I{REPOSITORY}", f"-I{REPOSITORY / 'csrc'}"]
-    command = [compiler, "-std=c++17", "-O1", *flags, *includes, source, "-o", program]
+    include = f"-I{REPOSITORY / 'csrc'}"
+    command = [compiler, "-std=c++17", "-O1", *flags, include, source, "-o", program]
     subprocess.run(command, check=True)
 
 

@@ -68,7 +68,7 @@ def test_against_fp64(backend, tokens, width, classes, weighted, dtype, stored, 
     )
 
 
-@pytest.mark.slow_when_emulated
+@pytest.mark.slow_when_interpreted
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
 @pytest.mark.parametrize(("tokens", "width", "classes"), [(1, 2, 2), (17, 34, 101), (131, 64, 33)])
@@ -84,7 +84,7 @@ def test_quantised_weight(backend, tokens, width, classes, dtype, bits):
     )
 
 
-@pytest.mark.slow_when_emulated
+@pytest.mark.slow_when_interpreted
 @pytest.mark.parametrize("smoothing", [0.1, 1.0])
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
 @pytest.mark.parametrize("weighted", [False, True])

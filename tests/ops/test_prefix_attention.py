@@ -55,7 +55,7 @@ def seed(backend):
 def test_against_fp64(backend, case, dtype):
     lengths = case[0]
     # PyTorch's error in few keys is luck.
-    sample = 500 if max(lengths) == 1 else SAMPLE if backend.emulated else 1000
+    sample = 500 if max(lengths) == 1 else SAMPLE if backend.interpreted else 1000
     matches_fp64(
         attend(lengths), lambda *x: dense(*x, lengths), lambda: tensors(*case, dtype), sample
     )

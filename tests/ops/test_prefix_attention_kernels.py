@@ -8,6 +8,7 @@ import torch
 
 from glmkern import ops
 from glmkern.ops.philox import keep_mask
+from glmkern.triton_kernels import prefix_attention as kernels
 from glmkern.triton_kernels import tiles as tile_tables
 from tests.ops.attention import (
     SEED,
@@ -19,7 +20,6 @@ from tests.ops.attention import (
     decode,
     dense,
     dkv,
-    forward,
     launched_kernels,
     shared,
     tensors,
@@ -94,7 +94,7 @@ def test_small_tiles(backend, small_tiles, case):
 @pytest.mark.parametrize("kib", [64, 99, 163, 227])
 def test_tiles_of_every_class(backend, kib, dtype, monkeypatch):
     """Those of a GPU that has less shared memory are its own."""
-    if not backend.emulated:
+    if not backend.interpreted:
         kib = min(kib, tile_tables.shared_memory_kib(torch.device(backend.device)))
     monkeypatch.setattr(tile_tables, "shared_memory_kib", lambda device: kib)
     lengths = [18, 3]
@@ -199,10 +199,10 @@ def test_splits(backend, small_tiles, seed, rows, rate, monkeypatch):
 
 
 def test_splits_depend_on_shapes_alone():
-    assert dkv._splits(programs=6, rows=192 * 16) == 12  # a short sequence: 256 rows each
-    assert dkv._splits(programs=64, rows=2048 * 16) == 5  # 264 programs
-    assert dkv._splits(programs=10**4, rows=10**6) == 1
-    assert dkv._splits(programs=0, rows=1) == 1
+    assert dkv.row_splits(programs=6, rows=192 * 16) == 12  # a short sequence: 256 rows each
+    assert dkv.row_splits(programs=64, rows=2048 * 16) == 5  # 264 programs
+    assert dkv.row_splits(programs=10**4, rows=10**6) == 1
+    assert dkv.row_splits(programs=0, rows=1) == 1
 
 
 @pytest.mark.backends("triton", "cuda")
@@ -256,9 +256,9 @@ def test_touches_nothing_outside(backend, small_tiles, seed, sizes, rate, monkey
     monkeypatch.setattr(dkv, "ROWS_OF_A_SPLIT", 16)
     monkeypatch.setattr(decode, "KEYS_OF_A_SPLIT", 16)
     monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
-    out, lse = forward.prefix_attention_fwd(q, k, v, *prefix, *batch)
-    gradients = forward.prefix_attention_bwd(dout, q, k, v, *prefix, out, lse, *batch, True, True)
-    decoded = forward.prefix_attention_decode_fwd(queries, *caches, lens, *prefix, new, 0.5)
+    out, lse = kernels.prefix_attention_fwd(q, k, v, *prefix, *batch)
+    gradients = kernels.prefix_attention_bwd(dout, q, k, v, *prefix, out, lse, *batch, True, True)
+    decoded = kernels.prefix_attention_decode_fwd(queries, *caches, lens, *prefix, new, 0.5)
     assert all(x.isfinite().all() for x in (out, lse, *gradients, decoded))
     assert len(buffers) - inputs >= 12
     for buffer in buffers[inputs:]:

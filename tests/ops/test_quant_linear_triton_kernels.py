@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from glmkern import ops
 from glmkern.triton_kernels import quant_linear as kernels
-from glmkern.triton_kernels.quant_linear_fused import FusedTile
+from glmkern.triton_kernels.quant_linear.fused import FusedTile
 from tests.ops.numerics import HALF_AND_SINGLE, poisoned_memory, same_bits
 from tests.ops.test_quant_linear import check, check_dense, quantized
 

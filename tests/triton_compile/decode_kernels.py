@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bench.triton_cases import Launch
 from bench.triton_resources import CHIPS, compile_for
-from glmkern.triton_kernels.dequantize import decode_field, decode_pair
+from glmkern.triton_kernels.quant_linear.decode import decode_field, decode_pair
 from tests.triton_compile.ptx import LANES
 
 BYTES = 4 * LANES

@@ -1,0 +1,123 @@
+"""Products of up to eight tokens with weights of 4 or 8 bits, without tensor cores.
+
+Every weight is loaded once, in words of four bytes, four of them a thread at one or two tokens; in
+words of one byte where rows are not whole words. A thread keeps the sums of its own words in fp32,
+and they are added up at the end.
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+from glmkern.triton_kernels.quant_linear.decode import decode_field
+
+MAX_TOKENS = 8
+
+
+class GemvTile(NamedTuple):
+    """`rows` of the weight by `words` of each, by four warps."""
+
+    rows: int
+    words: int
+
+
+# By tokens. A single token's words are fewer than threads, so that each thread loads what it needs
+# of x; more tokens go through shared memory, and get fewer words, for 16 to 64 accumulators.
+FWD_TILES = {1: GemvTile(32, 64), 2: GemvTile(16, 64), 4: GemvTile(32, 32), 8: GemvTile(32, 16)}
+BWD_TILES = {1: GemvTile(16, 32), 2: GemvTile(8, 32), 4: GemvTile(4, 32), 8: GemvTile(4, 32)}
+
+
+@triton.jit(do_not_specialize=["M"])
+def gemv_fwd_kernel(
+    x,
+    words,
+    scale,
+    bias,
+    y,
+    M,
+    N: tl.constexpr,
+    W: tl.constexpr,
+    CODES: tl.constexpr,
+    BITS: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BW: tl.constexpr,
+):
+    """y = (x @ codes^T) * scale + bias for weights of N rows of W words of CODES columns."""
+    # [BM, 1, 1], [1, BN, 1]
+    o_m = tl.arange(0, BM)[:, None, None]
+    o_n = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)[None, :, None]
+    # [BM, BN, BW]
+    b_sum = tl.zeros([BM, BN, BW], dtype=tl.float32)
+    for i_w in range(0, W, BW):
+        # [1, 1, BW]
+        o_w = i_w + tl.arange(0, BW)[None, None, :]
+        # [1, BN, BW]
+        b_words = tl.load(words + o_n * W + o_w, mask=(o_n < N) & (o_w < W), other=0).to(tl.int32)
+        # [BM, 1, BW]
+        p_x = x + o_m * (W * CODES) + o_w * CODES
+        m_x = (o_m < M) & (o_w < W)
+        for i in tl.static_range(CODES):
+            # of 4 bits, an even column has the high half of its byte
+            b_codes = decode_field(b_words, (i ^ 1) * 4 if BITS == 4 else i * 8, BITS)
+            b_sum += b_codes * tl.load(p_x + i, mask=m_x, other=0.0).to(tl.float32)
+    # [BM], [BN]
+    o_m = tl.arange(0, BM)
+    o_n = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
+    m_n = o_n < N
+    # [BM, BN]
+    b_y = tl.sum(b_sum, 2) * tl.load(scale + o_n, mask=m_n, other=0.0).to(tl.float32)[None, :]
+    if bias is not None:
+        b_y += tl.load(bias + o_n, mask=m_n, other=0.0).to(tl.float32)[None, :]
+    tl.store(y + o_m[:, None] * N + o_n[None, :], b_y, mask=(o_m < M)[:, None] & m_n[None, :])
+
+
+@triton.jit(do_not_specialize=["M", "blocks"])
+def gemv_bwd_kernel(
+    dy,
+    words,
+    scale,
+    dx,
+    M,
+    blocks,
+    N: tl.constexpr,
+    W: tl.constexpr,
+    CODES: tl.constexpr,
+    BITS: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BW: tl.constexpr,
+):
+    """dx = (dy * scale) @ codes, as partial sums [splits, M, columns] over `blocks` blocks of rows
+    each, or whole where there is one split."""
+    K: tl.constexpr = W * CODES
+    i_w, i_s = tl.program_id(0), tl.program_id(1)
+    # [BM], [BW], [CODES]
+    o_m = tl.arange(0, BM)
+    o_w = i_w * BW + tl.arange(0, BW)
+    o_shift = tl.arange(0, CODES) * BITS
+    if BITS == 4:
+        o_shift = o_shift ^ 4
+    # [BM, BN, BW, CODES]
+    b_sum = tl.zeros([BM, BN, BW, CODES], dtype=tl.float32)
+    for i in range(i_s * blocks, tl.minimum((i_s + 1) * blocks, tl.cdiv(N, BN))):
+        # [BN]
+        o_n = (i * BN + tl.arange(0, BN)).to(tl.int64)
+        m_n = o_n < N
+        # [BN, BW], [BM, BN]
+        b_words = tl.load(
+            words + o_n[:, None] * W + o_w[None, :], mask=m_n[:, None] & (o_w < W)[None, :], other=0
+        ).to(tl.int32)
+        b_dy = tl.load(
+            dy + o_m[:, None] * N + o_n[None, :], mask=(o_m < M)[:, None] & m_n[None, :], other=0.0
+        ).to(tl.float32)
+        b_dy *= tl.load(scale + o_n, mask=m_n, other=0.0).to(tl.float32)[None, :]
+        # [BN, BW, CODES]
+        b_codes = decode_field(b_words[:, :, None] >> o_shift[None, None, :], 0, BITS)
+        b_sum += b_dy[:, :, None, None] * b_codes[None, :, :, :]
+    # [BM, CODES BW]
+    b_dx = tl.sum(b_sum, 1).reshape(BM, BW * CODES)
+    o_k = i_w * (BW * CODES) + tl.arange(0, BW * CODES)
+    p_dx = dx + (i_s.to(tl.int64) * M + o_m[:, None]) * K + o_k[None, :]
+    tl.store(p_dx, b_dx, mask=(o_m < M)[:, None] & (o_k < K)[None, :])
