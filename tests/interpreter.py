@@ -15,10 +15,11 @@ import torch
 INTERPRETED = not (torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0))
 
 if INTERPRETED and importlib.util.find_spec("triton"):
-    # Triton reads the variable where it decorates its own functions, and the knob afterwards.
+    # Triton reads the variable where it decorates its own functions, and the knob, which sets the
+    # variable too, afterwards.
     with mock.patch.dict(os.environ, TRITON_INTERPRET="1"):
         from triton import knobs
-    with mock.patch.object(knobs, "propagate_env", False):
+
         knobs.runtime.interpret = True
 
 

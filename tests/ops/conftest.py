@@ -20,7 +20,8 @@ def pytest_generate_tests(metafunc):
     metafunc.parametrize("backend", chosen, ids=str, indirect=True)
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    config.hook.pytest_deselected(items=[item for item in items if too_slow(item)])
     items[:] = [item for item in items if not too_slow(item)]
 
 
