@@ -9,7 +9,7 @@ _HOMES = {
     "ChatGLMConfig": "glmkern.model.config",
     "ChatGLMTokenizer": "glmkern.tokenizer",
     "backend": "glmkern.dispatch",
-    "backends": "glmkern.dispatch",
+    "backends": "glmkern.backends",
     "ops": "glmkern.ops",
 }
 __all__ = ["__version__", *_HOMES]

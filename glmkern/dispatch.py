@@ -2,29 +2,36 @@
 
 Every op has up to four implementations of one definition: `cpu` (C++), `triton`, `cuda` (CUDA C++)
 and `reference` (plain PyTorch, any device). A call takes the first one of its device's order that
-supports its arguments; `GLMKERN_BACKEND=name` or `with glmkern.backend(name):` forces one, and a
-forced one that cannot serve is an error, never a silent fallback.
+supports its arguments. `GLMKERN_BACKEND=name` or `with glmkern.backend(name):` forces one; a forced
+one that cannot serve is an error, never a silent fallback.
 """
 
 import contextlib
 import importlib
 import importlib.metadata
 import importlib.util
-import json
 import os
-import struct
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import torch
+
+from glmkern import native
 
 NAMES = ("cpu", "triton", "cuda", "reference")
 # Triton before CUDA C++ on a GPU: the CUDA kernels exist for chips that Triton does not serve.
 ORDER = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}
 MINIMUM_TRITON = (3, 6)
-NATIVE_LIBRARIES = {"cpu": "_native.so", "cuda": "_native_cuda.so"}
+# Backends whose kernels check values themselves: C++ reads a CPU tensor faster than Python does,
+# and raises the same sentences.
+CHECK_VALUES_THEMSELVES = frozenset({"cpu"})
+
+Implementation: TypeAlias = Callable[..., Any]
+Predicate: TypeAlias = Callable[..., str | None]
+ValueCheck: TypeAlias = Callable[..., None]
 
 # A plain module global: a ContextVar would break torch.compile(fullgraph=True).
 _forced: str | None = None
@@ -32,25 +39,27 @@ _forced: str | None = None
 
 @dataclass(frozen=True, eq=False)
 class Op:
-    """One registered op: `name` is `<op>_fwd` or `<op>_bwd`, `module` the file name all its
-    implementations share, `supports` a predicate over the op's arguments for the kernels."""
+    """One registered op, as `define_op` describes it."""
 
     name: str
     module: str
-    reference: Callable
-    supports: Callable[..., str | None]
-    implementations: dict[str, Callable] = field(default_factory=dict)
+    reference: Implementation
+    supports: Mapping[str, Predicate]
+    check_values: ValueCheck | None
+    reference_reads_values: bool
 
 
-_ops: dict[str, Op] = {}
+OPS: dict[str, Op] = {}
 # One Library object a namespace; the native libraries implement glmkern_cpu and glmkern_cuda.
 _libraries = {
-    ns: torch.library.Library(ns, "DEF")  # noqa: TOR901 (kept for the process's life)
+    ns: torch.library.Library(ns, "DEF")  # type: ignore[no-untyped-call]  # noqa: TOR901 (kept for the process's life)
     for ns in ("glmkern", "glmkern_cpu", "glmkern_cuda")
 }
-_libraries["glmkern_cpu"].define("isa() -> str")  # which instruction set its kernels use
-_libraries["glmkern_cpu"].define("isas() -> str")
-_libraries["glmkern_cpu"].define("set_isa(str name) -> ()")
+# The instruction set of the CPU kernels: the one in use, all that this chip runs (in one line),
+# and the choice of another for tests.
+_libraries["glmkern_cpu"].define("isa() -> str")  # type: ignore[no-untyped-call]
+_libraries["glmkern_cpu"].define("isas() -> str")  # type: ignore[no-untyped-call]
+_libraries["glmkern_cpu"].define("set_isa(str name) -> ()")  # type: ignore[no-untyped-call]
 
 
 def define_op(
@@ -58,150 +67,165 @@ def define_op(
     schema: str,
     *,
     module: str,
-    reference: Callable,
-    fake: Callable,
-    supports: Callable[..., str | None],
-    setup_context: Callable | None = None,
-    backward: Callable | None = None,
+    reference: Implementation,
+    fake: Callable[..., Any],
+    supports: Mapping[str, Predicate],
+    check_values: ValueCheck | None = None,
+    reference_reads_values: bool = False,
+    setup_context: Callable[..., None] | None = None,
+    backward: Callable[..., Any] | None = None,
 ) -> None:
     """Registers `glmkern::<name>`, and its schema for native code as `glmkern_cpu::<name>` and
     `glmkern_cuda::<name>`.
 
-    `reference` computes the op with plain PyTorch, `fake` its outputs' shapes, and `supports`
-    takes the op's arguments and says None, or why the kernels can't serve them. `setup_context` and
-    `backward` are the derivative as torch.library.register_autograd takes it; without them,
-    differentiating the op (a second derivative, for a `_bwd`) is an error.
+    Args:
+        name: `<op>_fwd` or `<op>_bwd`.
+        schema: the arguments, of which the first is a tensor on the call's device, and the results.
+        module: the name that the files of all implementations share.
+        reference: computes the op with plain PyTorch.
+        fake: the shapes of the results.
+        supports: a predicate for each of "cpu", "triton" and "cuda". It takes the op's arguments
+            and says None, or why the backend's kernel cannot serve them. It may ask the capability
+            of their device.
+        check_values: takes the op's arguments and raises ValueError where values, such as lengths
+            or labels, do not fit. It runs before the backend does, where values may be read: on the
+            CPU, and everywhere under GLMKERN_CHECK=1.
+        reference_reads_values: the reference reads these values on every device, so they are
+            checked wherever it runs.
+        setup_context, backward: the derivative as torch.library.register_autograd takes it; without
+            them, differentiating the op (a second derivative, for a `_bwd`) is an error.
     """
-    op = _ops[name] = Op(name, module, reference, supports, {"reference": reference})
+    predicates = {**supports, "reference": _supports_everything}
+    op = OPS[name] = Op(name, module, reference, predicates, check_values, reference_reads_values)
     for library in _libraries.values():
-        library.define(name + schema)
+        library.define(name + schema)  # type: ignore[no-untyped-call]
 
-    def call(*args):
-        device = next(a for a in args if isinstance(a, torch.Tensor)).device.type
-        function = choose(op, device, args)
-        if torch.is_autocast_enabled(device):  # an op computes in the precision it documents
-            with torch.autocast(device, enabled=False):
+    def call(*args: Any) -> Any:
+        device = args[0].device
+        chosen, function = choose(op, device, args)
+        if check_values is not None and _may_read_values(op, chosen, device):
+            check_values(*args)
+        if torch.is_autocast_enabled(device.type):  # an op computes in the precision it documents
+            with torch.autocast(device.type, enabled=False):
                 return function(*args)
         return function(*args)
 
-    def no_derivative(ctx, *grads):
+    def no_derivative(ctx: Any, *grads: Any) -> None:
         raise NotImplementedError(f"{name} has no derivative; detach its inputs")
 
     library, qualified = _libraries["glmkern"], f"glmkern::{name}"
-    library.impl(name, call, "CompositeExplicitAutograd")
+    library.impl(name, call, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     torch.library.register_fake(qualified, fake, lib=library)
     torch.library.register_autograd(
         qualified, backward or no_derivative, setup_context=setup_context, lib=library
     )
 
 
-def choose(op: Op, device: str, args: tuple) -> Callable:
-    """The implementation of `op` that serves these arguments; RuntimeError where none may."""
-    if _forced is not None:
-        reason = why_not(op, _forced, device, args)
-        if reason is not None:
+def _supports_everything(*args: Any) -> None:
+    """The predicate of the reference."""
+
+
+def _may_read_values(op: Op, name: str, device: torch.device) -> bool:
+    """Whether `call` checks values before backend `name` computes."""
+    if name in CHECK_VALUES_THEMSELVES:
+        return False
+    return (
+        device.type == "cpu"
+        or (name == "reference" and op.reference_reads_values)
+        or os.environ.get("GLMKERN_CHECK") == "1"
+    )
+
+
+def choose(op: Op, device: torch.device, args: tuple[Any, ...]) -> tuple[str, Implementation]:
+    """The backend that serves these arguments, and its implementation; RuntimeError where a forced
+    one cannot."""
+    for name in order(device):
+        found = find_implementation(op, name, device)
+        if not isinstance(found, str):
+            found = op.supports[name](*args) or found
+        if not isinstance(found, str):
+            return name, found
+        if _forced is not None:
             raise RuntimeError(
-                f"the backend {_forced!r} is forced, but cannot serve {op.name}: {reason}; choose "
+                f"the backend {_forced!r} is forced, but cannot serve {op.name}: {found}; choose "
                 f"another with GLMKERN_BACKEND or glmkern.backend(), or leave the choice open"
             )
-        return op.implementations[_forced]
-    for name in ORDER.get(device, ("reference",)):
-        if why_not(op, name, device, args) is None:
-            return op.implementations[name]
     raise AssertionError("the reference serves everything")
 
 
-def why_not(op: Op, name: str, device: str, args: tuple | None = None) -> str | None:
-    """None where backend `name` serves `op` on `device` (with `args`, if given), or the reason."""
+def order(device: torch.device) -> tuple[str, ...]:
+    """The backends that a call on `device` tries, one after the other."""
+    return _preferred(device) if _forced is None else (_forced,)
+
+
+@cache  # a device builds its type's name every time that it is asked
+def _preferred(device: torch.device) -> tuple[str, ...]:
+    return ORDER.get(device.type, ("reference",))
+
+
+def find_implementation(op: Op, name: str, device: torch.device) -> Implementation | str:
+    """What backend `name` computes `op` with on `device`, or the reason why it cannot."""
     if name == "reference":
-        return None
-    reason = why_unavailable(name, device) or _find_implementation(op, name)
-    if reason is None and args is not None:
-        reason = op.supports(*args)
-    return reason
+        return op.reference
+    return why_unavailable(name, device) or _load_implementation(op, name, device)
+
+
+@cache  # every call of an op asks, and looking for a module reads the disk
+def _load_implementation(op: Op, name: str, device: torch.device) -> Implementation | str:
+    """What a backend that can run on `device` computes `op` with, or the reason why it cannot."""
+    function: Implementation
+    if name == "triton":
+        module = f"glmkern.triton_kernels.{op.module}"
+        if importlib.util.find_spec(module) is None:
+            return f"{op.module} has no Triton kernel yet"
+        function = getattr(importlib.import_module(module), op.name)
+        return function
+    key = device.type.upper()  # CPU also where CUDA kernels run on the host
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"glmkern_{name}::{op.name}", key):
+        return f"{op.module} has no {name} kernel yet"
+    function = getattr(getattr(torch.ops, f"glmkern_{name}"), op.name).default
+    return function
 
 
 @cache
-def why_unavailable(name: str, device: str) -> str | None:
-    """None where backend `name` can run on `device` ("cpu" or "cuda") here, or the reason."""
+def why_unavailable(name: str, device: torch.device | str) -> str | None:
+    """None where backend `name` can run on `device` here, or the reason."""
+    device = torch.device(device)
     if name == "triton":
         return _why_no_triton(device)
-    if name != device:
-        return f"it runs on {name} tensors, these are on {device}"
-    return _load_native(name)
+    library = os.environ.get("GLMKERN_CUDA_ON_HOST")
+    if library and (name, device.type) == ("cuda", "cpu"):  # for tests: the kernels compiled as C++
+        return native.load_file(Path(library).absolute())
+    if name != device.type:
+        return f"it runs on {name} tensors, these are on {device.type}"
+    return native.load_library(name)
 
 
-def _why_no_triton(device: str) -> str | None:
+def _why_no_triton(device: torch.device) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed (pip install triton)"
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # it has other names, too
         version = importlib.metadata.version("triton")
         if tuple(int(part) for part in version.split(".")[:2]) < MINIMUM_TRITON:
             return f"the kernels need Triton 3.6 or newer, found {version}: torch 2.10 brings one"
-    if device == "cpu":
+    if device.type == "cpu":
         if os.environ.get("TRITON_INTERPRET") == "1":
             return None
         return "Triton runs on GPUs (TRITON_INTERPRET=1, set before the start, emulates it on CPU)"
-    if device != "cuda":
-        return f"it runs on cuda tensors, these are on {device}"
+    if device.type != "cuda":
+        return f"it runs on cuda tensors, these are on {device.type}"
     if not torch.cuda.is_available():
         return "torch sees no GPU"
-    major, minor = torch.cuda.get_device_capability()
+    major, minor = capability(device)
     if (major, minor) < (8, 0):
         return f"Triton needs sm_80 or newer, this GPU is sm_{major}{minor}"
     return None
 
 
 @cache
-def _load_native(name: str) -> str | None:
-    """Loads one native library; None on success, or why it is not there."""
-    path = Path(__file__).with_name(NATIVE_LIBRARIES[name])
-    if not path.is_file():
-        return f"{path.name} was not built: {_why_not_built(path.stem)}"
-    if name == "cuda" and not torch.cuda.is_available():
-        return "torch sees no GPU"
-    if _is_cut_short(path):  # loading it would kill the process
-        return f"{path.name} could not be loaded: it is cut short, install glmkern again"
-    try:
-        torch.ops.load_library(str(path))
-    except (OSError, RuntimeError) as error:
-        return f"{path.name} could not be loaded: {str(error).splitlines()[0]}"
-    if name == "cpu":
-        torch.ops.glmkern_cpu.isa()  # a GLMKERN_CPU_ISA that cannot be served is an error at once
-    return None
-
-
-def _why_not_built(library: str) -> str:
-    report = Path(__file__).with_name("_build.json")
-    if not report.is_file():
-        return "glmkern runs from a folder that was never installed (pip install -e .)"
-    return json.loads(report.read_text())[library] or "its file is gone: install glmkern again"
-
-
-def _is_cut_short(path: Path) -> bool:
-    """Whether an ELF file ends before the table of sections that its header promises at the end."""
-    with path.open("rb") as file:
-        header = file.read(64)
-    if len(header) < 64 or not header.startswith(b"\x7fELF\x02\x01"):
-        return False  # not 64-bit little-endian ELF: for the loader to judge
-    offset, entry_size, entries = struct.unpack_from("<40xQ10xHH", header)
-    return path.stat().st_size < offset + entry_size * entries
-
-
-@cache  # every call of an op asks, and looking for a module reads the disk
-def _find_implementation(op: Op, name: str) -> str | None:
-    """Looks for the kernel once the backend is known to run; None if found, or the reason."""
-    if name == "triton":
-        module = f"glmkern.triton_kernels.{op.module}"
-        if importlib.util.find_spec(module) is None:
-            return f"{op.module} has no Triton kernel yet"
-        op.implementations[name] = getattr(importlib.import_module(module), op.name)
-        return None
-    qualified = f"glmkern_{name}::{op.name}"
-    if not torch._C._dispatch_has_kernel_for_dispatch_key(qualified, name.upper()):
-        return f"{op.module} has no {name} kernel yet"
-    op.implementations[name] = getattr(getattr(torch.ops, f"glmkern_{name}"), op.name).default
-    return None
+def capability(device: torch.device) -> tuple[int, int]:
+    """(8, 6) for sm_86. Asked for each GPU, as a machine may have different ones."""
+    return torch.cuda.get_device_capability(device)
 
 
 @contextlib.contextmanager
@@ -223,39 +247,6 @@ def _checked_name(name: str | None) -> str | None:
     if name is not None and name not in NAMES:
         raise ValueError(f"there is no backend {name!r}; the backends are {', '.join(NAMES)}")
     return name
-
-
-@dataclass(frozen=True)
-class BackendsTable:
-    """What `glmkern.backends()` returns: `rows` maps (op, backend) to "chosen", "available" or
-    the reason why not; printed as a table."""
-
-    device: str
-    rows: dict[tuple[str, str], str]
-
-    def __str__(self) -> str:
-        lines = [f"{'op':<28}{'backend':<11}on {self.device}"]
-        lines += [f"{op:<28}{name:<11}{state}" for (op, name), state in self.rows.items()]
-        return "\n".join(lines)
-
-
-def backends(device: str | None = None) -> BackendsTable:
-    """A table, op x backend: chosen, available, or why not, for calls on `device` ("cpu", "cuda";
-    default: the GPU if torch sees one). Arguments can still rule a kernel out at a call."""
-    import glmkern.ops  # noqa: F401 (registers the ops)
-
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(device).type
-    rows = {}
-    for op in _ops.values():
-        reasons = {name: why_not(op, name, device) for name in NAMES}
-        order = ORDER.get(device, ("reference",)) if _forced is None else (_forced,)
-        chosen = next((name for name in order if reasons[name] is None), None)
-        for name in NAMES:
-            state = "chosen" if name == chosen else reasons[name] or "available"
-            rows[op.name, name] = state
-    return BackendsTable(device, rows)
 
 
 _forced = _checked_name(os.environ.get("GLMKERN_BACKEND") or None)

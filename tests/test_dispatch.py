@@ -3,13 +3,25 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 import glmkern
 from glmkern import dispatch, ops
+from glmkern.ops import bias_dropout, checks, sequences
+
+
+@pytest.fixture(autouse=True)
+def _no_cuda_on_host(monkeypatch):
+    """Other tests of this process may run CUDA kernels on the host."""
+    monkeypatch.delenv("GLMKERN_CUDA_ON_HOST", raising=False)
+    dispatch.why_unavailable.cache_clear()
+    yield
+    dispatch.why_unavailable.cache_clear()
 
 
 def run_python(code, **environment):
@@ -76,9 +88,83 @@ def test_why_triton_does_not_serve_a_gpu(version, capability, sentence):
     with (
         mock.patch("importlib.metadata.version", lambda name: version),
         mock.patch.object(torch.cuda, "is_available", lambda: True),
-        mock.patch.object(torch.cuda, "get_device_capability", lambda: capability),
+        mock.patch.object(dispatch, "capability", lambda device: capability),
     ):
-        assert dispatch._why_no_triton("cuda") == sentence
+        assert dispatch._why_no_triton(torch.device("cuda:0")) == sentence
+
+
+@pytest.fixture
+def two_gpus(monkeypatch):
+    """A machine with an sm_75 and an sm_90, as far as dispatch asks."""
+    old, new = torch.device("cuda:0"), torch.device("cuda:1")
+    capability = {old: (7, 5), new: (9, 0)}.__getitem__
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(dispatch, "capability", capability)
+    monkeypatch.setattr(checks, "capability", capability)
+    return old, new
+
+
+def test_each_gpu_has_its_own_capability(two_gpus):
+    old, new = two_gpus
+    reasons = [dispatch.why_unavailable("triton", gpu) for gpu in (new, old, new)]
+    assert reasons == [None, "Triton needs sm_80 or newer, this GPU is sm_75", None]
+
+
+def test_the_cuda_kernels_take_bfloat16_from_sm_80_on(two_gpus):
+    sentence = "bfloat16 needs sm_80 or newer, this GPU is sm_75"
+    supports = {name: op.supports["cuda"] for name, op in dispatch.OPS.items()}
+    for gpu, expected in zip(two_gpus, (sentence, None), strict=True):
+        with FakeTensorMode():
+            half, bfloat16, single = (
+                torch.empty(4, 6, dtype=dtype, device=gpu)
+                for dtype in (torch.float16, torch.bfloat16, torch.float32)
+            )
+            assert supports["swiglu_fwd"](bfloat16) == expected
+            assert supports["quant_linear_fwd"](single, bfloat16, None, 16, None) == expected
+            bwd = supports["linear_cross_entropy_bwd"]
+            assert bwd(single, single, torch.bfloat16) == expected
+            assert supports["swiglu_fwd"](half) is None
+            assert bwd(single, single, torch.float16) is None
+    assert supports["swiglu_fwd"](torch.empty(4, 6, dtype=torch.bfloat16)) is None
+    float64 = torch.empty(4, 6, dtype=torch.float64)
+    assert {predicate(float64, float64, float64, float64) for predicate in supports.values()} == {
+        "float64 has no kernel",
+        "a float64 weight has no kernel",
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "environment", "expected"),
+    [
+        ("cpu", "cpu", "1", False),
+        ("reference", "cpu", "", True),
+        ("triton", "cpu", "", True),
+        ("cuda", "cpu", "", True),
+        ("triton", "cuda", "", False),
+        ("triton", "cuda", "1", True),
+        ("reference", "cuda", "", None),
+        ("reference", "cuda", "1", True),
+    ],
+)
+def test_where_values_may_be_read(name, device, environment, expected, monkeypatch):
+    monkeypatch.setenv("GLMKERN_CHECK", environment)
+    for op, reads in {"prefix_attention_fwd": True, "rope_fwd": False}.items():
+        result = dispatch._may_read_values(dispatch.OPS[op], name, torch.device(device))
+        assert result == (reads if expected is None else expected)
+
+
+@pytest.mark.parametrize(("name", "calls"), [("reference", 1), ("cpu", 0)])
+def test_values_are_checked_once(name, calls):
+    x, seed = torch.randn(3, 4), torch.tensor([1, 2])
+    with (
+        glmkern.backend(name),
+        mock.patch.object(bias_dropout, "check_spans", wraps=sequences.check_spans) as check,
+    ):
+        ops.bias_dropout_add(x, None, x, 0.5, seed)
+        assert check.call_count == calls
+        with pytest.raises(ValueError, match="bias_dropout_add: sequence 0 is empty"):
+            ends = torch.tensor([0, 0, 3], dtype=torch.int32)
+            ops.bias_dropout_add(x, None, x, 0.5, seed, cu_seqlens=ends)
 
 
 def test_an_unknown_backend_is_refused():
@@ -97,6 +183,47 @@ def test_the_environment_forces_a_backend():
     assert child.returncode == 0, child.stderr
     rows = [line.split() for line in child.stdout.splitlines()[1:]]
     assert rows and all((row[1] == "reference") == (row[-1] == "chosen") for row in rows)
+
+
+@pytest.mark.parametrize("first", ["import glmkern.backends", "glmkern.backends('cpu')"])
+def test_the_table_and_its_file_share_a_name(first):
+    child = run_python(
+        f"import glmkern; {first}; from glmkern.backends import BackendsTable; "
+        "assert isinstance(glmkern.backends('cpu'), BackendsTable)"
+    )
+    assert child.returncode == 0, child.stderr
+
+
+def test_cuda_kernels_on_the_host():
+    """A library that registers glmkern_cuda's ops for CPU tensors; here, Python does in its place,
+    and the native library is one that loads."""
+    child = run_python(
+        """if True:
+        import glmkern, torch
+        from glmkern import ops
+        x = torch.randn(2, 6)
+        expected = ops.swiglu(x)
+        library = torch.library.Library("glmkern_cuda", "IMPL")
+        library.impl("swiglu_fwd", lambda x: torch.full((2, 3), 7.0), "CPU")
+        rows = glmkern.backends("cpu").rows
+        assert rows["swiglu_fwd", "cuda"] == "available"
+        assert rows["rope_fwd", "cuda"] == "rope has no cuda kernel yet"
+        assert torch.equal(ops.swiglu(x), expected)
+        with glmkern.backend("cuda"):
+            assert (ops.swiglu(x) == 7).all()
+        """,
+        GLMKERN_CUDA_ON_HOST=str(Path(glmkern.__file__).with_name("_native.so")),
+    )
+    assert child.returncode == 0, child.stderr
+
+
+def test_a_library_for_the_host_that_is_not_there(tmp_path):
+    path = tmp_path / "nothing.so"
+    child = run_python(
+        "import glmkern; print(glmkern.backends('cpu').rows['swiglu_fwd', 'cuda'])",
+        GLMKERN_CUDA_ON_HOST=str(path),
+    )
+    assert child.stdout.strip() == f"there is no file {path}", child.stderr
 
 
 def test_import_is_lazy():

@@ -1,19 +1,18 @@
 // bias_dropout_add on the CPU: how its rows are shared between threads, and its registration.
-#include "cpu/kernels/bias_dropout_cpu.h"
-
 #include "cpu/column_sums.h"
+#include "cpu/kernels/bias_dropout_cpu.h"
 #include "cpu/parallel.h"
+#include "cpu/spans.h"
 #include "ops/bias_dropout_binding.h"
-#include "ops/sequences.h"
 
 namespace glmkern {
 namespace {
 
 void require_spans(const DropoutRows& dropout, int64_t rows) {
-  glmkern::require_spans("bias_dropout_add", dropout.cu_seqlens, dropout.sequences, rows);
+  Spans("bias_dropout_add", dropout.sequences, rows);
 }
 
-struct BiasDropout {
+struct BiasDropoutCpu {
   static void forward(const BiasDropoutForward& a, const Tensor&) {
     if (a.dropout.p > 0) require_spans(a.dropout, a.rows);
     const auto kernel = GLMKERN_PICK_KERNEL(bias_dropout_add_fwd);
@@ -42,7 +41,7 @@ struct BiasDropout {
 }  // namespace glmkern
 
 STABLE_TORCH_LIBRARY_IMPL(glmkern_cpu, CPU, m) {
-  using glmkern::BiasDropout;
-  m.impl("bias_dropout_add_fwd", TORCH_BOX(&glmkern::bias_dropout_add_fwd<BiasDropout>));
-  m.impl("bias_dropout_add_bwd", TORCH_BOX(&glmkern::bias_dropout_add_bwd<BiasDropout>));
+  using glmkern::BiasDropoutCpu;
+  m.impl("bias_dropout_add_fwd", TORCH_BOX(&glmkern::bias_dropout_add_fwd<BiasDropoutCpu>));
+  m.impl("bias_dropout_add_bwd", TORCH_BOX(&glmkern::bias_dropout_add_bwd<BiasDropoutCpu>));
 }

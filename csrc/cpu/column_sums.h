@@ -1,5 +1,8 @@
 // Sums over rows, the gradients of a weight or a bias: in pieces of rows, then over the pieces. The
 // number of pieces depends on the rows alone, so the bits do not depend on the threads.
+//
+//     row     0 1 2 3 4 5 6     3 splits of ceil(7 / 3) rows
+//     piece   0 0 0 1 1 1 2     result = piece 0 + piece 1 + piece 2
 #pragma once
 
 #include <algorithm>

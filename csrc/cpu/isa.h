@@ -4,7 +4,7 @@
 
 namespace glmkern {
 
-// kAvx512Bf16 has products of bfloat16 besides; kernels that make none are the ones of kAvx512.
+// kAvx512Bf16 is kAvx512 with products of bfloat16. Kernels without such products run as kAvx512.
 enum class Isa { kDefault, kAvx2, kAvx512, kAvx512Bf16 };
 
 // The best one that this chip has. Each is a superset of the ones before it.

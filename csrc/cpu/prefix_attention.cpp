@@ -1,15 +1,18 @@
 // prefix_attention forward and decode on the CPU: how their rows and keys are shared between
 // threads, and their registration.
-#include "cpu/prefix_attention_rows.h"
-
-#include <tuple>
+#include <algorithm>
+#include <string>
 #include <vector>
+
+#include "cpu/prefix_attention_rows.h"
+#include "ops/ceil_div.h"
+#include "ops/prefix_attention_binding.h"
 
 namespace glmkern {
 namespace {
 
 // A decode row with few queries has its keys split, so that all threads have work. Only its own
-// lengths decide, lest a row's bits depend on its neighbours.
+// lengths decide: a row's bits must not depend on its neighbours.
 constexpr int64_t kSplitKeys = 512;
 
 struct Task {
@@ -46,116 +49,85 @@ void run(const std::vector<Task>& tasks, float* partials) {
   });
 }
 
-std::tuple<Tensor, Tensor> forward(const Tensor& any_q, const Tensor& any_k, const Tensor& any_v,
-                                   const std::optional<Tensor>& prefix_k,
-                                   const std::optional<Tensor>& prefix_v, const Tensor& cu_seqlens,
-                                   const Tensor& sequence_ids, const std::optional<Tensor>& seed,
-                                   double scale, double p) {
-  const AttentionShape shape =
-      attention_shape("prefix_attention_fwd", any_q, any_k, any_v, prefix_k, prefix_v);
-  const Tensor q = with_dense_heads(any_q), k = with_dense_heads(any_k),
-               v = with_dense_heads(any_v);
-  const Spans spans(cu_seqlens, sequence_ids, shape.tokens);
-  Prefix prefix(shape, prefix_k, prefix_v);
-  prefix.drop(sequence_ids, seed, p);
-  const int64_t query_heads = shape.groups * shape.heads;
-  Tensor out = torch::stable::new_empty(q, {shape.tokens, query_heads, shape.channels});
-  Tensor lse = torch::stable::new_empty(q, {shape.tokens, query_heads}, ScalarType::Float);
-  std::vector<Task> tasks;
-  for (int64_t b = 0; b < spans.count(); b++) {
-    const int64_t token = spans.begin(b), length = spans.length(b);
-    for (int64_t group = 0; group < shape.groups; group++) {
-      AttentionRows a = query_rows(shape, scale, q, token * q.stride(0), out, lse, token, group);
-      a.prefix = prefix.of(b, group);
-      a.own = key_run(shape, k, v, token * k.stride(0), token * v.stride(0), length, group);
-      a.visible = 1;
-      append_sets(a, length * shape.heads, tasks);
-    }
-  }
-  run(tasks, nullptr);
-  return {out, lse};
-}
-
-// Queries and cache entries of every row of a decode batch.
-struct Lengths {
-  Lengths(const Tensor& any_cache_lens, const Tensor& any_q_lens, const Tensor& q,
-          const Tensor& k_cache)
-      : cache_lens(torch::stable::contiguous(any_cache_lens)),
-        q_lens(torch::stable::contiguous(any_q_lens)) {
-    const char* op = "prefix_attention_decode_fwd";
-    const int64_t rows = q.size(0), widest = q.size(1), longest = k_cache.size(1);
-    require_like(op, "cache_lens", cache_lens, q, ScalarType::Long, rows);
-    require_like(op, "q_lens", q_lens, q, ScalarType::Long, rows);
-    for (int64_t b = 0; b < rows; b++) {
-      const int64_t queries = of(q_lens, b), entries = of(cache_lens, b);
-      require_value(
-          0 < queries && queries <= std::min(entries, widest) && entries <= longest,
-          "prefix_attention_decode: row " + std::to_string(b) + " has " + std::to_string(queries) +
-              " of " + std::to_string(widest) + " queries and " + std::to_string(entries) + " of " +
-              std::to_string(longest) + " cache entries; 1 <= queries <= entries must hold");
-    }
+// A row's queries and cache entries; ValueError where they do not fit the room for them.
+struct RowLengths {
+  RowLengths(const PrefixAttentionDecode& a, int64_t row)
+      : queries(a.q_lens[row]), entries(a.cache_lens[row]) {
+    const auto text = [](int64_t value) { return std::to_string(value); };
+    require_value(0 < queries && queries <= std::min(entries, a.shape.tokens) && entries <= a.room,
+                  "prefix_attention_decode: row " + text(row) + " has " + text(queries) + " of " +
+                      text(a.shape.tokens) + " queries and " + text(entries) + " of " +
+                      text(a.room) + " cache entries; 1 <= queries <= entries must hold");
   }
 
-  static int64_t of(const Tensor& lens, int64_t row) {
-    return static_cast<const int64_t*>(lens.const_data_ptr())[row];
-  }
-
-  Tensor cache_lens, q_lens;
+  int64_t queries, entries;
 };
 
-Tensor decode(const Tensor& any_q, const Tensor& any_k, const Tensor& any_v,
-              const Tensor& cache_lens, const std::optional<Tensor>& prefix_k,
-              const std::optional<Tensor>& prefix_v, const Tensor& q_lens, double scale) {
-  const char* op = "prefix_attention_decode_fwd";
-  const AttentionShape shape = attention_shape(op, any_q, any_k, any_v, prefix_k, prefix_v);
-  require(any_q.dim() == 4 && any_k.size(0) == any_q.size(0) && any_v.size(0) == any_q.size(0),
-          std::string(op) + ": q and the caches must have the same number of rows");
-  const Tensor q = with_dense_heads(any_q), k = with_dense_heads(any_k),
-               v = with_dense_heads(any_v);
-  const Lengths lengths(cache_lens, q_lens, q, k);
-  const Prefix prefix(shape, prefix_k, prefix_v);
-  Tensor out = torch::stable::new_zeros(
-      q, {q.size(0), shape.tokens, shape.groups * shape.heads, shape.channels});
-  std::vector<Task> tasks;
-  std::vector<Task> split;  // the first task of every row whose keys are split
-  int64_t partials = 0;
-  for (int64_t b = 0; b < q.size(0); b++) {
-    const int64_t queries = Lengths::of(lengths.q_lens, b);
-    const int64_t entries = Lengths::of(lengths.cache_lens, b);
-    for (int64_t group = 0; group < shape.groups; group++) {
-      AttentionRows a =
-          query_rows(shape, scale, q, b * q.stride(0), out, std::nullopt, b * shape.tokens, group);
-      a.prefix = prefix.of(0, group);
-      a.own = key_run(shape, k, v, b * k.stride(0), b * v.stride(0), entries, group);
-      a.visible = entries - queries + 1;
-      const int64_t rows = queries * shape.heads;
-      if (rows > kSetRows || a.prefix.count + entries <= kSplitKeys) {
-        append_sets(a, rows, tasks);
-        continue;
+struct PrefixAttentionCpu {
+  static void forward(const PrefixAttentionForward& a, const Tensor& like) {
+    const Spans spans("prefix_attention", a.sequences, a.shape.tokens);
+    PrefixKeys prefix(a.shape, a.prefix);
+    prefix.drop(a.sequences, like);
+    std::vector<Task> tasks;
+    for (int64_t b = 0; b < spans.count(); b++) {
+      const int64_t token = spans.begin(b), length = spans.length(b);
+      for (int64_t group = 0; group < a.shape.groups; group++) {
+        AttentionRows rows =
+            query_rows(a.shape, a.scale, a.q, 0, token, a.out, a.lse, token, group);
+        rows.prefix = prefix.of(b, group);
+        rows.own = key_run(a.shape, a.k, a.v, 0, token, length, group);
+        rows.visible = 1;
+        append_sets(rows, length * a.shape.heads, tasks);
       }
-      const size_t first = tasks.size();
-      append_splits(a, rows, tasks);
-      for (size_t i = first; i < tasks.size(); i++) tasks[i].partial += partials;
-      split.push_back(tasks[first]);
-      partials += tasks.size() - first;
     }
+    run(tasks, nullptr);
   }
-  const Tensor memory =
-      torch::stable::new_empty(q, {partials * partial_size(shape.channels)}, ScalarType::Float);
-  run(tasks, floats_of(memory));
-  const auto combine = GLMKERN_PICK_KERNEL(prefix_attention_combine);
-  for_each_task(split.size(), [&](int64_t i) {
-    const AttentionRows& a = split[i].rows;
-    combine(a, ceil_div(a.prefix.count + a.own.count, kSplitKeys),
-            floats_of(memory) + split[i].partial * partial_size(a.channels));
-  });
-  return out;
-}
+
+  static void decode(const PrefixAttentionDecode& a, const Tensor& like) {
+    std::vector<RowLengths> lengths;
+    for (int64_t b = 0; b < a.rows; b++) lengths.emplace_back(a, b);
+    const PrefixKeys prefix(a.shape, a.prefix);
+    std::vector<Task> tasks;
+    std::vector<Task> split;  // the first task of every row whose keys are split
+    int64_t partials = 0;
+    for (int64_t b = 0; b < a.rows; b++) {
+      const auto [queries, entries] = lengths[b];
+      for (int64_t group = 0; group < a.shape.groups; group++) {
+        AttentionRows set =
+            query_rows(a.shape, a.scale, a.q, b, 0, a.out, nullptr, b * a.shape.tokens, group);
+        set.prefix = prefix.of(0, group);
+        set.own = key_run(a.shape, a.k, a.v, b, 0, entries, group);
+        set.visible = entries - queries + 1;
+        const int64_t rows = queries * a.shape.heads;
+        if (rows > kSetRows || set.prefix.count + entries <= kSplitKeys) {
+          append_sets(set, rows, tasks);
+          continue;
+        }
+        const size_t first = tasks.size();
+        append_splits(set, rows, tasks);
+        for (size_t i = first; i < tasks.size(); i++) tasks[i].partial += partials;
+        split.push_back(tasks[first]);
+        partials += tasks.size() - first;
+      }
+    }
+    const int64_t size = partial_size(a.shape.channels);
+    const Tensor memory = torch::stable::new_empty(like, {partials * size}, ScalarType::Float);
+    run(tasks, floats_of(memory));
+    const auto combine = GLMKERN_PICK_KERNEL(prefix_attention_combine);
+    for_each_task(split.size(), [&](int64_t i) {
+      const AttentionRows& set = split[i].rows;
+      combine(set, ceil_div(set.prefix.count + set.own.count, kSplitKeys),
+              floats_of(memory) + split[i].partial * size);
+    });
+  }
+};
 
 }  // namespace
 }  // namespace glmkern
 
 STABLE_TORCH_LIBRARY_IMPL(glmkern_cpu, CPU, m) {
-  m.impl("prefix_attention_fwd", TORCH_BOX(&glmkern::forward));
-  m.impl("prefix_attention_decode_fwd", TORCH_BOX(&glmkern::decode));
+  using glmkern::PrefixAttentionCpu;
+  m.impl("prefix_attention_fwd", TORCH_BOX(&glmkern::prefix_attention_fwd<PrefixAttentionCpu>));
+  m.impl("prefix_attention_decode_fwd",
+         TORCH_BOX(&glmkern::prefix_attention_decode_fwd<PrefixAttentionCpu>));
 }

@@ -1,9 +1,11 @@
 // prefix_attention backward on the CPU. The batch is cut into units of about equal work, each with
 // its own sums of dk, dv and dPrefix; at the end they are added in order and rounded once.
-#include "cpu/prefix_attention_rows.h"
-
-#include <tuple>
+#include <algorithm>
+#include <optional>
 #include <vector>
+
+#include "cpu/prefix_attention_rows.h"
+#include "ops/prefix_attention_binding.h"
 
 namespace glmkern {
 namespace {
@@ -12,7 +14,7 @@ namespace {
 constexpr int64_t kUnits = 16;
 constexpr int64_t kLeastRows = 256;  // a unit's sums of the prefix cost as much as a few rows
 
-// Consecutive tokens, perhaps of several sequences.
+// Consecutive tokens of one or more sequences.
 struct Unit {
   int64_t begin, end;
   int64_t first_key;  // where the first of its sequences begins
@@ -45,73 +47,43 @@ std::vector<Unit> cut_into_units(const AttentionShape& shape, const Spans& spans
 
 class Backward {
  public:
-  Backward(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,
-           const std::optional<Tensor>& prefix_k, const std::optional<Tensor>& prefix_v,
-           const Tensor& out, const Tensor& lse, const Tensor& cu_seqlens,
-           const Tensor& sequence_ids, const std::optional<Tensor>& seed, double scale, double p,
-           bool token_grad, bool prefix_grad)
-      : shape_(attention_shape("prefix_attention_bwd", q, k, v, prefix_k, prefix_v)),
-        dout_(with_dense_heads(dout)),
-        q_(with_dense_heads(q)),
-        k_(with_dense_heads(k)),
-        v_(with_dense_heads(v)),
-        out_(out),
-        lse_(lse),
-        spans_(cu_seqlens, sequence_ids, shape_.tokens),
-        prefix_(shape_, prefix_k, prefix_v),
-        scale_(scale),
-        p_(p),
-        token_grad_(token_grad),
-        prefix_grad_(prefix_grad && prefix_k.has_value()),
+  Backward(const PrefixAttentionBackward& arguments, const Tensor& like)
+      : arguments_(arguments),
+        shape_(arguments.shape),
+        spans_("prefix_attention", arguments.sequences, arguments.shape.tokens),
+        prefix_(arguments.shape, arguments.prefix),
         units_(cut_into_units(shape_, spans_)) {
-    const char* op = "prefix_attention_bwd";
-    require_like(op, "out", out, q, q.scalar_type(), q.numel());
-    require_like(op, "lse", lse, q, ScalarType::Float, q.numel() / shape_.channels);
-    require(dout.scalar_type() == q.scalar_type() && dout.device() == q.device() &&
-                dout.dim() == 3 && dout.numel() == q.numel() && dout.size(2) == q.size(2),
-            std::string(op) + ": dout must be like q");
-    prefix_.drop(sequence_ids, seed, p);
-    allocate_sums();
+    prefix_.drop(arguments_.sequences, like);
+    allocate_sums(like);
   }
 
-  std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> run() {
-    const Tensor dq = gradient_of(q_, token_grad_), dk = gradient_of(k_, token_grad_),
-                 dv = gradient_of(v_, token_grad_);
-    if (token_grad_ || prefix_grad_) {
-      for_each_task(units() * shape_.groups, [&](int64_t task) {
-        run_unit(task / shape_.groups, task % shape_.groups, dq);
-      });
+  void run() const {
+    if (arguments_.token_grad || arguments_.prefix_grad) {
+      for_each_task(units() * shape_.groups,
+                    [&](int64_t task) { run_unit(task / shape_.groups, task % shape_.groups); });
     }
-    if (token_grad_) add_token_sums(dk, dv);
-    if (!prefix_grad_) return {dq, dk, dv, gradient_of(q_, false), gradient_of(q_, false)};
-    const Tensor dprefix_k = prefix_.new_like(), dprefix_v = prefix_.new_like();
-    add_prefix_sums(dprefix_k, dprefix_v);
-    return {dq, dk, dv, dprefix_k, dprefix_v};
+    if (arguments_.token_grad) add_token_sums();
+    if (arguments_.prefix_grad) add_prefix_sums();
   }
 
  private:
   int64_t units() const { return units_.size(); }
 
-  static Tensor gradient_of(const Tensor& x, bool wanted) {
-    if (!wanted) return torch::stable::new_empty(x, {0});
-    return torch::stable::new_empty(x, {x.size(0), x.size(1), x.size(2)});
-  }
-
   // [units, groups, 2, prefix, padded channels], twice under dropout, then the units' own sums. Of
   // one long sequence and two groups those are five times k and v in float32, less than q.
-  void allocate_sums() {
+  void allocate_sums(const Tensor& like) {
     const int64_t channels = padded_channels(shape_.channels);
-    prefix_size_ = prefix_grad_ ? 2 * shape_.prefix * channels : 0;
+    prefix_size_ = arguments_.prefix_grad ? 2 * shape_.prefix * channels : 0;
     int64_t size = units() * shape_.groups * prefix_size_ * (prefix_.is_dropped() ? 2 : 1);
     for (Unit& unit : units_) {
       unit.own_sums = size;
-      size += token_grad_ ? shape_.groups * 2 * unit.keys() * channels : 0;
+      size += arguments_.token_grad ? shape_.groups * 2 * unit.keys() * channels : 0;
     }
-    sums_.emplace(torch::stable::new_empty(q_, {size}, ScalarType::Float));
+    sums_.emplace(torch::stable::new_empty(like, {size}, ScalarType::Float));
   }
 
   KeySums prefix_sums(int64_t unit, int64_t group, bool of_one_sequence = false) const {
-    if (!prefix_grad_) return {nullptr, nullptr};
+    if (!arguments_.prefix_grad) return {nullptr, nullptr};
     const int64_t place = (of_one_sequence ? units() : 0) + unit;
     float* keys = floats_of(*sums_) + (place * shape_.groups + group) * prefix_size_;
     return {keys, keys + prefix_size_ / 2};
@@ -124,35 +96,37 @@ class Backward {
     return {keys, keys + size};
   }
 
-  void run_unit(int64_t index, int64_t group, const Tensor& dq) const {
+  void run_unit(int64_t index, int64_t group) const {
     const auto kernel = GLMKERN_PICK_KERNEL(prefix_attention_bwd);
     const Unit& unit = units_[index];
     const int64_t channels = padded_channels(shape_.channels);
     const KeySums prefix = prefix_sums(index, group), own = own_sums(unit, group);
-    if (prefix_grad_) std::fill_n(prefix.keys, prefix_size_, 0.0f);
-    if (token_grad_) std::fill_n(own.keys, 2 * unit.keys() * channels, 0.0f);
+    if (arguments_.prefix_grad) std::fill_n(prefix.keys, prefix_size_, 0.0f);
+    if (arguments_.token_grad) std::fill_n(own.keys, 2 * unit.keys() * channels, 0.0f);
     for (int64_t b = spans_.sequence_of(unit.begin); b < spans_.count(); b++) {
       const int64_t token = spans_.begin(b);
       if (token >= unit.end) break;
       const int64_t end = std::min(unit.end, spans_.end(b)) - token;
       AttentionGradient a{};
-      a.rows = query_rows(shape_, scale_, q_, token * q_.stride(0), out_, lse_, token, group);
+      // The kernel only reads out and lse.
+      a.rows = query_rows(shape_, arguments_.scale, arguments_.q, 0, token,
+                          const_cast<void*>(arguments_.out), const_cast<float*>(arguments_.lse),
+                          token, group);
       a.rows.begin = std::max<int64_t>(unit.begin - token, 0) * shape_.heads;
       a.rows.end = end * shape_.heads;
       a.rows.prefix = prefix_.of(b, group);
-      a.rows.own = key_run(shape_, k_, v_, token * k_.stride(0), token * v_.stride(0), end, group);
+      a.rows.own = key_run(shape_, arguments_.k, arguments_.v, 0, token, end, group);
       a.rows.visible = 1;
-      const int64_t first = group * shape_.heads * shape_.channels;
-      a.dout = element_of(dout_, token * dout_.stride(0) + first);
-      a.dout_stride = dout_.stride(0);
-      if (token_grad_) {
-        const int64_t row = shape_.groups * shape_.heads * shape_.channels;
-        a.dq = mutable_element_of(dq, token * row + first);
-        const int64_t behind = (token - unit.first_key) * channels;
-        a.own = {own.keys + behind, own.values + behind};
+      a.dout = element_of(shape_, arguments_.dout, 0, token, group * shape_.heads);
+      a.dout_stride = arguments_.dout.stride;
+      if (arguments_.token_grad) {
+        const int64_t first_head = (token * shape_.groups + group) * shape_.heads;
+        a.dq = element_of(arguments_.dq, shape_.dtype, first_head * shape_.channels);
+        const int64_t offset = (token - unit.first_key) * channels;
+        a.own = {own.keys + offset, own.values + offset};
       }
       a.prefix = prefix;
-      if (prefix_grad_ && prefix_.is_dropped()) {
+      if (arguments_.prefix_grad && prefix_.is_dropped()) {
         a.prefix = prefix_sums(index, group, true);
         std::fill_n(a.prefix.keys, prefix_size_, 0.0f);
       }
@@ -163,14 +137,14 @@ class Backward {
 
   void add_kept(const KeyRun& dropped, const KeySums& more, const KeySums& sums) const {
     const auto kernel = GLMKERN_PICK_KERNEL(prefix_attention_add_kept);
-    const float factor = 1.0f / static_cast<float>(1.0 - p_);
+    const float factor = 1.0f / static_cast<float>(1.0 - arguments_.prefix.p);
     kernel(static_cast<const float*>(dropped.keys), dropped.key_stride, dropped.count,
            shape_.channels, factor, more.keys, sums.keys);
     kernel(static_cast<const float*>(dropped.values), dropped.value_stride, dropped.count,
            shape_.channels, factor, more.values, sums.values);
   }
 
-  void add_token_sums(const Tensor& dk, const Tensor& dv) const {
+  void add_token_sums() const {
     const auto kernel = GLMKERN_PICK_KERNEL(prefix_attention_sum);
     const int64_t channels = shape_.channels, row = padded_channels(channels);
     for_each_row(shape_.tokens, 2 * shape_.groups * channels, [&](int64_t begin, int64_t end) {
@@ -186,59 +160,56 @@ class Backward {
             values.push_back(sums.values + (token - unit.first_key) * row);
           }
           const int64_t first = (token * shape_.groups + group) * channels, count = keys.size();
-          kernel(shape_.dtype, channels, static_cast<float>(scale_), keys.data(), count,
-                 mutable_element_of(dk, first));
-          kernel(shape_.dtype, channels, 1.0f, values.data(), count, mutable_element_of(dv, first));
+          kernel(shape_.dtype, channels, arguments_.scale, keys.data(), count,
+                 element_of(arguments_.dk, shape_.dtype, first));
+          kernel(shape_.dtype, channels, 1.0f, values.data(), count,
+                 element_of(arguments_.dv, shape_.dtype, first));
         }
       }
     });
   }
 
-  void add_prefix_sums(const Tensor& dprefix_k, const Tensor& dprefix_v) const {
+  void add_prefix_sums() const {
     const auto kernel = GLMKERN_PICK_KERNEL(prefix_attention_sum);
     const int64_t channels = shape_.channels, row = padded_channels(channels);
-    for_each_row(shape_.prefix * shape_.groups, 2 * units() * channels,
-                 [&](int64_t begin, int64_t end) {
-                   std::vector<const float*> keys(units()), values(units());
-                   for (int64_t i = begin; i < end; i++) {
-                     const int64_t key = i / shape_.groups, group = i % shape_.groups;
-                     for (int64_t unit = 0; unit < units(); unit++) {
-                       const KeySums sums = prefix_sums(unit, group);
-                       keys[unit] = sums.keys + key * row;
-                       values[unit] = sums.values + key * row;
-                     }
-                     kernel(shape_.prefix_dtype, channels, static_cast<float>(scale_), keys.data(),
-                            units(), mutable_element_of(dprefix_k, i * channels));
-                     kernel(shape_.prefix_dtype, channels, 1.0f, values.data(), units(),
-                            mutable_element_of(dprefix_v, i * channels));
-                   }
-                 });
+    const int64_t rows = shape_.prefix * shape_.groups;
+    for_each_row(rows, 2 * units() * channels, [&](int64_t begin, int64_t end) {
+      std::vector<const float*> keys(units()), values(units());
+      for (int64_t i = begin; i < end; i++) {
+        const int64_t key = i / shape_.groups, group = i % shape_.groups;
+        for (int64_t unit = 0; unit < units(); unit++) {
+          const KeySums sums = prefix_sums(unit, group);
+          keys[unit] = sums.keys + key * row;
+          values[unit] = sums.values + key * row;
+        }
+        kernel(shape_.prefix_dtype, channels, arguments_.scale, keys.data(), units(),
+               element_of(arguments_.dprefix_k, shape_.prefix_dtype, i * channels));
+        kernel(shape_.prefix_dtype, channels, 1.0f, values.data(), units(),
+               element_of(arguments_.dprefix_v, shape_.prefix_dtype, i * channels));
+      }
+    });
   }
 
+  PrefixAttentionBackward arguments_;
   AttentionShape shape_;
-  Tensor dout_, q_, k_, v_, out_, lse_;
   Spans spans_;
-  Prefix prefix_;
-  double scale_, p_;
-  bool token_grad_, prefix_grad_;
+  PrefixKeys prefix_;
   std::vector<Unit> units_;
   std::optional<Tensor> sums_;
   int64_t prefix_size_ = 0;  // floats of one unit's sums of one group
 };
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
-    const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,
-    const std::optional<Tensor>& prefix_k, const std::optional<Tensor>& prefix_v, const Tensor& out,
-    const Tensor& lse, const Tensor& cu_seqlens, const Tensor& sequence_ids,
-    const std::optional<Tensor>& seed, double scale, double p, bool token_grad, bool prefix_grad) {
-  return Backward(dout, q, k, v, prefix_k, prefix_v, out, lse, cu_seqlens, sequence_ids, seed,
-                  scale, p, token_grad, prefix_grad)
-      .run();
-}
+struct PrefixAttentionBackwardCpu {
+  static void backward(const PrefixAttentionBackward& a, const Tensor& like) {
+    Backward(a, like).run();
+  }
+};
 
 }  // namespace
 }  // namespace glmkern
 
 STABLE_TORCH_LIBRARY_IMPL(glmkern_cpu, CPU, m) {
-  m.impl("prefix_attention_bwd", TORCH_BOX(&glmkern::backward));
+  using glmkern::PrefixAttentionBackwardCpu;
+  m.impl("prefix_attention_bwd",
+         TORCH_BOX(&glmkern::prefix_attention_bwd<PrefixAttentionBackwardCpu>));
 }

@@ -1,14 +1,13 @@
 // rms_norm on the CPU: how its rows are shared between threads, and its registration.
-#include "cpu/kernels/rms_norm_cpu.h"
-
 #include "cpu/column_sums.h"
+#include "cpu/kernels/rms_norm_cpu.h"
 #include "cpu/parallel.h"
 #include "ops/rms_norm_binding.h"
 
 namespace glmkern {
 namespace {
 
-struct RmsNorm {
+struct RmsNormCpu {
   static void forward(const RmsNormForward& a, const Tensor&) {
     const auto kernel = GLMKERN_PICK_KERNEL(rms_norm_fwd);
     for_each_row(a.rows, a.hidden, [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
@@ -35,8 +34,8 @@ struct RmsNorm {
 }  // namespace glmkern
 
 STABLE_TORCH_LIBRARY_IMPL(glmkern_cpu, CPU, m) {
-  using glmkern::RmsNorm;
-  m.impl("rms_norm_fwd", TORCH_BOX(&glmkern::rms_norm_fwd<RmsNorm>));
-  m.impl("add_rms_norm_fwd", TORCH_BOX(&glmkern::add_rms_norm_fwd<RmsNorm>));
-  m.impl("rms_norm_bwd", TORCH_BOX(&glmkern::rms_norm_bwd<RmsNorm>));
+  using glmkern::RmsNormCpu;
+  m.impl("rms_norm_fwd", TORCH_BOX(&glmkern::rms_norm_fwd<RmsNormCpu>));
+  m.impl("add_rms_norm_fwd", TORCH_BOX(&glmkern::add_rms_norm_fwd<RmsNormCpu>));
+  m.impl("rms_norm_bwd", TORCH_BOX(&glmkern::rms_norm_bwd<RmsNormCpu>));
 }

@@ -1,15 +1,14 @@
 // rope on the CPU: how its tokens are shared between threads, and its registration.
-#include "cpu/kernels/rope_cpu.h"
-
 #include <algorithm>
 
+#include "cpu/kernels/rope_cpu.h"
 #include "cpu/parallel.h"
 #include "ops/rope_binding.h"
 
 namespace glmkern {
 namespace {
 
-struct RopeOnCpu {
+struct RopeCpu {
   static void check_positions(const int64_t* positions, int64_t tokens, int64_t table) {
     if (tokens == 0) return;
     const auto [low, high] = std::minmax_element(positions, positions + tokens);
@@ -32,9 +31,9 @@ struct RopeOnCpu {
 }  // namespace glmkern
 
 STABLE_TORCH_LIBRARY_IMPL(glmkern_cpu, CPU, m) {
-  using glmkern::RopeOnCpu;
-  m.impl("rope_fwd", TORCH_BOX(&glmkern::rope_fwd<RopeOnCpu>));
-  m.impl("rope_bwd", TORCH_BOX(&glmkern::rope_bwd<RopeOnCpu>));
-  m.impl("qkv_rope_fwd", TORCH_BOX(&glmkern::qkv_rope_fwd<RopeOnCpu>));
-  m.impl("qkv_rope_bwd", TORCH_BOX(&glmkern::qkv_rope_bwd<RopeOnCpu>));
+  using glmkern::RopeCpu;
+  m.impl("rope_fwd", TORCH_BOX(&glmkern::rope_fwd<RopeCpu>));
+  m.impl("rope_bwd", TORCH_BOX(&glmkern::rope_bwd<RopeCpu>));
+  m.impl("qkv_rope_fwd", TORCH_BOX(&glmkern::qkv_rope_fwd<RopeCpu>));
+  m.impl("qkv_rope_bwd", TORCH_BOX(&glmkern::qkv_rope_bwd<RopeCpu>));
 }

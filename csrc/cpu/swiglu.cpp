@@ -1,15 +1,14 @@
 // swiglu on the CPU: how its elements are shared between threads, and its registration.
-#include "cpu/kernels/swiglu_cpu.h"
-
 #include <algorithm>
 
+#include "cpu/kernels/swiglu_cpu.h"
 #include "cpu/parallel.h"
 #include "ops/swiglu_binding.h"
 
 namespace glmkern {
 namespace {
 
-struct Swiglu {
+struct SwigluCpu {
   static void forward(const SwigluForward& a, const Tensor&) {
     const auto kernel = GLMKERN_PICK_KERNEL(swiglu_fwd);
     share(a.rows * a.width, [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
@@ -35,7 +34,7 @@ struct Swiglu {
 }  // namespace glmkern
 
 STABLE_TORCH_LIBRARY_IMPL(glmkern_cpu, CPU, m) {
-  using glmkern::Swiglu;
-  m.impl("swiglu_fwd", TORCH_BOX(&glmkern::swiglu_fwd<Swiglu>));
-  m.impl("swiglu_bwd", TORCH_BOX(&glmkern::swiglu_bwd<Swiglu>));
+  using glmkern::SwigluCpu;
+  m.impl("swiglu_fwd", TORCH_BOX(&glmkern::swiglu_fwd<SwigluCpu>));
+  m.impl("swiglu_bwd", TORCH_BOX(&glmkern::swiglu_bwd<SwigluCpu>));
 }

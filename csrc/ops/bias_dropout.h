@@ -5,16 +5,15 @@
 #include <cstdint>
 
 #include "ops/dtype.h"
+#include "ops/sequences.h"
 
 namespace glmkern {
 
 // Which elements are dropped; an element's index counts from the start of its sequence.
 struct DropoutRows {
   double p;
-  int64_t sequences;
-  const int64_t* seed;          // [2]
-  const int32_t* cu_seqlens;    // [sequences + 1], in rows
-  const int64_t* sequence_ids;  // [sequences]
+  const int64_t* seed;        // [2]
+  PackedSequences sequences;  // a token is a row
 };
 
 // y = factor * (x + bias) + residual; factor is 0, or 1 / (1 - p) for an element that is kept.
@@ -28,7 +27,8 @@ struct BiasDropoutForward {
   void* y;               // [rows, hidden]
 };
 
-// dx = factor * dy; dbias = sum of dx over the rows, in pieces as column_sums.h has them.
+// dx = factor * dy; dbias = sum of dx over the rows. The rows are summed in `splits` pieces of
+// ceil(rows / splits) rows, and the pieces in order: the bits depend on the shape alone.
 struct BiasDropoutBackward {
   DType dtype;
   int64_t rows, hidden, splits;

@@ -10,15 +10,15 @@
 
 namespace glmkern {
 
-inline void require_rows_of(const std::string& op, const char* name, const Tensor& x) {
+inline void require_bias_dropout_rows(const std::string& op, const char* name, const Tensor& x) {
   require(x.dim() >= 1 && x.size(x.dim() - 1) > 0,
           op + ": " + name + " needs a last dimension that is not empty");
 }
 
 // What DropoutRows points to; the caller may have sliced it out of something wider.
-struct DropoutTensors {
-  DropoutTensors(const char* op, const Tensor& x, double p, const Tensor& seed,
-                 const Tensor& cu_seqlens, const Tensor& sequence_ids)
+struct BiasDropoutTensors {
+  BiasDropoutTensors(const char* op, const Tensor& x, double p, const Tensor& seed,
+                     const Tensor& cu_seqlens, const Tensor& sequence_ids)
       : seed(torch::stable::contiguous(seed)),
         cu_seqlens(torch::stable::contiguous(cu_seqlens)),
         sequence_ids(torch::stable::contiguous(sequence_ids)) {
@@ -26,9 +26,10 @@ struct DropoutTensors {
     require_like(op, "seed", this->seed, x, ScalarType::Long, 2);
     require_like(op, "sequence_ids", this->sequence_ids, x, ScalarType::Long, sequences);
     require_like(op, "cu_seqlens", this->cu_seqlens, x, ScalarType::Int, sequences + 1);
-    rows = {p, sequences, static_cast<const int64_t*>(this->seed.const_data_ptr()),
-            static_cast<const int32_t*>(this->cu_seqlens.const_data_ptr()),
-            static_cast<const int64_t*>(this->sequence_ids.const_data_ptr())};
+    rows = {p,
+            static_cast<const int64_t*>(this->seed.const_data_ptr()),
+            {sequences, static_cast<const int32_t*>(this->cu_seqlens.const_data_ptr()),
+             static_cast<const int64_t*>(this->sequence_ids.const_data_ptr())}};
   }
 
   Tensor seed, cu_seqlens, sequence_ids;
@@ -41,7 +42,7 @@ Tensor bias_dropout_add_fwd(const Tensor& x, const std::optional<Tensor>& bias,
                             const std::optional<Tensor>& cu_seqlens,
                             const std::optional<Tensor>& sequence_ids) {
   const char* op = "bias_dropout_add_fwd";
-  require_rows_of(op, "x", x);
+  require_bias_dropout_rows(op, "x", x);
   BiasDropoutForward a{};
   a.dtype = dtype_of(op, x);
   a.hidden = x.size(x.dim() - 1);
@@ -54,7 +55,7 @@ Tensor bias_dropout_add_fwd(const Tensor& x, const std::optional<Tensor>& bias,
     require_like(op, "bias", *bias_row, x, x.scalar_type(), a.hidden);
     a.bias = bias_row->const_data_ptr();
   }
-  std::optional<DropoutTensors> dropout;
+  std::optional<BiasDropoutTensors> dropout;
   if (p > 0) {
     require(seed.has_value() && cu_seqlens.has_value() && sequence_ids.has_value(),
             std::string(op) + ": dropout needs seed, cu_seqlens and sequence_ids");
@@ -74,9 +75,9 @@ std::tuple<Tensor, Tensor> bias_dropout_add_bwd(const Tensor& dy, double p, cons
                                                 const Tensor& cu_seqlens,
                                                 const Tensor& sequence_ids, bool bias_grad) {
   const char* op = "bias_dropout_add_bwd";
-  require_rows_of(op, "dy", dy);
+  require_bias_dropout_rows(op, "dy", dy);
   require_like(op, "dy", dy, dy, dy.scalar_type(), dy.numel());
-  const DropoutTensors dropout(op, dy, p, seed, cu_seqlens, sequence_ids);
+  const BiasDropoutTensors dropout(op, dy, p, seed, cu_seqlens, sequence_ids);
   BiasDropoutBackward a{};
   a.dtype = dtype_of(op, dy);
   a.hidden = dy.size(dy.dim() - 1);

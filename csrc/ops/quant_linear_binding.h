@@ -10,7 +10,7 @@
 
 namespace glmkern {
 
-inline WeightFormat weight_format(const char* op, const Tensor& packed, int64_t bits) {
+inline WeightFormat quant_weight_format(const char* op, const Tensor& packed, int64_t bits) {
   switch (packed.scalar_type()) {
     case ScalarType::Char: return bits == 4 ? WeightFormat::kInt4 : WeightFormat::kInt8;
     case ScalarType::Half: return WeightFormat::kHalf;
@@ -24,7 +24,7 @@ inline WeightFormat weight_format(const char* op, const Tensor& packed, int64_t 
 }
 
 // float32, contiguous, whatever floating type the scale has.
-inline Tensor to_float(const Tensor& scale) {
+inline Tensor scale_in_float32(const Tensor& scale) {
   if (scale.scalar_type() == ScalarType::Float) return scale;
   Tensor result = torch::stable::new_empty(scale, {scale.numel()}, ScalarType::Float);
   torch::stable::copy_(result, scale);
@@ -32,13 +32,13 @@ inline Tensor to_float(const Tensor& scale) {
 }
 
 // The weight alone, checked to be where `like` is; `scale_as_float` keeps its scale alive.
-inline QuantLinear quant_linear_of(const char* op, const Tensor& like, const Tensor& packed,
-                                   const std::optional<Tensor>& scale, int64_t bits,
-                                   std::optional<Tensor>& scale_as_float) {
+inline QuantLinear quant_linear_weight(const char* op, const Tensor& like, const Tensor& packed,
+                                       const std::optional<Tensor>& scale, int64_t bits,
+                                       std::optional<Tensor>& scale_as_float) {
   require(packed.dim() == 2, std::string(op) + ": the packed weight must have two dimensions");
   require_like(op, "the packed weight", packed, like, packed.scalar_type(), packed.numel());
   QuantLinear a{};
-  a.format = weight_format(op, packed, bits);
+  a.format = quant_weight_format(op, packed, bits);
   a.n = packed.size(0);
   a.k = packed.size(1) * (a.format == WeightFormat::kInt4 ? 2 : 1);
   a.row_bytes = packed.size(1) * packed.element_size();
@@ -46,18 +46,18 @@ inline QuantLinear quant_linear_of(const char* op, const Tensor& like, const Ten
   if (a.format == WeightFormat::kInt4 || a.format == WeightFormat::kInt8) {
     require(scale.has_value(), std::string(op) + ": codes need their scale");
     require_like(op, "scale", *scale, like, scale->scalar_type(), a.n);
-    scale_as_float = to_float(*scale);
+    scale_as_float = scale_in_float32(*scale);
     a.scale = static_cast<const float*>(scale_as_float->const_data_ptr());
   }
   return a;
 }
 
 template <class Device>
-Tensor quant_linear(const char* op, bool backward, const Tensor& x, const Tensor& packed,
-                    const std::optional<Tensor>& scale, int64_t bits,
-                    const std::optional<Tensor>& bias) {
+Tensor quant_linear_product(const char* op, bool backward, const Tensor& x, const Tensor& packed,
+                            const std::optional<Tensor>& scale, int64_t bits,
+                            const std::optional<Tensor>& bias) {
   std::optional<Tensor> scale_as_float;
-  QuantLinear a = quant_linear_of(op, x, packed, scale, bits, scale_as_float);
+  QuantLinear a = quant_linear_weight(op, x, packed, scale, bits, scale_as_float);
   a.dtype = dtype_of(op, x);
   a.backward = backward;
   require(x.dim() >= 1 && x.size(x.dim() - 1) == a.depth(),
@@ -81,13 +81,14 @@ Tensor quant_linear(const char* op, bool backward, const Tensor& x, const Tensor
 template <class Device>
 Tensor quant_linear_fwd(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& scale,
                         int64_t bits, const std::optional<Tensor>& bias) {
-  return quant_linear<Device>("quant_linear_fwd", false, x, packed, scale, bits, bias);
+  return quant_linear_product<Device>("quant_linear_fwd", false, x, packed, scale, bits, bias);
 }
 
 template <class Device>
 Tensor quant_linear_bwd(const Tensor& dy, const Tensor& packed, const std::optional<Tensor>& scale,
                         int64_t bits) {
-  return quant_linear<Device>("quant_linear_bwd", true, dy, packed, scale, bits, std::nullopt);
+  return quant_linear_product<Device>("quant_linear_bwd", true, dy, packed, scale, bits,
+                                      std::nullopt);
 }
 
 }  // namespace glmkern

@@ -11,15 +11,16 @@
 
 namespace glmkern {
 
-inline void require_rows(const char* op, const Tensor& x, const Tensor& weight) {
+inline void require_rms_norm_rows(const char* op, const Tensor& x, const Tensor& weight) {
   require(x.dim() >= 1 && x.size(x.dim() - 1) > 0,
           std::string(op) + ": x needs a last dimension that is not empty");
   require_like(op, "x", x, x, x.scalar_type(), x.numel());
   require_like(op, "weight", weight, x, x.scalar_type(), x.size(x.dim() - 1));
 }
 
-inline RmsNormForward forward_arguments(const char* op, const Tensor& x, const Tensor& weight,
-                                        double eps, const Tensor& y, const Tensor& rstd) {
+inline RmsNormForward rms_norm_forward_arguments(const char* op, const Tensor& x,
+                                                 const Tensor& weight, double eps, const Tensor& y,
+                                                 const Tensor& rstd) {
   RmsNormForward a{};
   a.dtype = dtype_of(op, x);
   a.hidden = x.size(x.dim() - 1);
@@ -33,26 +34,27 @@ inline RmsNormForward forward_arguments(const char* op, const Tensor& x, const T
 }
 
 // float32 [...] for an x of [..., hidden].
-inline Tensor empty_rstd(const Tensor& x) {
+inline Tensor empty_rms_norm_rstd(const Tensor& x) {
   const auto sizes = x.sizes();
   return torch::stable::new_empty(x, {sizes.data(), sizes.size() - 1}, ScalarType::Float);
 }
 
 template <class Device>
 std::tuple<Tensor, Tensor> rms_norm_fwd(const Tensor& x, const Tensor& weight, double eps) {
-  require_rows("rms_norm_fwd", x, weight);
-  Tensor y = torch::stable::empty_like(x), rstd = empty_rstd(x);
-  Device::forward(forward_arguments("rms_norm_fwd", x, weight, eps, y, rstd), x);
+  require_rms_norm_rows("rms_norm_fwd", x, weight);
+  Tensor y = torch::stable::empty_like(x), rstd = empty_rms_norm_rstd(x);
+  Device::forward(rms_norm_forward_arguments("rms_norm_fwd", x, weight, eps, y, rstd), x);
   return {y, rstd};
 }
 
 template <class Device>
 std::tuple<Tensor, Tensor, Tensor> add_rms_norm_fwd(const Tensor& x, const Tensor& residual,
                                                     const Tensor& weight, double eps) {
-  require_rows("add_rms_norm_fwd", x, weight);
+  require_rms_norm_rows("add_rms_norm_fwd", x, weight);
   require_like("add_rms_norm_fwd", "residual", residual, x, x.scalar_type(), x.numel());
-  Tensor y = torch::stable::empty_like(x), h = torch::stable::empty_like(x), rstd = empty_rstd(x);
-  RmsNormForward a = forward_arguments("add_rms_norm_fwd", x, weight, eps, y, rstd);
+  Tensor y = torch::stable::empty_like(x), h = torch::stable::empty_like(x),
+         rstd = empty_rms_norm_rstd(x);
+  RmsNormForward a = rms_norm_forward_arguments("add_rms_norm_fwd", x, weight, eps, y, rstd);
   a.residual = residual.const_data_ptr();
   a.h = h.mutable_data_ptr();
   Device::forward(a, x);
@@ -64,7 +66,7 @@ std::tuple<Tensor, Tensor> rms_norm_bwd(const Tensor& dy, const Tensor& x, const
                                         const Tensor& rstd, const std::optional<Tensor>& dresidual,
                                         bool weight_grad) {
   const char* op = "rms_norm_bwd";
-  require_rows(op, x, weight);
+  require_rms_norm_rows(op, x, weight);
   RmsNormBackward a{};
   a.dtype = dtype_of(op, x);
   a.hidden = x.size(x.dim() - 1);

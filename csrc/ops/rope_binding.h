@@ -37,36 +37,36 @@ RopeArguments rope_arguments(const std::string& op, const Tensor& x, int64_t tok
 }
 
 // x [T, heads, C] itself where its channels are contiguous, else a copy.
-inline Tensor contiguous_channels(const std::string& op, const char* name, const Tensor& x) {
+inline Tensor rope_contiguous_channels(const std::string& op, const char* name, const Tensor& x) {
   require(x.dim() == 3, op + ": " + name + " must be [T, heads, C]");
   return x.stride(2) == 1 || x.size(2) == 1 ? x : torch::stable::contiguous(x);
 }
 
-inline StridedHeads strided_heads(const Tensor& x) {
+inline StridedHeads rope_strided_heads(const Tensor& x) {
   return {const_cast<void*>(x.const_data_ptr()), x.stride(0), x.stride(1)};
 }
 
 template <class Device>
-Tensor rotate(const char* op, const Tensor& any_strides, const Tensor& cos_sin,
-              const Tensor& positions, bool inverse) {
-  const Tensor x = contiguous_channels(op, "x", any_strides);
+Tensor rope_one_tensor(const char* op, const Tensor& any_strides, const Tensor& cos_sin,
+                       const Tensor& positions, bool inverse) {
+  const Tensor x = rope_contiguous_channels(op, "x", any_strides);
   RopeArguments a = rope_arguments<Device>(op, x, x.size(0), x.size(2), cos_sin, positions);
   Tensor y = torch::stable::new_empty(x, {x.size(0), x.size(1), x.size(2)});
   a.rope.inverse = inverse;
   a.rope.groups = 1;
-  a.rope.heads[0] = {x.size(1), true, strided_heads(x), strided_heads(y), nullptr};
+  a.rope.heads[0] = {x.size(1), true, rope_strided_heads(x), rope_strided_heads(y), nullptr};
   Device::run(a.rope, x);
   return y;
 }
 
 template <class Device>
 Tensor rope_fwd(const Tensor& x, const Tensor& cos_sin, const Tensor& positions) {
-  return rotate<Device>("rope_fwd", x, cos_sin, positions, false);
+  return rope_one_tensor<Device>("rope_fwd", x, cos_sin, positions, false);
 }
 
 template <class Device>
 Tensor rope_bwd(const Tensor& dy, const Tensor& cos_sin, const Tensor& positions) {
-  return rotate<Device>("rope_bwd", dy, cos_sin, positions, true);
+  return rope_one_tensor<Device>("rope_bwd", dy, cos_sin, positions, true);
 }
 
 // A row of q, k and v, parts 0, 1 and 2: all heads of one part after all heads of the other, or
@@ -98,8 +98,6 @@ struct QkvLayout {
   bool interleaved;
 };
 
-inline int64_t bytes_of(DType dtype) { return dtype == DType::kFloat ? 4 : 2; }
-
 template <class Device>
 std::tuple<Tensor, Tensor, Tensor> qkv_rope_fwd(const Tensor& any_strides,
                                                 const std::optional<Tensor>& bias,
@@ -126,7 +124,8 @@ std::tuple<Tensor, Tensor, Tensor> qkv_rope_fwd(const Tensor& any_strides,
   a.rope.groups = 3;
   for (int part = 0; part < 3; part++) {
     a.rope.heads[part] = {
-        layout.count(part), part < 2, layout.part_of(qkv, part, bytes), strided_heads(parts[part]),
+        layout.count(part), part < 2, layout.part_of(qkv, part, bytes),
+        rope_strided_heads(parts[part]),
         bias_row.has_value() ? layout.start(part, bias_row->const_data_ptr(), bytes) : nullptr};
   }
   Device::run(a.rope, qkv);
@@ -137,8 +136,9 @@ template <class Device>
 Tensor qkv_rope_bwd(const Tensor& dq, const Tensor& dk, const Tensor& dv, const Tensor& cos_sin,
                     const Tensor& positions, bool interleaved) {
   const char* op = "qkv_rope_bwd";
-  const Tensor parts[3] = {contiguous_channels(op, "dq", dq), contiguous_channels(op, "dk", dk),
-                           contiguous_channels(op, "dv", dv)};
+  const Tensor parts[3] = {rope_contiguous_channels(op, "dq", dq),
+                           rope_contiguous_channels(op, "dk", dk),
+                           rope_contiguous_channels(op, "dv", dv)};
   const int64_t tokens = dq.size(0), channels = dq.size(2);
   const QkvLayout layout(op, dq.size(1), dk.size(1), channels, interleaved);
   RopeArguments a = rope_arguments<Device>(op, dq, tokens, channels, cos_sin, positions);
@@ -152,7 +152,7 @@ Tensor qkv_rope_bwd(const Tensor& dq, const Tensor& dk, const Tensor& dv, const 
             std::string(op) +
                 ": dq must be [T, heads, C], and dk and dv [T, groups, C] of dq's "
                 "dtype and device");
-    a.rope.heads[part] = {layout.count(part), part < 2, strided_heads(x),
+    a.rope.heads[part] = {layout.count(part), part < 2, rope_strided_heads(x),
                           layout.part_of(dqkv, part, bytes_of(a.rope.dtype)), nullptr};
   }
   Device::run(a.rope, dq);

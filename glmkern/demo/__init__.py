@@ -57,7 +57,7 @@ def run(argv: Sequence[str] | None = None) -> int:
     # Matrices this small gain nothing from a second thread, and lose much where cores are shared.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-    # Imported behind the parser, so that --help needs no torch.
+    # Imported after parsing, so that --help needs no torch.
     from glmkern.chatglm import ChatGLM
     from glmkern.demo.evaluation import evaluate
     from glmkern.tokenizer import ChatGLMTokenizer

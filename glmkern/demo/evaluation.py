@@ -10,7 +10,7 @@ from glmkern.tokenizer import ChatGLMTokenizer
 from glmkern.training.data.examples import Example
 from glmkern.training.data.rows import EvaluationData
 from glmkern.training.evaluation.answers import Decoding, answer, decode
-from glmkern.training.evaluation.evaluation import measuring
+from glmkern.training.evaluation.evaluation import evaluation_mode
 
 
 class Evaluation(NamedTuple):
@@ -37,7 +37,7 @@ def evaluate(
     lengths = {"max_source_length": max_source_length, "max_target_length": max_target_length}
     data = EvaluationData.of(examples, tokenizer, **lengths)
     decoding = Decoding(max_length=sum(lengths.values()) + 1, batch_size=len(examples))
-    with measuring(model):
+    with evaluation_mode(model):
         loss = model.loss(pack_rows(data.rows.rows)).item()
         answers = [
             decode(tokenizer, ids).strip()

@@ -3,13 +3,21 @@
 y = keep * (x + bias) / (1 - p) + residual        keep: see philox.py, i = row * H + channel
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from glmkern.dispatch import define_op
-from glmkern.ops.checks import accumulate_dtype, check, check_floating, check_same, supports_dtype
+from glmkern.ops.checks import (
+    accumulate_dtype,
+    check,
+    check_floating,
+    check_same,
+    supports_of_kernels,
+)
 from glmkern.ops.philox import check_dropout, keep_mask
-from glmkern.ops.sequences import complete_sequences, spans
+from glmkern.ops.sequences import check_spans, complete_sequences, spans
 
 
 def bias_dropout_add(
@@ -73,9 +81,10 @@ def bias_dropout_add(
         )
         rows = x.reshape(-1, x.shape[-1])
         cu_seqlens, sequence_ids = complete_sequences(op, rows, cu_seqlens, sequence_ids)
-    return torch.ops.glmkern.bias_dropout_add_fwd(
+    y: Tensor = torch.ops.glmkern.bias_dropout_add_fwd(
         x.contiguous(), bias, residual.contiguous(), p, seed, cu_seqlens, sequence_ids
     )
+    return y
 
 
 def _scale_of_kept(
@@ -85,36 +94,62 @@ def _scale_of_kept(
     channels, acc = x.shape[-1], accumulate_dtype(x)
     keep = [
         keep_mask(seed, sequence_ids[b : b + 1], (end - start) * channels, p).flatten()
-        for b, (start, end) in enumerate(
-            spans("bias_dropout_add", cu_seqlens, x.numel() // channels)
-        )
+        for b, (start, end) in enumerate(spans(cu_seqlens))
     ]
     return torch.cat(keep).view(x.shape).to(acc) / (1 - p)
 
 
-def bias_dropout_add_fwd_reference(x, bias, residual, p, seed, cu_seqlens, sequence_ids) -> Tensor:
+def bias_dropout_add_fwd_reference(
+    x: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    p: float,
+    seed: Tensor | None,
+    cu_seqlens: Tensor | None,
+    sequence_ids: Tensor | None,
+) -> Tensor:
     acc = accumulate_dtype(x)
     y = x.to(acc)
     if bias is not None:
         y = y + bias
     if p > 0:
+        assert seed is not None and cu_seqlens is not None and sequence_ids is not None
         y = y * _scale_of_kept(x, p, seed, cu_seqlens, sequence_ids)
     return (y + residual).to(x.dtype)
 
 
 def bias_dropout_add_bwd_reference(
-    dy, p, seed, cu_seqlens, sequence_ids, bias_grad
+    dy: Tensor, p: float, seed: Tensor, cu_seqlens: Tensor, sequence_ids: Tensor, bias_grad: bool
 ) -> tuple[Tensor, Tensor]:
     dx = dy * _scale_of_kept(dy, p, seed, cu_seqlens, sequence_ids)
     dbias = dx.view(-1, dy.shape[-1]).sum(0).to(dy.dtype) if bias_grad else dy.new_empty(0)
     return dx.to(dy.dtype), dbias
 
 
-def _fwd_fake(x, bias, residual, p, seed, cu_seqlens, sequence_ids):
+def _check_fwd_values(
+    x: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    p: float,
+    seed: Tensor | None,
+    cu_seqlens: Tensor | None,
+    sequence_ids: Tensor | None,
+) -> None:
+    if p > 0 and cu_seqlens is not None:
+        check_spans("bias_dropout_add", cu_seqlens, x.numel() // x.shape[-1])
+
+
+def _check_bwd_values(dy: Tensor, p: float, seed: Tensor, cu_seqlens: Tensor, *_: object) -> None:
+    check_spans("bias_dropout_add", cu_seqlens, dy.numel() // dy.shape[-1])
+
+
+def _fwd_fake(x: Tensor, *_: object) -> Tensor:
     return torch.empty_like(x)
 
 
-def _bwd_fake(dy, p, seed, cu_seqlens, sequence_ids, bias_grad):
+def _bwd_fake(
+    dy: Tensor, p: float, seed: Tensor, cu_seqlens: Tensor, sequence_ids: Tensor, bias_grad: bool
+) -> tuple[Tensor, Tensor]:
     return torch.empty_like(dy), dy.new_empty(dy.shape[-1] if bias_grad else 0)
 
 
@@ -126,16 +161,18 @@ define_op(
     module="bias_dropout",
     reference=bias_dropout_add_bwd_reference,
     fake=_bwd_fake,
-    supports=supports_dtype,
+    supports=supports_of_kernels(),
+    check_values=_check_bwd_values,
+    reference_reads_values=True,
 )
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, _, _, ctx.p, *sequences = inputs
     ctx.save_for_backward(*sequences)
 
 
-def _backward(ctx, dy):
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     bias_grad = ctx.needs_input_grad[1]
     if ctx.p > 0:
         dx, dbias = torch.ops.glmkern.bias_dropout_add_bwd(
@@ -153,7 +190,9 @@ define_op(
     module="bias_dropout",
     reference=bias_dropout_add_fwd_reference,
     fake=_fwd_fake,
-    supports=supports_dtype,
+    supports=supports_of_kernels(),
+    check_values=_check_fwd_values,
+    reference_reads_values=True,
     setup_context=_setup_context,
     backward=_backward,
 )

@@ -1,9 +1,12 @@
 """Argument checks and dtype rules that the ops share."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from glmkern.dispatch import Predicate, capability
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -61,9 +64,29 @@ def check_weight(op: str, weight: Tensor, x_name: str, x: Tensor) -> None:
     )
 
 
-def supports_dtype(x: Tensor, *_) -> str | None:
-    """The `supports` predicate of kernels that take every shape in the kernel dtypes."""
+def supports_dtype(x: Tensor, *_: object) -> str | None:
+    """The predicate of kernels that take every shape in the kernel dtypes."""
     return None if x.dtype in KERNEL_DTYPES else f"{_plain(x.dtype)} has no kernel"
+
+
+def supports_of_kernels(predicate: Predicate = supports_dtype) -> dict[str, Predicate]:
+    """`supports` of an op whose kernels take the same arguments on every backend. Those of CUDA C++
+    need a GPU that has arithmetic in bfloat16 where that occurs."""
+
+    def cuda(*args: Any) -> str | None:
+        return predicate(*args) or _why_no_bfloat16(*args)
+
+    return {"cpu": predicate, "triton": predicate, "cuda": cuda}
+
+
+def _why_no_bfloat16(x: Tensor, *others: object) -> str | None:
+    """None, or why x's GPU does not take those of the arguments that are in bfloat16."""
+    dtypes = [a.dtype if isinstance(a, Tensor) else a for a in (x, *others)]
+    if x.device.type == "cuda" and torch.bfloat16 in dtypes:
+        major, minor = capability(x.device)
+        if (major, minor) < (8, 0):
+            return f"bfloat16 needs sm_80 or newer, this GPU is sm_{major}{minor}"
+    return None
 
 
 def accumulate_dtype(x: Tensor) -> torch.dtype:

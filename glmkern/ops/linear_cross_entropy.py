@@ -3,19 +3,26 @@
     loss = sum_t token_weight[t] * (logsumexp_v z[t, v] - sum_v q[t, v] z[t, v]),
     z = hidden @ weight.T,   q[t] = (1 - s) onehot(label[t]) + s / V,   s = label_smoothing
 
-Its gradient, d hidden[t] = token_weight[t] * (softmax(z[t]) - q[t]) @ weight, is formed while a
-chunk's logits are at hand, so that they are computed once. The weight is frozen.
+Its gradient is d hidden[t] = token_weight[t] * (softmax(z[t]) - q[t]) @ weight. The forward forms
+it from each chunk's logits, so that these are computed once. The weight is frozen.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from glmkern.dispatch import define_op
-from glmkern.ops.checks import accumulate_dtype, check, check_device, check_floating, supports_dtype
+from glmkern.ops.checks import (
+    accumulate_dtype,
+    check,
+    check_device,
+    check_floating,
+    supports_of_kernels,
+)
 from glmkern.ops.quant_linear import QuantizedWeight, dense_weight, stored
-from glmkern.ops.sequences import values_are_checked
 
-# Logits of one chunk: small beside the weight, but of enough rows to read the weight seldom.
+# Logits of one chunk: few beside the weight's elements, but enough rows to read the weight seldom.
 CHUNK_ELEMENTS = 1 << 22
 LEAST_CHUNK_ROWS = 256
 
@@ -72,17 +79,15 @@ def linear_cross_entropy(
     )
     check_device(op, "labels", labels, "hidden", hidden)
     if token_weight is not None:
-        check(
-            token_weight.shape == labels.shape and token_weight.dtype == torch.float32,
-            lambda: (
+        if token_weight.shape != labels.shape or token_weight.dtype != torch.float32:
+            raise ValueError(
                 f"{op}: token_weight must be float32 [{hidden.shape[0]}], not "
                 f"{token_weight.dtype} {list(token_weight.shape)}"
-            ),
-        )
+            )
         check_device(op, "token_weight", token_weight, "hidden", hidden)
         token_weight = token_weight.contiguous()
     hidden_grad = hidden.requires_grad and torch.is_grad_enabled()
-    return torch.ops.glmkern.linear_cross_entropy_fwd(
+    loss: Tensor = torch.ops.glmkern.linear_cross_entropy_fwd(
         hidden.contiguous(),
         *stored_weight,
         labels.contiguous(),
@@ -91,14 +96,22 @@ def linear_cross_entropy(
         label_smoothing,
         hidden_grad,
     )[0]
+    return loss
 
 
 def linear_cross_entropy_fwd_reference(
-    hidden, packed, scale, bits, labels, token_weight, ignore_index, label_smoothing, hidden_grad
+    hidden: Tensor,
+    packed: Tensor,
+    scale: Tensor | None,
+    bits: int,
+    labels: Tensor,
+    token_weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    hidden_grad: bool,
 ) -> tuple[Tensor, Tensor]:
     acc, weight = accumulate_dtype(hidden), dense_weight(packed, scale, bits, hidden.dtype)
     labelled = (labels != ignore_index).nonzero().squeeze(1)  # [L]
-    check_labels(labels[labelled], weight.shape[0], ignore_index)
     if token_weight is None:
         row_weight = torch.full(
             (len(labelled),), 1 / max(len(labelled), 1), dtype=acc, device=hidden.device
@@ -108,7 +121,7 @@ def linear_cross_entropy_fwd_reference(
     loss = torch.zeros((), dtype=torch.float64, device=hidden.device)
     dhidden = hidden.new_zeros(hidden.shape if hidden_grad else 0, dtype=acc)
     chunk = max(CHUNK_ELEMENTS // weight.shape[0], LEAST_CHUNK_ROWS)
-    for rows, w in zip(labelled.split(chunk), row_weight.split(chunk), strict=True):
+    for rows, w in zip(torch.split(labelled, chunk), torch.split(row_weight, chunk), strict=True):
         log_softmax = (hidden[rows] @ weight.T).to(acc).log_softmax(1)  # [chunk, V]
         picked = labels[rows].unsqueeze(1)
         nll = -log_softmax.gather(1, picked).squeeze(1)
@@ -124,14 +137,24 @@ def linear_cross_entropy_fwd_reference(
     return loss.to(acc), dhidden
 
 
-def linear_cross_entropy_bwd_reference(dloss, dhidden, dtype) -> Tensor:
+def linear_cross_entropy_bwd_reference(
+    dloss: Tensor, dhidden: Tensor, dtype: torch.dtype
+) -> Tensor:
     return (dhidden * dloss).to(dtype)
 
 
-def check_labels(labels: Tensor, classes: int, ignore_index: int) -> None:
-    """Raises ValueError for labels of no class, or none at all, where values are checked."""
-    if not values_are_checked(labels):
-        return
+def _check_values(
+    hidden: Tensor,
+    packed: Tensor,
+    scale: Tensor | None,
+    bits: int,
+    labels: Tensor,
+    token_weight: Tensor | None,
+    ignore_index: int,
+    *_: object,
+) -> None:
+    """Raises ValueError for labels of no class, or none at all; reads them from the device."""
+    labels, classes = labels[labels != ignore_index], packed.shape[0]
     check(
         len(labels) > 0,
         lambda: (
@@ -150,15 +173,23 @@ def check_labels(labels: Tensor, classes: int, ignore_index: int) -> None:
 
 
 def _fwd_fake(
-    hidden, packed, scale, bits, labels, token_weight, ignore_index, label_smoothing, hidden_grad
-):
+    hidden: Tensor,
+    packed: Tensor,
+    scale: Tensor | None,
+    bits: int,
+    labels: Tensor,
+    token_weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    hidden_grad: bool,
+) -> tuple[Tensor, Tensor]:
     acc = accumulate_dtype(hidden)
     return hidden.new_empty((), dtype=acc), hidden.new_empty(
         hidden.shape if hidden_grad else 0, dtype=acc
     )
 
 
-def _bwd_fake(dloss, dhidden, dtype):
+def _bwd_fake(dloss: Tensor, dhidden: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty_like(dhidden, dtype=dtype)
 
 
@@ -168,24 +199,24 @@ define_op(
     module="linear_cross_entropy",
     reference=linear_cross_entropy_bwd_reference,
     fake=_bwd_fake,
-    supports=supports_dtype,
+    supports=supports_of_kernels(),
 )
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.dtype = inputs[0].dtype
     _, dhidden = output
     ctx.mark_non_differentiable(dhidden)
     ctx.save_for_backward(dhidden)
 
 
-def _backward(ctx, dloss, _ddhidden):
+def _backward(ctx: Any, dloss: Tensor, _ddhidden: Tensor) -> tuple[Tensor | None, ...]:
     dhidden = torch.ops.glmkern.linear_cross_entropy_bwd(dloss, *ctx.saved_tensors, ctx.dtype)
     return dhidden, *[None] * 8
 
 
-# dhidden, the gradient of the loss, stays in float32 until it is multiplied by the incoming
-# gradient, so that a loss scale acts before the rounding to half; empty unless hidden_grad.
+# dhidden is the gradient of the loss, empty unless hidden_grad. It stays in float32 until the
+# backward multiplies it by the incoming gradient: a loss scale acts before the rounding to half.
 define_op(
     "linear_cross_entropy_fwd",
     "(Tensor hidden, Tensor packed, Tensor? scale, int bits,"
@@ -194,7 +225,8 @@ define_op(
     module="linear_cross_entropy",
     reference=linear_cross_entropy_fwd_reference,
     fake=_fwd_fake,
-    supports=supports_dtype,
+    supports=supports_of_kernels(),
+    check_values=_check_values,
     setup_context=_setup_context,
     backward=_backward,
 )

@@ -1,8 +1,9 @@
 """The one dropout contract: Philox4x32-10 (Salmon et al., 2011), the same mask on every backend.
 
 A mask belongs to a sequence, not to its place in a batch. Element i of sequence s is kept iff
-lane i % 4 of philox(key = seed[0], counter = (i // 4, s, low(seed[1]), high(seed[1]))) is at least
-round(p * 2^32). Nothing is stored: the backward pass draws the same numbers again.
+lane i % 4 of philox(key, counter) is at least round(p * 2^32), where key = seed[0] and counter =
+(i // 4, s, low(seed[1]), high(seed[1])). The backward pass draws the same numbers again, so that
+nothing is stored.
 """
 
 import torch
@@ -33,10 +34,13 @@ def keep_mask(seed: Tensor, sequence_ids: Tensor, count: int, p: float) -> Tenso
 
 
 def philox4x32(seed: Tensor, counter: Tensor, sequence_ids: Tensor) -> Tensor:
-    """Ten rounds of Philox4x32. `counter` and `sequence_ids` (int64) broadcast against each other;
-    returns their shape with four lanes of 32 random bits behind it, as int64."""
+    """Ten rounds of Philox4x32. `counter` and `sequence_ids` (int64) broadcast against each other.
+
+    Returns:
+        int64 [their shape, 4]: four lanes of 32 random bits.
+    """
     key_a, key_b = seed[0] & _LOW, (seed[0] >> 32) & _LOW
-    a, b = torch.broadcast_tensors(counter & _LOW, sequence_ids & _LOW)
+    a, b = torch.broadcast_tensors(counter & _LOW, sequence_ids & _LOW)  # type: ignore[no-untyped-call]
     c = (seed[1] & _LOW).expand_as(a)
     d = ((seed[1] >> 32) & _LOW).expand_as(a)
     for _ in range(10):
@@ -58,12 +62,11 @@ def check_dropout(op: str, x: Tensor, p: float, seed: Tensor | None) -> None:
     """p is a probability below 1 and, where anything is dropped, seed is an int64 [2] tensor on
     x's device."""
     check(0 <= p < 1, lambda: f"{op}: the dropout probability must be in [0, 1), not {p}")
-    if p > 0:
-        check(
-            seed is not None and seed.shape == (2,) and seed.dtype == torch.int64,
-            lambda: (
-                f"{op}: dropout needs seed, an int64 tensor [2] = (seed, offset), not "
-                f"{'None' if seed is None else f'{seed.dtype} {list(seed.shape)}'}"
-            ),
+    if p == 0:
+        return
+    if seed is None or seed.shape != (2,) or seed.dtype != torch.int64:
+        raise ValueError(
+            f"{op}: dropout needs seed, an int64 tensor [2] = (seed, offset), not "
+            f"{'None' if seed is None else f'{seed.dtype} {list(seed.shape)}'}"
         )
-        check_device(op, "seed", seed, "the input", x)
+    check_device(op, "seed", seed, "the input", x)

@@ -1,14 +1,16 @@
 """Causal attention of packed sequences over a shared prefix, with grouped heads.
 
 Every token sees the whole prefix and the tokens of its own sequence up to itself. The prefix is one
-more segment of keys and values, stored once and shared by the whole batch; kernels never
-concatenate or expand it (the reference does, a sequence at a time).
+more segment of keys and values, stored once and shared by the whole batch. Kernels never
+concatenate or expand it; the reference does, a sequence at a time.
 With P = exp(scale * q k^T - lse) over both segments and D = rowsum(dO * O), each segment has
 
     dS = P * (dO v^T - D),   dq += scale * dS k,   dk = scale * dS^T q,   dv = P^T dO
 
 summed over the query heads of a group, and for the prefix also over the batch.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,10 +22,15 @@ from glmkern.ops.checks import (
     check_device,
     check_floating,
     check_same,
-    supports_dtype,
+    supports_of_kernels,
 )
-from glmkern.ops.philox import check_dropout, keep_mask
-from glmkern.ops.sequences import complete_sequences, spans
+from glmkern.ops.philox import check_dropout
+from glmkern.ops.prefix_attention_reference import (
+    prefix_attention_bwd_reference,
+    prefix_attention_decode_reference,
+    prefix_attention_fwd_reference,
+)
+from glmkern.ops.sequences import check_spans, complete_sequences
 
 
 def prefix_attention(
@@ -73,7 +80,7 @@ def prefix_attention(
     )
     check_dropout(op, q, prefix_dropout, seed)
     cu_seqlens, sequence_ids = complete_sequences(op, q, cu_seqlens, sequence_ids)
-    if prefix_k is not None:
+    if prefix_k is not None and prefix_v is not None:
         prefix_k, prefix_v = prefix_k.contiguous(), prefix_v.contiguous()
     out, lse = torch.ops.glmkern.prefix_attention_fwd(
         q.contiguous(),
@@ -110,8 +117,8 @@ def prefix_attention_decode(
         q: [B, S, N, C]; k_cache, v_cache: [B, L, G, C], q's dtype.
         cache_lens: int64 [B], valid entries of each row's cache, the new tokens included.
         prefix_k, prefix_v: [P, G, C] or None, as in prefix_attention.
-        q_lens: int64 [B], valid queries of each row (the first ones); None: S. The output behind
-            them is zero.
+        q_lens: int64 [B], valid queries of each row (the first ones); None: S. The output of the
+            others is zero.
         scale: factor of q k^T; None: 1 / sqrt(C).
 
     Returns:
@@ -138,14 +145,12 @@ def prefix_attention_decode(
         q_lens = torch.full_like(cache_lens, q.shape[1])
     for name, lens in (("cache_lens", cache_lens), ("q_lens", q_lens)):
         check_device(op, name, lens, "q", q)
-        check(
-            lens.shape == q.shape[:1] and lens.dtype == torch.int64,
-            lambda name=name, lens=lens: (
+        if lens.shape != q.shape[:1] or lens.dtype != torch.int64:
+            raise ValueError(
                 f"{op}: {name} must be int64 [{q.shape[0]}], one a row, not {lens.dtype} "
                 f"{list(lens.shape)}"
-            ),
-        )
-    return torch.ops.glmkern.prefix_attention_decode_fwd(
+            )
+    out: Tensor = torch.ops.glmkern.prefix_attention_decode_fwd(
         q.contiguous(),
         k_cache,
         v_cache,
@@ -155,6 +160,7 @@ def prefix_attention_decode(
         q_lens,
         _default_scale(q, scale),
     )
+    return out
 
 
 def _default_scale(q: Tensor, scale: float | None) -> float:
@@ -181,12 +187,10 @@ def _check_heads(
             f"heads, {q.shape[1]}, must be a multiple of the number of groups, {k.shape[1]}"
         ),
     )
-    check(
-        (prefix_k is None) == (prefix_v is None),
-        lambda: f"{op}: give both prefix_k and prefix_v, or neither",
-    )
-    if prefix_k is None:
+    if prefix_k is None and prefix_v is None:
         return
+    if prefix_k is None or prefix_v is None:
+        raise ValueError(f"{op}: give both prefix_k and prefix_v, or neither")
     check(
         prefix_k.dim() == 3
         and prefix_k.shape == prefix_v.shape
@@ -205,186 +209,82 @@ def _check_heads(
     )
 
 
-def _by_group(x: Tensor, groups: int) -> Tensor:
-    """[S, heads, C] -> [G, S * heads / G, C], rows ordered by token, then by head of the group."""
-    tokens, _, channels = x.shape
-    return x.reshape(tokens, groups, -1, channels).transpose(0, 1).reshape(groups, -1, channels)
+def _check_fwd_values(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_k: Tensor | None,
+    prefix_v: Tensor | None,
+    cu_seqlens: Tensor,
+    *_: object,
+) -> None:
+    check_spans("prefix_attention", cu_seqlens, len(q))
 
 
-def _by_token(x: Tensor, tokens: int) -> Tensor:
-    """The inverse of _by_group: [G, S * heads / G, C] -> [S, heads, C]."""
-    groups, _, channels = x.shape
-    return x.view(groups, tokens, -1, channels).transpose(0, 1).reshape(tokens, -1, channels)
+def _check_bwd_values(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_k: Tensor | None,
+    prefix_v: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    *_: object,
+) -> None:
+    check_spans("prefix_attention", cu_seqlens, len(q))
 
 
-def _causal_scores(queries: Tensor, keys: Tensor, tokens: int) -> Tensor:
-    """queries [G, S * heads, C] of S = `tokens`, keys [G, L, C], the last S of them those tokens':
-    scores [G, S * heads, L], -inf where a key comes later than its query."""
-    scores = queries @ keys.mT
-    later = torch.ones(tokens, tokens, dtype=torch.bool, device=keys.device).triu(1).unsqueeze(1)
-    by_token = scores.view(len(keys), tokens, -1, keys.shape[1])  # [G, S, heads, L]
-    by_token[..., -tokens:].masked_fill_(later, float("-inf"))
-    return scores
-
-
-class _Prefix:
-    """The prefix as one sequence sees it: rounded to q's dtype, masked and scaled by dropout."""
-
-    def __init__(self, q, prefix_k, prefix_v, seed, p):
-        acc = accumulate_dtype(q)
-        self.keys, self.values = (  # [G, P, C]
-            x.to(q.dtype).to(acc).transpose(0, 1) for x in (prefix_k, prefix_v)
-        )
-        self.seed, self.p, self.shape, self.dtype = seed, p, prefix_k.shape, q.dtype
-
-    def of(self, sequence_id: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """keys, values [G, P, C] and the factor [2, G, P, C] they were multiplied by, if any."""
-        if self.p == 0:
-            return self.keys, self.values, None
-        prefix, groups, channels = self.shape
-        keep = keep_mask(self.seed, sequence_id, 2 * prefix * groups * channels, self.p)
-        factor = keep.view(2, prefix, groups, channels).transpose(1, 2).to(self.keys) / (1 - self.p)
-        return tuple(
-            (x * f).to(self.dtype).to(x.dtype)
-            for x, f in zip((self.keys, self.values), factor, strict=True)
-        ) + (factor,)
-
-
-class _Sequence:
-    """One sequence's softmax weights over prefix and tokens, [G, S * heads, P + L], its queries
-    [G, S * heads, C], the keys and values [G, P + L, C] and the factor that dropout put on the
-    prefix. The kernels never form the weights; the reference does, in both directions, and so needs
-    neither out nor lse in the backward.
-
-    Takes q [S, N, C], k and v [L, G, C], the last S of them the queries' own tokens.
-    """
-
-    def __init__(self, q, k, v, scale, prefix: _Prefix | None, sequence_id: Tensor | None = None):
-        acc, groups = accumulate_dtype(q), k.shape[1]
-        queries, self.keys, self.values = (_by_group(x.to(acc), groups) for x in (q, k, v))
-        self.queries, self.factor, self.prefix_length = queries * scale, None, 0
-        if prefix is not None:
-            keys, values, self.factor = prefix.of(sequence_id)
-            self.prefix_length = keys.shape[1]
-            self.keys = torch.cat([keys, self.keys], 1)
-            self.values = torch.cat([values, self.values], 1)
-        self.scores = _causal_scores(self.queries, self.keys, len(q))
-        self.weights = self.scores.softmax(-1)
-
-
-def prefix_attention_fwd_reference(
-    q, k, v, prefix_k, prefix_v, cu_seqlens, sequence_ids, seed, scale, p
-) -> tuple[Tensor, Tensor]:
-    out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=accumulate_dtype(q))
-    prefix = None if prefix_k is None else _Prefix(q, prefix_k, prefix_v, seed, p)
-    for b, (start, end) in enumerate(spans("prefix_attention", cu_seqlens, len(q))):
-        one = _Sequence(
-            q[start:end], k[start:end], v[start:end], scale, prefix, sequence_ids[b : b + 1]
-        )
-        out[start:end] = _by_token(one.weights @ one.values, end - start)
-        # The largest weight is exp(largest score - lse).
-        row_lse = one.scores.amax(-1) - one.weights.amax(-1).log()
-        lse[start:end] = _by_token(row_lse.unsqueeze(-1), end - start).squeeze(-1)
-    return out, lse
-
-
-def prefix_attention_bwd_reference(
-    dout,
-    q,
-    k,
-    v,
-    prefix_k,
-    prefix_v,
-    out,
-    lse,
-    cu_seqlens,
-    sequence_ids,
-    seed,
-    scale,
-    p,
-    token_grad,
-    prefix_grad,
-) -> tuple[Tensor, ...]:
-    acc = accumulate_dtype(q)
-    dq, dk, dv = (x.new_empty(x.shape if token_grad else 0) for x in (q, k, v))
-    prefix = None if prefix_k is None else _Prefix(q, prefix_k, prefix_v, seed, p)
-    prefix_grad = prefix_grad and prefix is not None
-    dprefix = [torch.zeros_like(x) for x in (prefix.keys, prefix.values)] if prefix_grad else []
-    for b, (start, end) in enumerate(spans("prefix_attention", cu_seqlens, len(q))):
-        one = _Sequence(
-            q[start:end], k[start:end], v[start:end], scale, prefix, sequence_ids[b : b + 1]
-        )
-        dos = _by_group(dout[start:end].to(acc), k.shape[1])
-        dweights = dos @ one.values.mT
-        dscores = torch.ops.aten._softmax_backward_data(dweights, one.weights, -1, acc)
-        dkeys, dvalues = dscores.mT @ one.queries, one.weights.mT @ dos  # [G, P + S, C]
-        for i, grad in enumerate((dkeys, dvalues) if prefix_grad else ()):
-            grad = grad[:, : one.prefix_length]
-            dprefix[i] += grad if one.factor is None else grad * one.factor[i]
-        if token_grad:
-            dq[start:end] = _by_token(dscores @ one.keys * scale, end - start)
-            dk[start:end] = dkeys[:, one.prefix_length :].transpose(0, 1)
-            dv[start:end] = dvalues[:, one.prefix_length :].transpose(0, 1)
-    if prefix_grad:
-        dprefix = [x.transpose(0, 1).to(prefix_k.dtype).contiguous() for x in dprefix]
-    else:
-        dprefix = [q.new_empty(0), q.new_empty(0)]
-    return dq, dk, dv, *dprefix
-
-
-def prefix_attention_decode_reference(
-    q, k_cache, v_cache, cache_lens, prefix_k, prefix_v, q_lens, scale
-) -> Tensor:
-    out = torch.zeros_like(q)
-    prefix = None if prefix_k is None else _Prefix(q, prefix_k, prefix_v, None, 0.0)
-    check_lens(cache_lens, q_lens, q.shape[1], k_cache.shape[1])
-    for b, (new, length) in enumerate(zip(q_lens.tolist(), cache_lens.tolist(), strict=True)):
-        one = _Sequence(q[b, :new], k_cache[b, :length], v_cache[b, :length], scale, prefix)
-        out[b, :new] = _by_token(one.weights @ one.values, new).to(q.dtype)
-    return out
-
-
-def check_lens(cache_lens: Tensor, q_lens: Tensor, queries: int, entries: int) -> None:
+def _check_decode_values(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_lens: Tensor,
+    prefix_k: Tensor | None,
+    prefix_v: Tensor | None,
+    q_lens: Tensor,
+    scale: float,
+) -> None:
     """Raises ValueError where a row's lengths do not fit its queries or its cache; reads the values
     back from the device."""
+    queries, entries = q.shape[1], k_cache.shape[1]
     for b, (new, length) in enumerate(zip(q_lens.tolist(), cache_lens.tolist(), strict=True)):
-        check(
-            0 < new <= min(length, queries) and length <= entries,
-            lambda b=b, new=new, length=length: (
+        if not (0 < new <= min(length, queries) and length <= entries):
+            raise ValueError(
                 f"prefix_attention_decode: row {b} has {new} of {queries} queries and {length} of "
                 f"{entries} cache entries; 1 <= queries <= entries must hold"
-            ),
-        )
+            )
 
 
-def _fwd_fake(q, k, v, prefix_k, prefix_v, cu_seqlens, sequence_ids, seed, scale, p):
+def _fwd_fake(q: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=accumulate_dtype(q))
 
 
 def _bwd_fake(
-    dout,
-    q,
-    k,
-    v,
-    prefix_k,
-    prefix_v,
-    out,
-    lse,
-    cu_seqlens,
-    sequence_ids,
-    seed,
-    scale,
-    p,
-    token_grad,
-    prefix_grad,
-):
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_k: Tensor | None,
+    prefix_v: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    sequence_ids: Tensor,
+    seed: Tensor | None,
+    scale: float,
+    p: float,
+    token_grad: bool,
+    prefix_grad: bool,
+) -> tuple[Tensor, ...]:
     tokens = [x.new_empty(x.shape if token_grad else 0) for x in (q, k, v)]
-    if prefix_grad and prefix_k is not None:
+    if prefix_grad and prefix_k is not None and prefix_v is not None:
         return *tokens, prefix_k.new_empty(prefix_k.shape), prefix_v.new_empty(prefix_v.shape)
     return *tokens, q.new_empty(0), q.new_empty(0)
 
 
-def _decode_fake(q, k_cache, v_cache, cache_lens, prefix_k, prefix_v, q_lens, scale):
+def _decode_fake(q: Tensor, *_: object) -> Tensor:
     return q.new_empty(q.shape)
 
 
@@ -399,7 +299,9 @@ define_op(
     module="prefix_attention",
     reference=prefix_attention_bwd_reference,
     fake=_bwd_fake,
-    supports=supports_dtype,
+    supports=supports_of_kernels(),
+    check_values=_check_bwd_values,
+    reference_reads_values=True,
 )
 define_op(
     "prefix_attention_decode_fwd",
@@ -409,18 +311,20 @@ define_op(
     module="prefix_attention",
     reference=prefix_attention_decode_reference,
     fake=_decode_fake,
-    supports=supports_dtype,
+    supports=supports_of_kernels(),
+    check_values=_check_decode_values,
+    reference_reads_values=True,
 )
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     q, k, v, prefix_k, prefix_v, cu_seqlens, sequence_ids, seed, ctx.scale, ctx.p = inputs
     out, lse = output
     ctx.mark_non_differentiable(lse)
     ctx.save_for_backward(q, k, v, prefix_k, prefix_v, out, lse, cu_seqlens, sequence_ids, seed)
 
 
-def _backward(ctx, dout, _dlse):
+def _backward(ctx: Any, dout: Tensor, _dlse: Tensor) -> tuple[Tensor | None, ...]:
     token_grad, prefix_grad = any(ctx.needs_input_grad[:3]), any(ctx.needs_input_grad[3:5])
     grads = torch.ops.glmkern.prefix_attention_bwd(
         dout.contiguous(), *ctx.saved_tensors, ctx.scale, ctx.p, token_grad, prefix_grad
@@ -440,7 +344,9 @@ define_op(
     module="prefix_attention",
     reference=prefix_attention_fwd_reference,
     fake=_fwd_fake,
-    supports=supports_dtype,
+    supports=supports_of_kernels(),
+    check_values=_check_fwd_values,
+    reference_reads_values=True,
     setup_context=_setup_context,
     backward=_backward,
 )

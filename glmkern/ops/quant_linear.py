@@ -8,7 +8,7 @@ complement. The weight is frozen: a linear is differentiable in x alone, dx = dy
 A dense weight in half precision, or in x's own, goes the same way: it is used as it is stored.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ from glmkern.ops.checks import (
     check_same,
     check_weight,
     supports_dtype,
+    supports_of_kernels,
 )
 
 BLOCK_ELEMENTS = 1 << 24
@@ -110,8 +111,9 @@ def quantize(weight: Tensor, bits: int = 4) -> QuantizedWeight:
     divisor = torch.where(scale == 0, torch.ones_like(scale), scale)
     packed = weight.new_empty(len(weight), weight.shape[1] * bits // 8, dtype=torch.int8)
     # A block of rows at a time: quotients of a whole output layer would take gigabytes.
-    for rows in torch.arange(len(weight)).split(max(1, BLOCK_ELEMENTS // weight.shape[1])):
-        block = slice(int(rows[0]), int(rows[-1]) + 1)
+    size = max(1, BLOCK_ELEMENTS // weight.shape[1])
+    for start in range(0, len(weight), size):
+        block = slice(start, start + size)
         # Clamped: a scale rounded down in bfloat16 makes the largest code one too many.
         codes = torch.round(weight[block] / divisor[block].unsqueeze(1)).clamp(-most, most)
         codes = codes.to(torch.int8)
@@ -165,9 +167,10 @@ def quant_linear(
             bias.shape == (rows,),
             lambda: f"{op}: bias must have shape [{rows}], not {list(bias.shape)}",
         )
-    return torch.ops.glmkern.quant_linear_fwd(
+    y: Tensor = torch.ops.glmkern.quant_linear_fwd(
         x.contiguous(), *weight, None if bias is None else bias.contiguous()
     )
+    return y
 
 
 def stored(op: str, weight: QuantizedWeight | Tensor, x_name: str, x: Tensor) -> StoredWeight:
@@ -232,25 +235,29 @@ def dense_weight(packed: Tensor, scale: Tensor | None, bits: int, dtype: torch.d
     return dequantize(QuantizedWeight(packed, scale, bits), dtype)
 
 
-def quant_linear_fwd_reference(x, packed, scale, bits, bias) -> Tensor:
+def quant_linear_fwd_reference(
+    x: Tensor, packed: Tensor, scale: Tensor | None, bits: int, bias: Tensor | None
+) -> Tensor:
     return F.linear(x, dense_weight(packed, scale, bits, x.dtype), bias)
 
 
-def quant_linear_bwd_reference(dy, packed, scale, bits) -> Tensor:
+def quant_linear_bwd_reference(
+    dy: Tensor, packed: Tensor, scale: Tensor | None, bits: int
+) -> Tensor:
     return dy @ dense_weight(packed, scale, bits, dy.dtype)
 
 
-def _supports(x, packed, scale, bits, bias=None) -> str | None:
+def _supports(x: Tensor, packed: Tensor, *_: object) -> str | None:
     if packed.dtype == torch.float64:
         return "a float64 weight has no kernel"
     return supports_dtype(x)
 
 
-def _fwd_fake(x, packed, scale, bits, bias):
+def _fwd_fake(x: Tensor, packed: Tensor, *_: object) -> Tensor:
     return x.new_empty(*x.shape[:-1], packed.shape[0])
 
 
-def _bwd_fake(dy, packed, scale, bits):
+def _bwd_fake(dy: Tensor, packed: Tensor, scale: Tensor | None, bits: int) -> Tensor:
     return dy.new_empty(*dy.shape[:-1], packed.shape[1] * (2 if bits == 4 else 1))
 
 
@@ -260,16 +267,16 @@ define_op(
     module="quant_linear",
     reference=quant_linear_bwd_reference,
     fake=_bwd_fake,
-    supports=_supports,
+    supports=supports_of_kernels(_supports),
 )
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, packed, scale, ctx.bits, _ = inputs
     ctx.save_for_backward(packed, scale)
 
 
-def _backward(ctx, dy):
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     dx = dbias = None
     if ctx.needs_input_grad[0]:
         dx = torch.ops.glmkern.quant_linear_bwd(dy.contiguous(), *ctx.saved_tensors, ctx.bits)
@@ -285,7 +292,7 @@ define_op(
     module="quant_linear",
     reference=quant_linear_fwd_reference,
     fake=_fwd_fake,
-    supports=_supports,
+    supports=supports_of_kernels(_supports),
     setup_context=_setup_context,
     backward=_backward,
 )

@@ -6,11 +6,19 @@ ChatGLM2's order: everything in fp32, one rounding to the input's dtype at the e
 r = rsqrt(mean(x^2) + eps) and g = dy * weight, dx = r * (g - x * r^2 * mean(g * x)).
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from glmkern.dispatch import define_op
-from glmkern.ops.checks import accumulate_dtype, check, check_floating, check_same, supports_dtype
+from glmkern.ops.checks import (
+    accumulate_dtype,
+    check,
+    check_floating,
+    check_same,
+    supports_of_kernels,
+)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
@@ -29,7 +37,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
         ValueError: shapes, dtypes, devices or eps do not fit.
     """
     _check_norm("rms_norm", x, weight, eps)
-    return torch.ops.glmkern.rms_norm_fwd(x.contiguous(), weight.contiguous(), eps)[0]
+    y: Tensor = torch.ops.glmkern.rms_norm_fwd(x.contiguous(), weight.contiguous(), eps)[0]
+    return y
 
 
 def add_rms_norm(
@@ -109,20 +118,24 @@ def rms_norm_bwd_reference(
     return dx.to(x.dtype), dweight
 
 
-def _fwd_fake(x, weight, eps):
+def _fwd_fake(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=accumulate_dtype(x))
 
 
-def _add_fwd_fake(x, residual, weight, eps):
+def _add_fwd_fake(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
     y, rstd = _fwd_fake(x, weight, eps)
     return y, torch.empty_like(x), rstd
 
 
-def _bwd_fake(dy, x, weight, rstd, dresidual, weight_grad):
+def _bwd_fake(
+    dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, dresidual: Tensor | None, weight_grad: bool
+) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), x.new_empty(weight.shape if weight_grad else 0)
 
 
-# dresidual, a gradient that reaches x by another way, is added before the one rounding;
+# dresidual is a gradient that reaches x by another way; it is added before the one rounding.
 # dweight is empty unless weight_grad.
 define_op(
     "rms_norm_bwd",
@@ -131,18 +144,18 @@ define_op(
     module="rms_norm",
     reference=rms_norm_bwd_reference,
     fake=_bwd_fake,
-    supports=supports_dtype,
+    supports=supports_of_kernels(),
 )
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, weight, _ = inputs
     _, rstd = output
     ctx.mark_non_differentiable(rstd)
     ctx.save_for_backward(x, weight, rstd)
 
 
-def _backward(ctx, dy, _drstd):
+def _backward(ctx: Any, dy: Tensor, _drstd: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, rstd = ctx.saved_tensors
     dx, dweight = torch.ops.glmkern.rms_norm_bwd(
         dy.contiguous(), x, weight, rstd, None, ctx.needs_input_grad[1]
@@ -150,13 +163,13 @@ def _backward(ctx, dy, _drstd):
     return dx, dweight if ctx.needs_input_grad[1] else None, None
 
 
-def _add_setup_context(ctx, inputs, output):
+def _add_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, h, rstd = output
     ctx.mark_non_differentiable(rstd)
     ctx.save_for_backward(h, inputs[2], rstd)
 
 
-def _add_backward(ctx, dy, dh, _drstd):
+def _add_backward(ctx: Any, dy: Tensor, dh: Tensor, _drstd: Tensor) -> tuple[Tensor | None, ...]:
     h, weight, rstd = ctx.saved_tensors
     dx, dweight = torch.ops.glmkern.rms_norm_bwd(
         dy.contiguous(), h, weight, rstd, dh.contiguous(), ctx.needs_input_grad[2]
@@ -170,7 +183,7 @@ define_op(
     module="rms_norm",
     reference=rms_norm_fwd_reference,
     fake=_fwd_fake,
-    supports=supports_dtype,
+    supports=supports_of_kernels(),
     setup_context=_setup_context,
     backward=_backward,
 )
@@ -180,7 +193,7 @@ define_op(
     module="rms_norm",
     reference=add_rms_norm_fwd_reference,
     fake=_add_fwd_fake,
-    supports=supports_dtype,
+    supports=supports_of_kernels(),
     setup_context=_add_setup_context,
     backward=_add_backward,
 )

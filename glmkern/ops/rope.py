@@ -5,12 +5,20 @@
 The rotation is orthogonal, so the gradient is the rotation by the negative angle.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from glmkern.dispatch import define_op
-from glmkern.ops.checks import accumulate_dtype, check, check_device, check_floating, supports_dtype
-from glmkern.ops.sequences import values_are_checked
+from glmkern.ops.checks import (
+    accumulate_dtype,
+    check,
+    check_device,
+    check_floating,
+    supports_dtype,
+    supports_of_kernels,
+)
 
 
 def rope(x: Tensor, cos_sin: Tensor, positions: Tensor) -> Tensor:
@@ -49,16 +57,15 @@ def rope(x: Tensor, cos_sin: Tensor, positions: Tensor) -> Tensor:
             f"{list(positions.shape)}"
         ),
     )
-    return torch.ops.glmkern.rope_fwd(x, cos_sin, positions)
+    y: Tensor = torch.ops.glmkern.rope_fwd(x, cos_sin, positions)
+    return y
 
 
 def rope_fwd_reference(x: Tensor, cos_sin: Tensor, positions: Tensor) -> Tensor:
-    check_positions(positions, cos_sin)
     return _rotate(x, x.new_empty(x.shape), *_angles(x, cos_sin, positions))
 
 
 def rope_bwd_reference(dy: Tensor, cos_sin: Tensor, positions: Tensor) -> Tensor:
-    check_positions(positions, cos_sin)
     cos, sin = _angles(dy, cos_sin, positions)
     return _rotate(dy, dy.new_empty(dy.shape), cos, -sin)
 
@@ -72,22 +79,18 @@ def qkv_rope_fwd_reference(
     groups: int,
     interleaved: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    check_positions(positions, cos_sin)
     wide = qkv.to(accumulate_dtype(qkv))
     if bias is not None:
         wide = wide + bias
     q, k, v = _split_qkv(wide, heads, groups, interleaved)
     angles = _angles(qkv, cos_sin, positions)
-    return (
-        *(_rotate(x, x.new_empty(x.shape, dtype=qkv.dtype), *angles) for x in (q, k)),
-        v.to(qkv.dtype, copy=True, memory_format=torch.contiguous_format),
-    )
+    q, k = (_rotate(x, x.new_empty(x.shape, dtype=qkv.dtype), *angles) for x in (q, k))
+    return q, k, v.to(qkv.dtype, copy=True, memory_format=torch.contiguous_format)
 
 
 def qkv_rope_bwd_reference(
     dq: Tensor, dk: Tensor, dv: Tensor, cos_sin: Tensor, positions: Tensor, interleaved: bool
 ) -> Tensor:
-    check_positions(positions, cos_sin)
     heads, groups = dq.shape[1], dk.shape[1]
     dqkv = dq.new_empty(dq.shape[0], (heads + 2 * groups) * dq.shape[2])
     parts = _split_qkv(dqkv, heads, groups, interleaved)
@@ -103,31 +106,37 @@ def _split_qkv(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Views q [T, heads, C], k and v [T, groups, C] of qkv [T, (heads + 2 groups) * C]; where
     `interleaved`, q, k and v of one head lie side by side."""
+    parts: tuple[Tensor, ...]
     if interleaved:
-        return qkv.unflatten(1, (heads, 3, -1)).unbind(2)
-    return qkv.unflatten(1, (heads + 2 * groups, -1)).split([heads, groups, groups], 1)
+        parts = torch.unflatten(qkv, 1, (heads, 3, -1)).unbind(2)
+    else:
+        heads_of_all = torch.unflatten(qkv, 1, (heads + 2 * groups, -1))
+        parts = torch.split(heads_of_all, [heads, groups, groups], 1)
+    q, k, v = parts
+    return q, k, v
 
 
 def _angles(x: Tensor, cos_sin: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
     """cos and sin of every token's angles, [T, 1, R] in the dtype that x is rotated in."""
-    return cos_sin[positions].to(accumulate_dtype(x)).unsqueeze(1).unbind(-1)
+    cos, sin = cos_sin[positions].to(accumulate_dtype(x)).unsqueeze(1).unbind(-1)
+    return cos, sin
 
 
 def _rotate(x: Tensor, y: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Writes x [T, heads, C], rotated, to y, and returns y."""
     width = 2 * cos.shape[-1]
-    pairs = x[..., :width].to(cos.dtype).unflatten(-1, (-1, 2))  # [T, heads, R, 2]
+    pairs = torch.unflatten(x[..., :width].to(cos.dtype), -1, (-1, 2))  # [T, heads, R, 2]
     even, odd = pairs.unbind(-1)
-    rotated = y[..., :width].unflatten(-1, (-1, 2))
+    rotated = torch.unflatten(y[..., :width], -1, (-1, 2))
     rotated[..., 0] = even * cos - odd * sin
     rotated[..., 1] = odd * cos + even * sin
     y[..., width:] = x[..., width:]
     return y
 
 
-def check_positions(positions: Tensor, cos_sin: Tensor) -> None:
-    """Raises ValueError for a position outside the table, where values are checked."""
-    if not values_are_checked(positions) or positions.numel() == 0:
+def _check_positions(cos_sin: Tensor, positions: Tensor) -> None:
+    """Raises ValueError for a position outside the table; reads the values back from the device."""
+    if positions.numel() == 0:
         return
     low, high = int(positions.min()), int(positions.max())
     check(
@@ -139,21 +148,57 @@ def check_positions(positions: Tensor, cos_sin: Tensor) -> None:
     )
 
 
-def _fake(x, cos_sin, positions):
+def _check_values(x: Tensor, cos_sin: Tensor, positions: Tensor) -> None:
+    _check_positions(cos_sin, positions)
+
+
+def _fake(x: Tensor, cos_sin: Tensor, positions: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
-def _qkv_fwd_fake(qkv, bias, cos_sin, positions, heads, groups, interleaved):
+def _qkv_fwd_fake(
+    qkv: Tensor,
+    bias: Tensor | None,
+    cos_sin: Tensor,
+    positions: Tensor,
+    heads: int,
+    groups: int,
+    interleaved: bool,
+) -> tuple[Tensor, ...]:
     channels = qkv.shape[1] // (heads + 2 * groups)
     return tuple(qkv.new_empty(qkv.shape[0], n, channels) for n in (heads, groups, groups))
 
 
-def _qkv_bwd_fake(dq, dk, dv, cos_sin, positions, interleaved):
+def _qkv_bwd_fake(
+    dq: Tensor, dk: Tensor, dv: Tensor, cos_sin: Tensor, positions: Tensor, interleaved: bool
+) -> Tensor:
     return dq.new_empty(dq.shape[0], (dq.shape[1] + 2 * dk.shape[1]) * dq.shape[2])
 
 
-def _supports(x, cos_sin, *_):
+def _supports(x: Tensor, cos_sin: Tensor, *_: object) -> str | None:
     return supports_dtype(x) or supports_dtype(cos_sin)
+
+
+def _qkv_fwd_supports(qkv: Tensor, bias: Tensor | None, cos_sin: Tensor, *_: object) -> str | None:
+    return _supports(qkv, cos_sin)
+
+
+def _qkv_bwd_supports(
+    dq: Tensor, dk: Tensor, dv: Tensor, cos_sin: Tensor, *_: object
+) -> str | None:
+    return _supports(dq, cos_sin)
+
+
+def _check_qkv_fwd_values(
+    qkv: Tensor, bias: Tensor | None, cos_sin: Tensor, positions: Tensor, *_: object
+) -> None:
+    _check_positions(cos_sin, positions)
+
+
+def _check_qkv_bwd_values(
+    dq: Tensor, dk: Tensor, dv: Tensor, cos_sin: Tensor, positions: Tensor, *_: object
+) -> None:
+    _check_positions(cos_sin, positions)
 
 
 define_op(
@@ -162,15 +207,16 @@ define_op(
     module="rope",
     reference=rope_bwd_reference,
     fake=_fake,
-    supports=_supports,
+    supports=supports_of_kernels(_supports),
+    check_values=_check_values,
 )
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[1:])
 
 
-def _backward(ctx, dy):
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     return torch.ops.glmkern.rope_bwd(dy, *ctx.saved_tensors), None, None
 
 
@@ -180,15 +226,17 @@ define_op(
     module="rope",
     reference=rope_fwd_reference,
     fake=_fake,
-    supports=_supports,
+    supports=supports_of_kernels(_supports),
+    check_values=_check_values,
     setup_context=_setup_context,
     backward=_backward,
 )
 
-# For a layer's own backward: what follows and precedes the product with query_key_value's weight,
-# in one pass. qkv [T, (heads + 2 groups) * C], whose rows may be slices of wider ones, plus bias
-# becomes rotated q [T, heads, C] and k and a copy of v [T, groups, C]; the backward makes the
-# gradient of qkv from theirs. `interleaved`: see _split_qkv.
+# For a layer's own backward: all that lies between the product with query_key_value's weight and
+# attention, in one pass. The forward adds the bias to qkv [T, (heads + 2 groups) * C], whose rows
+# may be slices of wider ones. It returns rotated q [T, heads, C] and k [T, groups, C], and a copy
+# of v [T, groups, C]. The backward computes the gradient of qkv from theirs. `interleaved`: see
+# _split_qkv.
 define_op(
     "qkv_rope_bwd",
     "(Tensor dq, Tensor dk, Tensor dv, Tensor cos_sin, Tensor positions,"
@@ -196,7 +244,8 @@ define_op(
     module="rope",
     reference=qkv_rope_bwd_reference,
     fake=_qkv_bwd_fake,
-    supports=lambda dq, dk, dv, cos_sin, *_: _supports(dq, cos_sin),
+    supports=supports_of_kernels(_qkv_bwd_supports),
+    check_values=_check_qkv_bwd_values,
 )
 define_op(
     "qkv_rope_fwd",
@@ -205,5 +254,6 @@ define_op(
     module="rope",
     reference=qkv_rope_fwd_reference,
     fake=_qkv_fwd_fake,
-    supports=lambda qkv, bias, cos_sin, *_: _supports(qkv, cos_sin),
+    supports=supports_of_kernels(_qkv_fwd_supports),
+    check_values=_check_qkv_fwd_values,
 )

@@ -4,8 +4,6 @@
 tokens. `sequence_ids` int64 [B] names the sequences for dropout; the default is 0 .. B-1.
 """
 
-import os
-
 import torch
 from torch import Tensor
 
@@ -40,31 +38,27 @@ def complete_sequences(
     return cu_seqlens, sequence_ids
 
 
-def spans(op: str, cu_seqlens: Tensor, tokens: int) -> list[tuple[int, int]]:
-    """(start, end) of every sequence; ValueError for an empty one or a wrong total.
-
-    Reads the values back from the device: for reference implementations.
-    """
-    ends = cu_seqlens.tolist()
+def check_spans(op: str, cu_seqlens: Tensor, tokens: int) -> None:
+    """Raises ValueError for an empty sequence or a wrong total; reads the values back from the
+    device."""
+    sequences = spans(cu_seqlens)
+    first, last = sequences[0][0], sequences[-1][1]
     check(
-        ends[0] == 0 and ends[-1] == tokens,
+        first == 0 and last == tokens,
         lambda: (
             f"{op}: cu_seqlens must run from 0 to the "
-            f"number of tokens, {tokens}, not from {ends[0]} to {ends[-1]}"
+            f"number of tokens, {tokens}, not from {first} to {last}"
         ),
     )
-    result = list(zip(ends[:-1], ends[1:], strict=True))
-    for b, (start, end) in enumerate(result):
-        check(
-            start < end,
-            lambda b=b, start=start, end=end: (
+    for b, (start, end) in enumerate(sequences):
+        if start >= end:
+            raise ValueError(
                 f"{op}: sequence {b} is empty "
                 f"(cu_seqlens goes from {start} to {end}); leave it out of the batch"
-            ),
-        )
-    return result
+            )
 
 
-def values_are_checked(x: Tensor) -> bool:
-    """Values are checked where reading them is free, or everywhere under GLMKERN_CHECK=1."""
-    return x.device.type == "cpu" or os.environ.get("GLMKERN_CHECK") == "1"
+def spans(cu_seqlens: Tensor) -> list[tuple[int, int]]:
+    """(start, end) of every sequence; reads the values back from the device."""
+    ends = cu_seqlens.tolist()
+    return list(zip(ends[:-1], ends[1:], strict=True))

@@ -3,12 +3,14 @@
 With s = sigmoid(gate): d gate = dy * up * s * (1 + gate * (1 - s)), d up = dy * gate * s.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from glmkern.dispatch import define_op
-from glmkern.ops.checks import accumulate_dtype, check, check_floating, supports_dtype
+from glmkern.ops.checks import accumulate_dtype, check, check_floating, supports_of_kernels
 
 
 def swiglu(x: Tensor) -> Tensor:
@@ -32,7 +34,8 @@ def swiglu(x: Tensor) -> Tensor:
             f"gate and up, two halves of one size, not {tuple(x.shape)}"
         ),
     )
-    return torch.ops.glmkern.swiglu_fwd(x.contiguous())
+    y: Tensor = torch.ops.glmkern.swiglu_fwd(x.contiguous())
+    return y
 
 
 def swiglu_fwd_reference(x: Tensor) -> Tensor:
@@ -55,11 +58,11 @@ def swiglu_bwd_reference(dy: Tensor, x: Tensor) -> Tensor:
     return dx
 
 
-def _fwd_fake(x):
+def _fwd_fake(x: Tensor) -> Tensor:
     return x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
 
 
-def _bwd_fake(dy, x):
+def _bwd_fake(dy: Tensor, x: Tensor) -> Tensor:
     return torch.empty_like(x)
 
 
@@ -69,15 +72,15 @@ define_op(
     module="swiglu",
     reference=swiglu_bwd_reference,
     fake=_bwd_fake,
-    supports=supports_dtype,
+    supports=supports_of_kernels(),
 )
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _backward(ctx, dy):
+def _backward(ctx: Any, dy: Tensor) -> Any:
     return torch.ops.glmkern.swiglu_bwd(dy.contiguous(), *ctx.saved_tensors)
 
 
@@ -87,7 +90,7 @@ define_op(
     module="swiglu",
     reference=swiglu_fwd_reference,
     fake=_fwd_fake,
-    supports=supports_dtype,
+    supports=supports_of_kernels(),
     setup_context=_setup_context,
     backward=_backward,
 )

@@ -70,8 +70,7 @@ class Job:
         batch = training.per_device_train_batch_size
         accumulation = -(-training.gradient_accumulation_steps // processes)
         if rows is None:
-            target = data.max_target_length + 1
-            longest = RowLength(data.max_source_length + target, target)
+            longest = RowLength(data.padded_length, data.max_target_length + 1)
             lengths, steps = [longest] * (batch * accumulation), max(training.max_steps, 0)
         else:
             lengths = [RowLength(len(row.input_ids), labelled_tokens(row)) for row in rows]
@@ -94,7 +93,7 @@ class Job:
         return max(row.tokens for row in self.rows)
 
     def worst_pack(self) -> RowLength:
-        """A pack that comes up whatever the sampled steps hold: the longest row alone. Where a
+        """The longest row alone, which is a pack of some step even if of no sampled one. Where a
         micro-batch is a pack, an upper bound: the order of rows may put the longest into one."""
         return _sum(heapq.nlargest(1 if self.budget else self.micro_batch, self.rows))
 

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,9 +10,10 @@ import torch
 
 from glmkern.chatglm import ChatGLM
 from glmkern.errors import InputError
+from glmkern.model.config import ChatGLMConfig
 from glmkern.model.packing import Row
 from glmkern.tokenizer import ChatGLMTokenizer
-from glmkern.training.data.files import RunData, TrainingData, read_data
+from glmkern.training.data.files import RunData, read_data
 from glmkern.training.data.rows import EvaluationData
 from glmkern.training.evaluation.answers import PredictionFile
 from glmkern.training.evaluation.evaluation import Evaluation
@@ -58,15 +60,18 @@ def run(arguments: Arguments, forecast: Forecaster | None = None) -> dict[str, f
         forecast: told about the training rows before the base takes memory; None: no forecast, and
             --tokens_per_pack auto is as many as suffice for speed.
 
-    Returns the metrics of all that was asked for. Raises InputError where files or flags are
-    wrong, before the base is loaded where that can be told, TrainingError where the run fails, and
-    Interrupted where a signal stops it.
+    Returns the metrics of all that was asked for.
+
+    Raises:
+        InputError: files or flags are wrong; where possible before the base is loaded.
+        TrainingError: the run fails.
+        Interrupted: a signal stops it.
     """
     training_args = arguments.training
     check_arguments(arguments, os.environ)
     check_reports(training_args)
     device = choose_device(training_args)
-    with join_world(training_args, device) as world, world.first_prints():
+    with join_world(training_args, device) as world, world.only_first_prints():
         checkpoint = _prepare_folder(training_args) if training_args.do_train else None
         world.wait_for_all()  # before the first writes into the folder that the others look at
         for line in _notes(arguments, checkpoint):
@@ -74,7 +79,7 @@ def run(arguments: Arguments, forecast: Forecaster | None = None) -> dict[str, f
         _configure_process(training_args)
         setup = prepare(arguments, device)
         if checkpoint is not None:
-            setup = _as_stopped(setup, checkpoint)
+            setup = _with_packs_of(setup, checkpoint)
         return _run(setup, world, checkpoint, forecast)
 
 
@@ -105,7 +110,7 @@ def _configure_process(args: TrainingArguments) -> None:
     set_seed(args.seed)
 
 
-def _as_stopped(setup: Setup, checkpoint: Path) -> Setup:
+def _with_packs_of(setup: Setup, checkpoint: Path) -> Setup:
     """With --tokens_per_pack of the stopped run, where it is left to this one: the same packs give
     the same bits. Raises InputError where the flags are of another run."""
     check_same_run(checkpoint, setup.arguments.to_dict())
@@ -133,105 +138,124 @@ def _run(
     except ValueError as error:  # a configuration or combination of flags that is not supported
         raise InputError(str(error)) from error
 
-    arguments = setup.arguments
-    folder = RunFolder(arguments.training.output_dir, arguments.training.save_total_limit)
+    training_args = setup.arguments.training
+    folder = RunFolder(training_args.output_dir, training_args.save_total_limit)
+    tasks = _Tasks(setup.arguments, model, tokenizer, data, folder)
     results, epoch = {}, {}
     if data.train is not None:
-        metrics = _train(setup, model, tokenizer, data, folder, world, checkpoint, on_step)
+        metrics = tasks.train(world, checkpoint, on_step, setup.tuned_config)
         if world.is_first:
-            results |= _finish(
-                "train", metrics, arguments.data.max_train_samples, data.train, folder
-            )
+            results |= tasks.write("train", metrics)
         epoch = {"epoch": metrics["epoch"]}
     if not world.is_first:  # the first process alone measures and writes
         return results
     folder.make()
     if data.validation is not None:
-        metrics = Evaluation.of(arguments, model, tokenizer, data.validation).evaluate() | epoch
+        metrics = tasks.evaluation(data.validation).evaluate() | epoch
         print(metrics)
-        results |= _finish(
-            "eval", metrics, arguments.data.max_eval_samples, data.validation, folder
-        )
+        results |= tasks.write("eval", metrics)
     if data.test is not None:
         with PredictionFile(folder.path / "generated_predictions.txt") as file:
-            metrics = Evaluation.of(arguments, model, tokenizer, data.test).predict(file)
-        results |= _finish(
-            "predict", metrics, arguments.data.max_predict_samples, data.test, folder
-        )
+            metrics = tasks.evaluation(data.test).predict(file)
+        results |= tasks.write("predict", metrics)
     return results
 
 
-def _train(
-    setup: Setup,
-    model: ChatGLM,
-    tokenizer: ChatGLMTokenizer,
-    data: RunData,
-    folder: RunFolder,
-    world: World,
-    checkpoint: Path | None,
-    on_step: Callable[[int], None],
-) -> dict[str, float]:
-    """Train the model's prefix; returns the metrics, and leaves checkpoints and state in `folder`.
+@dataclass(frozen=True)
+class _Tasks:
+    """What --do_train, --do_eval and --do_predict do with the model and the rows."""
 
-    `on_step` is called with the number of every step taken.
-    """
-    arguments, training_args = setup.arguments, setup.arguments.training
-    evaluate = samples = None
-    if training_args.evaluation_strategy != "no":
-        evaluate = Evaluation.of(arguments, model, tokenizer, data.validation).greedy().evaluate
-    if data.samples:
-        samples = SampleWriter.of(arguments, model, tokenizer, data.samples)
-    reports = Reports(
-        training_args, lambda: trainer.state.log_history, arguments.to_dict(), writes=world.is_first
-    )
+    arguments: Arguments
+    model: ChatGLM
+    tokenizer: ChatGLMTokenizer
+    data: RunData
+    folder: RunFolder
 
-    def after_step(step: int) -> None:
-        on_step(step)
-        reports.after_step(step)
+    def train(
+        self,
+        world: World,
+        checkpoint: Path | None,
+        on_step: Callable[[int], None],
+        saved_config: ChatGLMConfig,
+    ) -> dict[str, float]:
+        """Train the model's prefix; returns the metrics, and leaves checkpoints and state in the
+        folder.
 
-    hooks = Hooks(
-        write_companions=lambda checkpoint: write_companions(
-            checkpoint, setup.tuned_config, tokenizer, arguments
-        ),
-        evaluate=evaluate,
-        on_save=samples or do_nothing,
-        on_step=after_step,
-    )
-    try:
-        trainer = Trainer(
-            model,
-            data.train.rows.rows,
-            training_args,
-            folder=folder,
-            row_names=[example.index for example in data.train.examples],
-            world=world,
-            hooks=hooks,
-            flags=arguments.to_dict(),
+        Args:
+            checkpoint: to resume from; None for a fresh start.
+            on_step: called with the number of every step taken.
+            saved_config: the configuration in every checkpoint.
+        """
+        flags, data = self.arguments.to_dict(), self.data
+        samples = self._sample_writer()
+        reports = Reports(
+            self.arguments.training, lambda: trainer.state.log_history, flags, world.is_first
         )
-    except ValueError as error:  # flags that do not go with the rows
-        raise InputError(str(error)) from error
-    world.require_same("the start of the run", "afresh" if checkpoint is None else checkpoint.name)
-    world.require_same("the fingerprint of the training rows", trainer.fingerprint)
-    if samples is not None and checkpoint is not None and world.is_first:
-        samples.resume_from(checkpoint)
-    with reports:
-        metrics = trainer.train(checkpoint)
-    if world.is_first:
-        folder.write_state(trainer.state)
-    return metrics
 
+        def after_step(step: int) -> None:
+            on_step(step)
+            reports.after_step(step)
 
-def _finish(
-    split: str,
-    metrics: dict[str, float],
-    limit: int | None,
-    data: TrainingData | EvaluationData,
-    folder: RunFolder,
-) -> dict[str, float]:
-    """Count the rows, print the official table of a split and write its results."""
-    count = len(data.examples)
-    metrics[f"{split}_samples"] = min(limit or count, count)
-    for line in metrics_table(metrics, split):
-        print(line)
-    folder.write_results(split, metrics)
-    return metrics
+        hooks = Hooks(
+            write_companions=lambda folder: write_companions(
+                folder, saved_config, self.tokenizer, self.arguments
+            ),
+            evaluate=self._evaluate_while_training(),
+            on_save=samples or do_nothing,
+            on_step=after_step,
+        )
+        try:
+            trainer = Trainer(
+                self.model,
+                data.train.rows.rows,
+                self.arguments.training,
+                folder=self.folder,
+                row_names=[example.index for example in data.train.examples],
+                world=world,
+                hooks=hooks,
+                flags=flags,
+            )
+        except ValueError as error:  # flags that do not go with the rows
+            raise InputError(str(error)) from error
+        start = "afresh" if checkpoint is None else checkpoint.name
+        world.require_same("the start of the run", start)
+        world.require_same("the fingerprint of the training rows", trainer.fingerprint)
+        if samples is not None and checkpoint is not None and world.is_first:
+            samples.resume_from(checkpoint)
+        with reports:
+            metrics = trainer.train(checkpoint)
+        if world.is_first:
+            self.folder.write_state(trainer.state)
+        return metrics
+
+    def evaluation(self, data: EvaluationData) -> Evaluation:
+        return Evaluation.of(self.arguments, self.model, self.tokenizer, data)
+
+    def write(self, split: str, metrics: dict[str, float]) -> dict[str, float]:
+        """Count the rows, print the official table of a split and write its results.
+
+        `split`: "train", "eval" or "predict".
+        """
+        data, args = self.data, self.arguments.data
+        rows, limit = {
+            "train": (data.train, args.max_train_samples),
+            "eval": (data.validation, args.max_eval_samples),
+            "predict": (data.test, args.max_predict_samples),
+        }[split]
+        count = len(rows.examples)
+        metrics[f"{split}_samples"] = min(limit or count, count)
+        for line in metrics_table(metrics, split):
+            print(line)
+        self.folder.write_results(split, metrics)
+        return metrics
+
+    def _sample_writer(self) -> SampleWriter | None:
+        if not self.data.samples:
+            return None
+        return SampleWriter(self.arguments, self.model, self.tokenizer, self.data.samples)
+
+    def _evaluate_while_training(self) -> Callable[[], dict[str, float]] | None:
+        """For --evaluation_strategy; officially without draws."""
+        if self.arguments.training.evaluation_strategy == "no":
+            return None
+        return self.evaluation(self.data.validation).greedy().evaluate

@@ -11,7 +11,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from glmkern.ops.rope import check_positions
 from glmkern.triton_kernels.launch import contiguous, launch
 
 # At most 16 elements a thread of 4 warps: two 16-byte loads in half precision, four in fp32.
@@ -276,7 +275,6 @@ def _contiguous_channels(x: Tensor) -> Tensor:
 
 
 def _angles(cos_sin: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    check_positions(positions, cos_sin)
     return contiguous(cos_sin, positions)
 
 

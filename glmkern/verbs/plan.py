@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from glmkern.training.setup import Setup
 
 # What checking a training command asks for and a plan can do without.
-STAND_INS = {"train_file": "rows.json", "prompt_column": "prompt", "response_column": "response"}
+PLACEHOLDERS = {"train_file": "rows.json", "prompt_column": "prompt", "response_column": "response"}
 
 
 def run(argv: Sequence[str]) -> int:
@@ -56,7 +56,7 @@ def plan(arguments: Arguments, gpu: str | None = None) -> list[str]:
     from glmkern.training.flags.validation import check_arguments
     from glmkern.training.setup import prepare
 
-    check_arguments(_as_a_run(arguments), {})
+    check_arguments(_with_placeholders(arguments), {})
     setup = prepare(arguments, torch.device("cuda") if gpu else None)
     setup.check_quantization()
     precision = Precision.of_setup(setup)
@@ -74,12 +74,12 @@ def plan(arguments: Arguments, gpu: str | None = None) -> list[str]:
     return [*lines, *precision.lines(bits), *prediction.table()]
 
 
-def _as_a_run(arguments: Arguments) -> Arguments:
+def _with_placeholders(arguments: Arguments) -> Arguments:
     """The flags with stand-ins for those that only a run needs, to be checked like a run's."""
     data = arguments.data
     if data.train_file is None:
         data = replace(
-            data, **{name: getattr(data, name) or value for name, value in STAND_INS.items()}
+            data, **{name: getattr(data, name) or value for name, value in PLACEHOLDERS.items()}
         )
     training = replace(
         arguments.training, do_train=True, output_dir=arguments.training.output_dir or "out"
@@ -93,7 +93,6 @@ def _rows(setup: Setup) -> tuple[Sequence[Row] | None, list[str]]:
 
     data = setup.arguments.data
     if data.train_file is None:
-        tokens = data.max_source_length + data.max_target_length + 1
-        return None, [f"no --train_file: every row is taken to have {tokens:,} tokens"]
+        return None, [f"no --train_file: every row is taken to have {data.padded_length:,} tokens"]
     rows = training_data(data, setup.load_tokenizer(), setup.config).rows
     return rows.rows, describe_rows(rows, data)

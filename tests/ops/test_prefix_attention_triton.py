@@ -393,9 +393,9 @@ def test_sequences_must_fit(seed, call, monkeypatch):
     dout, q, k, v, pk, pv, out, lse, _, *batch = arguments([5], torch.float32, 0.0, seed)
     with pytest.raises(ValueError, match="number of tokens, 5, not from 0 to 4"):
         if call == "fwd":
-            kernels.prefix_attention_fwd(q, k, v, pk, pv, cumulative([4]), *batch)
+            torch.ops.glmkern.prefix_attention_fwd(q, k, v, pk, pv, cumulative([4]), *batch)
         else:
-            kernels.prefix_attention_bwd(
+            torch.ops.glmkern.prefix_attention_bwd(
                 dout, q, k, v, pk, pv, out, lse, cumulative([4]), *batch, True, True
             )
 

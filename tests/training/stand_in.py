@@ -46,6 +46,20 @@ class StandIn(nn.Module):
         return (batch.token_weight[kept] * nll).sum()
 
 
+class Echo:
+    """Answers a prompt with its last token, as often as there is room, and keeps the calls."""
+
+    device = torch.device("cpu")
+
+    def __init__(self):
+        self.calls = []
+
+    def generate(self, input_ids, attention_mask, **options):
+        self.calls.append((input_ids, attention_mask, options))
+        room = options["max_length"] - input_ids.shape[1]
+        return torch.cat([input_ids, input_ids[:, -1:].expand(-1, room)], 1)
+
+
 class Recorder(Trainer):
     """Keeps the unrounded loss of every step and the rows of every micro-batch."""
 

@@ -17,7 +17,7 @@ void for_each_factor(const Dropout& dropout, int64_t sequence_id, int64_t first,
     dropout.for_each_vec(sequence_id, first, hidden, f);
     return;
   }
-  // The row starts amid a counter's four elements: draw from the counter's first one on.
+  // The row starts within a counter's four elements: draw from the counter's first one on.
   constexpr int64_t kChunk = 256;
   float factors[kChunk + 4];
   for (int64_t chunk = 0; chunk < hidden; chunk += kChunk) {
@@ -34,8 +34,8 @@ void for_each_dropout_row(const DropoutRows& rows, int64_t hidden, int64_t begin
                           F f) {
   int64_t sequence = 0;
   for (int64_t row = begin; row < end; row++) {
-    while (row >= rows.cu_seqlens[sequence + 1]) sequence++;
-    f(row, rows.sequence_ids[sequence], (row - rows.cu_seqlens[sequence]) * hidden);
+    while (row >= rows.sequences.cu_seqlens[sequence + 1]) sequence++;
+    f(row, rows.sequences.ids[sequence], (row - rows.sequences.cu_seqlens[sequence]) * hidden);
   }
 }
 

@@ -1,3 +1,5 @@
+// The kernels of bias_dropout_add for the CPU: each computes some of the rows, on the calling
+// thread.
 #pragma once
 
 #include <cstdint>

@@ -1,3 +1,5 @@
+// The kernels of linear_cross_entropy for the CPU: each computes some of the rows, on the calling
+// thread.
 #pragma once
 
 #include <cstdint>

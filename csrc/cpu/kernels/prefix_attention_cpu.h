@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "cpu/isa.h"
+#include "ops/ceil_div.h"
 #include "ops/dtype.h"
 
 namespace glmkern {
@@ -12,7 +13,7 @@ namespace glmkern {
 constexpr int64_t kSetRows = 128;  // query rows that go through the keys together
 
 // Sums of gradients have rows of this many channels, whole vectors on every instruction set.
-inline int64_t padded_channels(int64_t channels) { return (channels + 31) / 32 * 32; }
+inline int64_t padded_channels(int64_t channels) { return ceil_div(channels, 32) * 32; }
 
 // Keys and values [count, channels] of one group.
 struct KeyRun {

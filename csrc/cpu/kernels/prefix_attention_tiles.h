@@ -27,7 +27,7 @@ constexpr float kUnseen = -1e30f;
 
 // The distance of a block's keys: an odd number of cache lines, or one column of a block would lie
 // in a few sets of the L1 cache only.
-inline int64_t block_stride(int64_t channels) { return (channels + 31) / 32 * 32 + 16; }
+inline int64_t block_stride(int64_t channels) { return padded_channels(channels) + 16; }
 
 // Rows of a tensor in which the heads of a group lie side by side.
 template <class T>

@@ -48,7 +48,7 @@ inline Vec unpack(Bits words, int j) {
 template <class Codes, int kTerms>
 void decode_forward(const QuantLinear& a, int64_t first_depth, int64_t depth, int64_t column,
                     float* panels) {
-  const int vecs = std::min<int64_t>(kVecs, (a.n - column + kTileCols - 1) / kTileCols * kTileVecs);
+  const int vecs = std::min<int64_t>(kVecs, ceil_div(a.n - column, kTileCols) * kTileVecs);
   for (int vec = 0; vec < vecs; vec++) {
     const int64_t first_row = column + vec * kLanes;
     for (int64_t d = 0; d < depth; d += kLanes * Codes::kPerWord) {
@@ -171,7 +171,7 @@ void multiply_block(const QuantLinear& a, int64_t begin, int64_t end, int64_t co
 // strip [depth, height] = x [height, depth], transposed.
 template <class T>
 void pack_strip(const T* x, int64_t stride, int64_t height, int64_t depth, float* strip) {
-  constexpr int kSquares = (kTileRows + kLanes - 1) / kLanes;
+  constexpr int kSquares = ceil_div(kTileRows, kLanes);
   const float* end = strip + depth * height;
   for_each_vec(depth, [&](int64_t d, auto lanes) {
     Vec squares[kSquares][kLanes] = {};

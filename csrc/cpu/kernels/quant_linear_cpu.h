@@ -1,8 +1,10 @@
+// The kernels of quant_linear for the CPU: each computes some of the blocks, on the calling thread.
 #pragma once
 
 #include <cstdint>
 
 #include "cpu/isa.h"
+#include "ops/ceil_div.h"
 #include "ops/quant_linear.h"
 
 namespace glmkern {
@@ -27,7 +29,7 @@ GLMKERN_CPU_BF16_KERNEL(void quant_linear_block(const QuantLinear&, int64_t begi
 // as floats or as digits of integers, in arranged_size floats; then the results of columns
 // begin <= n < end.
 enum class FewArranged { kFloats, kDigits };
-inline int64_t padded_depth(int64_t k) { return (k + kDepthBlock - 1) / kDepthBlock * kDepthBlock; }
+inline int64_t padded_depth(int64_t k) { return ceil_div(k, kDepthBlock) * kDepthBlock; }
 inline int64_t arranged_size(const QuantLinear& a) { return a.rows * padded_depth(a.k) + 16; }
 GLMKERN_CPU_KERNEL(FewArranged quant_linear_arrange(const QuantLinear&, float* arranged))
 GLMKERN_CPU_KERNEL(void quant_linear_few(const QuantLinear&, FewArranged, const float* arranged,

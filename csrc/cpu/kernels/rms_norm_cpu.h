@@ -1,3 +1,4 @@
+// The kernels of rms_norm for the CPU: each computes some of the rows, on the calling thread.
 #pragma once
 
 #include <cstdint>

@@ -1,3 +1,4 @@
+// The kernels of rope for the CPU: each computes some of the tokens, on the calling thread.
 #pragma once
 
 #include <cstdint>

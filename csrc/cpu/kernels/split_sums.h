@@ -1,4 +1,4 @@
-// The last step of a sum over rows: ops/column_sums.h says how the rows were split.
+// The last step of a sum over rows: cpu/column_sums.h says how the rows were split.
 #pragma once
 
 #include "cpu/kernels/vec.h"

@@ -1,3 +1,4 @@
+// The kernels of swiglu for the CPU: each computes some of the elements, on the calling thread.
 #pragma once
 
 #include <cstdint>

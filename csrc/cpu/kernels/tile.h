@@ -14,6 +14,7 @@
 #include <utility>
 
 #include "cpu/kernels/vec.h"
+#include "ops/ceil_div.h"
 
 namespace glmkern::CPU_ISA {
 namespace {
@@ -93,7 +94,7 @@ inline MultiplyTile tile_of(int64_t rows) {
 // Rows in strips of at most kTileRows, of equal height give or take one: no tile computes nothing.
 struct Strips {
   int64_t rows, count;
-  explicit Strips(int64_t rows) : rows(rows), count((rows + kTileRows - 1) / kTileRows) {}
+  explicit Strips(int64_t rows) : rows(rows), count(ceil_div(rows, kTileRows)) {}
   int64_t begin(int64_t strip) const { return strip * rows / count; }
   int64_t height(int64_t strip) const { return begin(strip + 1) - begin(strip); }
 };

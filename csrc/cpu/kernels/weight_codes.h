@@ -121,7 +121,7 @@ inline Bits load_words(const uint8_t* p) {
   return words;
 }
 
-// Of a row that ends after `bytes` more bytes; zeros behind its end.
+// Of a row that ends after `bytes` more bytes; zeros past its end.
 inline Bits load_words(const uint8_t* p, int64_t bytes) {
   if (bytes >= static_cast<int64_t>(sizeof(Bits))) return load_words(p);
   Bits words{};

@@ -8,7 +8,7 @@
 
 #include <cuda_runtime.h>
 
-namespace glmkern {
+namespace glmkern::cuda {
 
 template <class... Parameters>
 void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, int threads,
@@ -26,4 +26,4 @@ void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, int
   }
 }
 
-}  // namespace glmkern
+}  // namespace glmkern::cuda

@@ -3,7 +3,7 @@
 
 #include <cuda_runtime.h>
 
-namespace glmkern {
+namespace glmkern::cuda {
 
 constexpr int kWarp = 32;
 constexpr int kMaxWarps = 32;
@@ -27,4 +27,4 @@ __device__ inline float block_sum(float x, float (&partial)[kMaxWarps]) {
   return warp_sum(lane < warps ? partial[lane] : 0.0f);
 }
 
-}  // namespace glmkern
+}  // namespace glmkern::cuda

@@ -10,7 +10,7 @@
 
 #include "ops/dtype.h"
 
-namespace glmkern {
+namespace glmkern::cuda {
 
 __device__ inline float to_float(float x) { return x; }
 __device__ inline float to_float(__half x) { return __half2float(x); }
@@ -89,4 +89,4 @@ __device__ void store(T* p, const Vec<T, kWidth>& v) {
 
 inline bool aligned_to_16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
-}  // namespace glmkern
+}  // namespace glmkern::cuda

@@ -18,6 +18,7 @@
 #include "cuda/device/launch.cuh"
 #include "cuda/device/reduce.cuh"
 #include "cuda/device/vec.cuh"
+#include "ops/ceil_div.h"
 
 namespace glmkern::cuda {
 namespace {
@@ -40,7 +41,7 @@ __device__ void for_each_vector(int hidden, F f) {
 }
 
 template <class T, int kWidth, int kVectors, bool kResidual>
-__global__ void __launch_bounds__(kMaxThreads) forward_kernel(RmsNormForward a) {
+__global__ void __launch_bounds__(kMaxThreads) rms_norm_forward_kernel(RmsNormForward a) {
   using V = Vec<T, kWidth>;
   __shared__ float scratch[kMaxWarps];
   const int hidden = static_cast<int>(a.hidden);
@@ -88,7 +89,8 @@ __global__ void __launch_bounds__(kMaxThreads) forward_kernel(RmsNormForward a) 
 // the split's share of dweight for the columns that are theirs, in registers, or in global memory
 // where a row does not fit into registers.
 template <class T, int kWidth, int kVectors, bool kWeightGrad>
-__global__ void __launch_bounds__(kMaxThreads) backward_kernel(RmsNormBackward a, int64_t piece) {
+__global__ void __launch_bounds__(kMaxThreads)
+    rms_norm_backward_kernel(RmsNormBackward a, int64_t piece) {
   using V = Vec<T, kWidth>;
   __shared__ float scratch[2][kMaxWarps];
   const int hidden = static_cast<int>(a.hidden);
@@ -160,7 +162,7 @@ __global__ void __launch_bounds__(kMaxThreads) backward_kernel(RmsNormBackward a
 constexpr int kGroups = 8;
 
 template <class T>
-__global__ void __launch_bounds__(kGroups* kWarp) dweight_kernel(RmsNormBackward a) {
+__global__ void __launch_bounds__(kGroups* kWarp) rms_norm_dweight_kernel(RmsNormBackward a) {
   __shared__ float sums[kGroups][kWarp];
   const int lane = threadIdx.x % kWarp, group = threadIdx.x / kWarp;
   const int64_t column = static_cast<int64_t>(blockIdx.x) * kWarp + lane;
@@ -175,8 +177,6 @@ __global__ void __launch_bounds__(kGroups* kWarp) dweight_kernel(RmsNormBackward
     static_cast<T*>(a.dweight)[column] = from_float<T>(sum);
   }
 }
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 template <int N>
 using Int = std::integral_constant<int, N>;
@@ -207,8 +207,9 @@ void with_cover(int64_t hidden, std::initializer_list<const void*> tensors, F f)
 template <class T, bool kResidual>
 void forward(const RmsNormForward& a, void* stream) {
   with_cover<T>(a.hidden, {a.x, a.residual, a.weight, a.y, a.h}, [&](auto w, auto v, int threads) {
-    launch("rms_norm_fwd", forward_kernel<T, decltype(w)::value, decltype(v)::value, kResidual>,
-           a.rows, threads, stream, a);
+    launch("rms_norm_fwd",
+           rms_norm_forward_kernel<T, decltype(w)::value, decltype(v)::value, kResidual>, a.rows,
+           threads, stream, a);
   });
 }
 
@@ -218,12 +219,13 @@ void backward(const RmsNormBackward& a, void* stream) {
   const int64_t blocks = kWeightGrad ? a.splits : a.rows;
   const auto tensors = {a.dy, a.x, a.weight, a.dresidual, static_cast<const void*>(a.dx)};
   with_cover<T>(a.hidden, tensors, [&](auto w, auto v, int threads) {
-    launch("rms_norm_bwd", backward_kernel<T, decltype(w)::value, decltype(v)::value, kWeightGrad>,
-           blocks, threads, stream, a, piece);
+    launch("rms_norm_bwd",
+           rms_norm_backward_kernel<T, decltype(w)::value, decltype(v)::value, kWeightGrad>, blocks,
+           threads, stream, a, piece);
   });
   if constexpr (kWeightGrad) {
-    launch("rms_norm_dweight", dweight_kernel<T>, ceil_div(a.hidden, kWarp), kGroups * kWarp,
-           stream, a);
+    launch("rms_norm_dweight", rms_norm_dweight_kernel<T>, ceil_div(a.hidden, kWarp),
+           kGroups * kWarp, stream, a);
   }
 }
 

@@ -1,3 +1,4 @@
+// The kernels of rms_norm for NVIDIA GPUs.
 #pragma once
 
 #include "ops/rms_norm.h"

@@ -77,7 +77,7 @@ def training_data(
 
 def describe_rows(rows: TrainingRows, args: DataTrainingArguments) -> list[str]:
     """What became of the training rows, and what packing saves against the official padding."""
-    width = args.max_source_length + args.max_target_length + 1
+    width = args.padded_length
     lengths = [len(row.input_ids) for row in rows.rows]
     return [
         rows.report(),
@@ -91,8 +91,8 @@ def describe_rows(rows: TrainingRows, args: DataTrainingArguments) -> list[str]:
 def _sample_source(
     args: DataTrainingArguments, train: TrainingData, validation: EvaluationData | None
 ) -> Sequence[Example]:
-    """Rows of --validation_file, which may be unfit where nothing else needs it, or of the
-    training."""
+    """Rows of --validation_file, or, where nothing else needs that file and it is unfit, of
+    --train_file."""
     if validation is not None:
         return validation.examples
     if args.validation_file is not None:
@@ -115,7 +115,7 @@ def _evaluation_data(
     config: ChatGLMConfig,
 ) -> EvaluationData:
     args = arguments.data
-    flag = "max_target_length" if args.val_max_target_length is None else "val_max_target_length"
+    flag = args.evaluation_target_flag
     data = EvaluationData.of(
         examples,
         tokenizer,

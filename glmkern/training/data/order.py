@@ -8,7 +8,7 @@ from torch.utils.data import RandomSampler, Sampler
 from glmkern.model.packing import Row
 from glmkern.training.flags.arguments import TrainingArguments
 
-MEGABATCHES_AT_LEAST = 4
+MIN_MEGABATCHES = 4
 BATCHES_PER_MEGABATCH = 50
 
 
@@ -29,8 +29,8 @@ def create_sampler(rows: Sequence[Row], args: TrainingArguments) -> Sampler[int]
 
 
 class LengthGroupedSampler(Sampler[int]):
-    """`--group_by_length`: a random order is cut into megabatches of 50 steps (fewer where that
-    would leave less than four), each of which is sorted, the longest row first. The longest row of
+    """`--group_by_length`: a random order, cut into megabatches of 50 steps, or of fewer where that
+    would give less than four. Each megabatch is sorted, the longest row first. The longest row of
     all changes places with the very first, so that a lack of memory shows at once.
 
     Args:
@@ -40,7 +40,7 @@ class LengthGroupedSampler(Sampler[int]):
 
     def __init__(self, lengths: Sequence[int], rows_per_step: int, generator: torch.Generator):
         self.lengths, self.generator = lengths, generator
-        steps = len(lengths) // (rows_per_step * MEGABATCHES_AT_LEAST)
+        steps = len(lengths) // (rows_per_step * MIN_MEGABATCHES)
         self.rows_per_megabatch = max(1, min(steps, BATCHES_PER_MEGABATCH)) * rows_per_step
 
     def __len__(self) -> int:

@@ -1,9 +1,9 @@
 """From the micro-batches of one optimiser step to packs that are computed at once.
 
 The official gradient is the mean over micro-batches of each one's mean over its labelled tokens.
-A labelled token therefore weighs 1 / (labelled tokens of its micro-batch), whatever it is packed
-with, and a row's dropout masks follow its place in the step: packing changes neither, and nor does
-the number of ranks, of which rank r computes the micro-batches r, r + N, r + 2 N, ... of the step.
+A labelled token therefore weighs 1 / (labelled tokens of its micro-batch), and a row's dropout
+masks follow its place in the step. Neither depends on the packing or on the number of ranks. Rank r
+of N computes the micro-batches r, r + N, r + 2 N, ... of the step.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,8 +13,8 @@ from typing import NamedTuple
 from glmkern.model.packing import IGNORE_INDEX, PackedBatch, Row, pack_rows
 from glmkern.training.flags.arguments import AUTO
 
-# Matrix products over this many tokens already read each weight seldom enough to be bound by
-# arithmetic; larger packs only take more memory.
+# Matrix products over this many tokens are bound by arithmetic, not by reading the weights; larger
+# packs only take more memory.
 AUTO_TOKENS = 2048
 
 

@@ -56,9 +56,7 @@ class Decoding:
     def of(cls, arguments: Arguments, config: ChatGLMConfig) -> "Decoding":
         """By the official flags and --greedy, within the positions of the base."""
         _, data, training, _ = arguments
-        longest = (
-            training.generation_max_length or data.max_source_length + data.max_target_length + 1
-        )
+        longest = training.generation_max_length or data.padded_length
         return cls(
             max_length=min(longest, config.seq_length),
             batch_size=training.per_device_eval_batch_size,
@@ -99,14 +97,14 @@ def answer(model: ChatGLM, rows: EvaluationRows, decoding: Decoding) -> Iterator
             )
         except torch.OutOfMemoryError as error:
             raise TrainingError(
-                f"{_named(batch)}: ran out of GPU memory; lower --per_device_eval_batch_size (now "
+                f"{_span(batch)}: ran out of GPU memory; lower --per_device_eval_batch_size (now "
                 f"{decoding.batch_size}) or --num_beams (now {decoding.num_beams})"
             ) from error
         except RuntimeError as error:
             if "probability tensor" not in str(error):
                 raise
             raise TrainingError(
-                f"{_named(batch)}: the model's scores are not finite; compute with --model_dtype "
+                f"{_span(batch)}: the model's scores are not finite; compute with --model_dtype "
                 "bfloat16 or float32, or check the weights of the base and of the prefix"
             ) from error
         yield output[:, width:].tolist()
@@ -125,14 +123,16 @@ def _batches(rows: EvaluationRows, size: int) -> Iterator[range]:
         start = end
 
 
-def _named(batch: range) -> str:
+def _span(batch: range) -> str:
     return f"prompts {batch.start + 1:,} to {batch.stop:,}"
 
 
 def decode(tokenizer: ChatGLMTokenizer, ids: Iterable[int]) -> str:
-    """The text of ids, as the official metrics see it: that of padding for special tokens, whose
-    names ChatGLM3's tokenizer would give, and for ids beyond the vocabulary, which pad the model's
-    matrices and may be chosen by an untrained model."""
+    """The text of ids, as the official metrics see it.
+
+    Special tokens, whose names ChatGLM3's tokenizer would print, decode like padding. So do ids
+    beyond the vocabulary, which an untrained model may choose.
+    """
     silent = set(tokenizer.special_tokens.values())
     return tokenizer.decode(
         tokenizer.pad_token_id if token in silent or token >= tokenizer.vocab_size else token
@@ -150,8 +150,8 @@ def clean(text: str) -> str:
 class PredictionFile:
     """generated_predictions.txt: a JSON object a line, {"labels": ..., "predict": ...}.
 
-    An older file is replaced when the first line comes. Every line is written at once and is there
-    to be read, so that a run that is killed leaves whole lines.
+    An older file is replaced when the first line comes. Every line is written at once, so that a
+    run that is killed leaves whole lines.
     """
 
     def __init__(self, path: Path):

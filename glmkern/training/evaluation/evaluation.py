@@ -70,12 +70,12 @@ class Evaluation:
         The scores come with the loss, which the official script leaves out beside them, so that
         checkpoints can be compared by either.
         """
-        return self._measured("eval", lambda: {"loss": self.loss(), **self._scores("evaluate")})
+        return self._with_speed("eval", lambda: {"loss": self.loss(), **self._scores("evaluate")})
 
     def predict(self, file: PredictionFile) -> dict[str, float]:
         """The official predict_ metrics: the scores of answers, which are streamed to `file`; with
         no answers the loss."""
-        return self._measured(
+        return self._with_speed(
             "predict",
             lambda: self._scores("predict", file) if self.decoding else {"loss": self.loss()},
         )
@@ -88,14 +88,14 @@ class Evaluation:
         rows = self.data.rows.rows
         whole = len(rows) - len(rows) % self.batch_size
         batches = [range(i, i + self.batch_size) for i in range(0, whole, self.batch_size)]
-        total = self.batch_size * self._sum_of_losses(batches)
+        total = self.batch_size * self._loss_sum(batches)
         if whole < len(rows):
-            total += (len(rows) - whole) * self._sum_of_losses([range(whole, len(rows))])
+            total += (len(rows) - whole) * self._loss_sum([range(whole, len(rows))])
         return total / len(rows)
 
-    def _sum_of_losses(self, batches: list[range]) -> float:
+    def _loss_sum(self, batches: list[range]) -> float:
         """The sum over batches of each one's mean over its labelled tokens."""
-        with measuring(self.model):
+        with evaluation_mode(self.model):
             return sum(
                 self._loss(pack)
                 for start in range(0, len(batches), BATCHES_PACKED_TOGETHER)
@@ -129,7 +129,7 @@ class Evaluation:
             return {}
         scores, references = Scores(), iter(self.data.prompts.labels)
         with (
-            measuring(self.model),
+            evaluation_mode(self.model),
             tqdm(
                 total=len(self.data.prompts.labels),
                 desc=name,
@@ -155,7 +155,7 @@ class Evaluation:
             print(f"{scores.empty:,} of {scores.count:,} answers are empty and score 0")
         return scores.means()
 
-    def _measured(self, split: str, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
+    def _with_speed(self, split: str, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
         """The metrics of `measure` and the official speed, their names behind the split's."""
         start = time.monotonic()
         metrics = measure()
@@ -168,7 +168,7 @@ class Evaluation:
 
 
 @contextmanager
-def measuring(model: ChatGLM) -> Iterator[None]:
+def evaluation_mode(model: ChatGLM) -> Iterator[None]:
     """No dropout and no gradients; the model's mode is put back."""
     training = model.training
     model.eval()

@@ -95,6 +95,18 @@ class DataTrainingArguments:
     ignore_pad_token_for_loss: bool = _flag(True, "no loss on the prompt")
     source_prefix: str = _flag("", "text before every prompt")
 
+    @property
+    def padded_length(self) -> int:
+        """Tokens to which the official script pads a row: prompt, response, end of text."""
+        return self.max_source_length + self.max_target_length + 1
+
+    @property
+    def evaluation_target_flag(self) -> str:
+        """The name of the flag that limits the responses of an evaluation."""
+        return (
+            "max_target_length" if self.val_max_target_length is None else "val_max_target_length"
+        )
+
 
 @dataclass
 class TrainingArguments:
@@ -214,6 +226,11 @@ class TrainingArguments:
     greater_is_better: bool | None = _flag(
         None, "whether more of the metric is better; else yes, but for the loss"
     )
+
+    @property
+    def evaluation_interval(self) -> float:
+        """Steps between evaluations, or below 1 a share of all steps."""
+        return self.eval_steps or self.logging_steps
 
 
 SECTIONS = (ModelArguments, DataTrainingArguments, TrainingArguments)

@@ -24,8 +24,8 @@ NOTHING = ("", "none", "null")
 
 
 def parse(argv: Sequence[str], prog: str = "glmkern train") -> Arguments:
-    """The arguments of a command line; a `.json` file in first place is read as a configuration,
-    and flags behind it go before what it says.
+    """The arguments of a command line. A `.json` file in first place is read as a configuration,
+    and the flags after it override it.
 
     Raises InputError for a name in no table (with the nearest one), a refused flag and a value of
     the wrong kind. `-h` and `--help` print the honoured flags and raise SystemExit(0).
@@ -33,13 +33,13 @@ def parse(argv: Sequence[str], prog: str = "glmkern train") -> Arguments:
     given = {}
     if argv and argv[0].endswith(".json"):
         given, argv = _read_json(Path(argv[0])), argv[1:]
-    namespace, rest = _parser(prog).parse_known_args([_plain_name(token) for token in argv])
+    namespace, rest = _parser(prog).parse_known_args([_normalized(token) for token in argv])
     for token in rest:
         _refuse_unknown(token)
     return _resolve({**given, **vars(namespace)})
 
 
-def _plain_name(token: str) -> str:
+def _normalized(token: str) -> str:
     """`--max-steps=3` as `--max_steps=3`; values keep their dashes."""
     if not token.startswith("--"):
         return token
@@ -141,7 +141,7 @@ def _resolve(given: dict[str, Any]) -> Arguments:
             continue
         value = _plain(value)
         flag = REFUSED.get(name) or ACCEPTED[name]
-        if _asks_for_nothing(value, flag.default):
+        if _is_default(value, flag.default):
             continue
         if name in REFUSED:
             shown = "" if value is True else f" {value}"
@@ -157,7 +157,7 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _asks_for_nothing(value: Any, default: Any) -> bool:
+def _is_default(value: Any, default: Any) -> bool:
     text = str(value).lower()
     if default is None:
         return text in NOTHING

@@ -142,7 +142,7 @@ def _check_training(training: TrainingArguments) -> None:
 
 def _check_evaluations(training: TrainingArguments) -> None:
     """Their interval, and that every save has one where the best model is to be loaded."""
-    every = training.eval_steps or training.logging_steps
+    every = training.evaluation_interval
     if training.evaluation_strategy == "steps":
         _check_interval("eval_steps", every, "steps", least=False)
         if every <= 0:
@@ -167,7 +167,7 @@ def _check_evaluations(training: TrainingArguments) -> None:
 
 def _check_evaluation(arguments: Arguments) -> None:
     data, training = arguments.data, arguments.training
-    name = "max_target_length" if data.val_max_target_length is None else "val_max_target_length"
+    name = data.evaluation_target_flag
     _require_range(
         name,
         getattr(data, name),

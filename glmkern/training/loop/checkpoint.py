@@ -42,10 +42,14 @@ NEEDED = (
 class Position:
     """Where a run stands, beyond what the official files hold.
 
-    micro_batches: of the steps taken, over all epochs. epochs_ended: whose logs, evaluations and
-    checkpoints are done. window_loss: sum over the steps since the last log; window_start: that
-    log's step; total_loss: sum over all steps up to it. tokens: of all rows so far; log_lines: in
-    trainer_log.jsonl.
+    Attributes:
+        micro_batches: of the steps taken, over all epochs.
+        epochs_ended: epochs whose logs, evaluations and checkpoints are done.
+        window_loss: sum over the steps since the last log.
+        window_start: the step of that log.
+        total_loss: sum over all steps up to it.
+        tokens: of all rows so far.
+        log_lines: lines of trainer_log.jsonl.
     """
 
     micro_batches: int = 0
@@ -109,7 +113,7 @@ def write_training_state(folder: Path, state: TrainingState) -> None:
 
 
 def read_training_state(folder: Path, state: TrainingState) -> None:
-    """Put `state`, and the random number generators, where the folder holds them to be.
+    """Set `state`, and the random number generators, to what the folder holds.
 
     The steps and epochs of the whole run stay those of `state`. Raises InputError where the folder
     is damaged, or of other rows, another prefix or precision.

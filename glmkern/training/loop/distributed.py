@@ -1,12 +1,12 @@
 """Several processes, one run: each rank computes its share of every step's micro-batches.
 
-torchrun starts the ranks and says in the environment who they are. A step needs one all-reduce,
-of the prefix gradient with a few numbers behind it; nothing else is shared. gloo and NCCL add in
-an order that depends on the number of ranks and the size alone, and leave the same bits on every
-rank, so that the prefixes of the ranks stay equal and a run can be repeated.
+torchrun starts the ranks and names them in the environment. A step needs one all-reduce: of the
+prefix gradient, with a few numbers appended. gloo and NCCL add in an order that depends only on the
+number of ranks and the size. Every rank gets the same bits, so the prefixes of the ranks stay equal
+and a run can be repeated.
 
-A rank that fails says why in the store of the process group before it goes. One that is killed
-cannot; the others notice when the all-reduce breaks, and a roll call finds out who is missing.
+A rank that fails writes its reason into the store of the process group and ends. A killed rank
+writes nothing: the others notice when the all-reduce breaks, and a roll call finds who is missing.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ STORE_LOST = {"ranks": [0], "message": "rank 0 died without a message"}
 POLL_SECONDS = 0.1
 SAME_CAUSE_SECONDS = 1.0
 ROLL_CALL_SECONDS = 5.0
-HANG_SECONDS = 10.0  # how long a rank may go on computing once another has failed
+HANG_SECONDS = 10.0  # how long a rank may still compute after another has failed
 CAUSE_SECONDS = 120.0  # in which a rank with a NaN loss finds the layer it comes from
 
 
@@ -58,7 +58,7 @@ class World:
         return self.rank == 0
 
     @contextmanager
-    def first_prints(self) -> Iterator[None]:
+    def only_first_prints(self) -> Iterator[None]:
         """Within the block only rank 0 writes to stdout."""
         with contextlib.ExitStack() as stack:
             if not self.is_first:
@@ -68,12 +68,12 @@ class World:
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Within the block the other ranks hear of an error here, and this one of theirs."""
+        """Within the block the ranks tell each other of their errors."""
         self._watch.start()
         try:
             yield
         except (PeerFailure, Interrupted, SystemExit):
-            raise  # all know already
+            raise  # every rank knows already
         except BaseException as error:
             if self.announce(error):
                 raise SystemExit(2 if isinstance(error, InputError) else 1) from error
@@ -104,7 +104,7 @@ class World:
         return reports.view(self.size, -1).tolist()
 
     def wait_for_all(self) -> None:
-        """Return when every rank has come here."""
+        """Return when every rank has called this."""
         if self.size > 1:
             self._communicate(dist.all_reduce, torch.zeros(1, device=self._device()))
 
@@ -126,17 +126,17 @@ class World:
                     "the same files, and an --output_dir that they share"
                 )
 
-    def wait_for_cause(self) -> PeerFailure:
-        """The failure of a rank that is known to fail and about to say why."""
+    def wait_for_failure(self) -> PeerFailure:
+        """The failure of another rank, which is about to write its reason."""
         return self._peer_failure(CAUSE_SECONDS, "")
 
     def announce(self, error: BaseException) -> bool:
-        """Tell the other ranks that this one fails, and wait until they have heard it; the first
-        to tell is heard. True where another rank has said the very same."""
+        """Tell the other ranks that this one fails, and wait until they have read it. Only the
+        first failure counts. True where another rank has told the same one before."""
         words = str(error) or type(error).__name__
         if not isinstance(error, (InputError, TrainingError)):
             words = f"{type(error).__name__}: {words}"
-        # What all ranks find wrong, as a flag, the first one says.
+        # Rank 0 reports what all ranks find wrong, such as a flag.
         if not self.is_first:
             self._watch.failed.wait(SAME_CAUSE_SECONDS)
         with contextlib.suppress(RuntimeError):  # the rank with the store is gone
@@ -158,22 +158,22 @@ class World:
         return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
 
     def _peer_failure(self, patience: float, symptom: str) -> PeerFailure:
-        """What the store says within `patience` seconds, or else what a roll call finds; raised on
-        the lowest rank that is still there, while the others end in silence."""
+        """What the store says within `patience` seconds, or else what a roll call finds. Returned
+        on the lowest rank that did not fail; the others end without a message."""
         if not self._watch.failed.wait(patience):
             with contextlib.suppress(RuntimeError):
-                self._call_roll(symptom)
+                self._find_missing_ranks(symptom)
             self._watch.failed.wait(ROLL_CALL_SECONDS)
         failure = self._watch.failure or STORE_LOST
-        if not self.speaks_about(failure):
+        if not self.is_reporter_of(failure):
             raise SystemExit(1)
         return PeerFailure(failure["message"])
 
-    def speaks_about(self, failure: dict) -> bool:
+    def is_reporter_of(self, failure: dict) -> bool:
         """Whether this is the lowest rank that did not fail."""
         return self.rank == min(set(range(self.size)) - set(failure["ranks"]), default=0)
 
-    def _call_roll(self, symptom: str) -> None:
+    def _find_missing_ranks(self, symptom: str) -> None:
         self._store.set(ROLL_CALL, "")
         answers = [f"{PRESENT}/{rank}" for rank in range(self.size)]
         self._wait_for(answers, ROLL_CALL_SECONDS)
@@ -206,9 +206,10 @@ class World:
 
 
 class _Watch(threading.Thread):
-    """Listens to the store while the main thread computes: answers roll calls, keeps the failure
-    that is announced, and ends a process that goes on long after it, as one that hangs in an NCCL
-    collective would.
+    """Reads the store while the main thread computes.
+
+    It answers roll calls and keeps the failure that is announced. It ends a process that is still
+    there long after that, such as one that hangs in an NCCL collective.
 
     Attributes:
         failure: what failed, {"ranks": [...], "message": ...}; there once `failed` is set.
@@ -229,7 +230,7 @@ class _Watch(threading.Thread):
             return
         self.failed.set()
         if self.failure is not None and not self.stopped.wait(HANG_SECONDS):
-            if self.world.speaks_about(self.failure):
+            if self.world.is_reporter_of(self.failure):
                 print(f"glmkern: {self.failure['message']}", file=sys.stderr, flush=True)
             os._exit(1)
 

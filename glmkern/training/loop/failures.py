@@ -45,7 +45,7 @@ class _Output(NamedTuple):
 
 
 @torch.no_grad()
-def where_the_loss_fails(
+def locate_loss_failure(
     model: nn.Module, batch: PackedBatch, dropout_offset: int, seed: int
 ) -> str:
     """Computes the loss of `batch` again, watching what each part of the model returns."""
@@ -59,7 +59,7 @@ def where_the_loss_fails(
     return f"the first values that are not finite are the logits{before}" if outputs else ""
 
 
-def where_the_gradient_fails(model: nn.Module) -> str:
+def locate_gradient_failure(model: nn.Module) -> str:
     """The last layer, and so the first of the backward pass, whose prefix has a gradient that is
     not finite."""
     named = dict(model.named_parameters())

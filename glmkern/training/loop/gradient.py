@@ -11,18 +11,17 @@ from glmkern.model.packing import Row
 from glmkern.training.data.packs import Pack, pack_step, token_budget
 from glmkern.training.flags.arguments import TrainingArguments
 from glmkern.training.loop.distributed import World
-from glmkern.training.loop.failures import (
-    StepFailure,
-    where_the_gradient_fails,
-    where_the_loss_fails,
-)
+from glmkern.training.loop.failures import StepFailure, locate_gradient_failure, locate_loss_failure
 from glmkern.training.loop.loss_scale import LossScale
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """Of all ranks. loss: the mean over the step's micro-batches; tokens: of its rows; stop: the
-    signal by which any rank was asked to stop, or 0."""
+    """A step of all ranks.
+
+    loss: the mean over its micro-batches. tokens: of its rows. stop: the signal that asked any rank
+    to stop, or 0.
+    """
 
     loss: float
     tokens: int
@@ -52,13 +51,13 @@ class StepGradient:
         stop: Callable[[], int],
         notify: Callable[[str], None],
     ) -> StepResult:
-        """Compute the micro-batches of `window`, again with half the loss scale as long as the
-        float16 gradient overflows.
+        """Compute the micro-batches of `window`; where the float16 gradient overflows, halve the
+        loss scale and compute them again.
 
         Args:
             step: how many steps have been taken before; decides the dropout masks.
-            stop: asked when the gradient is there, for the signal that came to this rank.
-            notify: is told about overflows.
+            stop: called after the backward pass; returns the signal that this rank received, or 0.
+            notify: called with a line for every overflow.
 
         Raises StepFailure, and PeerFailure where the failing rank is another.
         """
@@ -106,10 +105,10 @@ class StepGradient:
     ) -> None:
         for pack, loss in zip(packs, losses, strict=True):
             if not math.isfinite(loss):
-                where = where_the_loss_fails(self.model, pack.batch, offset, self.args.seed)
+                where = locate_loss_failure(self.model, pack.batch, offset, self.args.seed)
                 raise StepFailure(f"the loss is {loss}", pack.rows, self._cure(), where)
         if not all(math.isfinite(loss) for loss, _ in reports):
-            raise self.world.wait_for_cause()
+            raise self.world.wait_for_failure()
 
     def _unscale_and_clip(self) -> bool:
         """Divide by the loss scale and clip the norm; False where the norm is not finite."""
@@ -133,7 +132,7 @@ class StepGradient:
                     parameter.grad = None
                 return
             what = "the float16 gradient overflows even with a loss scale of 1"
-        where = where_the_gradient_fails(self.model)
+        where = locate_gradient_failure(self.model)
         raise StepFailure(what, rows, self._cure(), where, everywhere=True)
 
     def _cure(self) -> str:

@@ -16,9 +16,9 @@ class AdamWHF(AdamW):
     """`--optim adamw_hf`: AdamW with eps and the weight decay where transformers' class has them.
 
     That class adds eps to sqrt(v) before the bias correction,
-        p -= lr * sqrt(1 - beta2^t) / (1 - beta1^t) * m / (sqrt(v) + eps),
-    which is torch's formula with eps / sqrt(1 - beta2^t), and it decays p after the update, not
-    before. All parameters of a group take every step together.
+        p -= lr * sqrt(1 - beta2^t) / (1 - beta1^t) * m / (sqrt(v) + eps).
+    This is torch's formula with eps / sqrt(1 - beta2^t). It decays p after the update, not before.
+    All parameters of a group take every step together.
     """
 
     @torch.no_grad()

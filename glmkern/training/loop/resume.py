@@ -72,14 +72,14 @@ def find_checkpoint(wanted: str | None, output_dir: Path) -> Path | None:
         return None
     if wanted.lower() in NEWEST:
         complete = [path for path in output_dir.glob("checkpoint-*") if not _missing(path)]
-        return max(complete, key=_age, default=None)
+        return max(complete, key=_recency, default=None)
     folder = Path(wanted).expanduser()
     if not folder.is_dir():
         raise InputError(
             f"--resume_from_checkpoint {wanted} is not a folder; name a checkpoint-N "
             "folder, or auto for the newest of --output_dir"
         )
-    # Only the flags' file is not the trainer's own: `auto` leaves it to read_flags.
+    # The trainer does not write the file of the flags: with `auto`, read_flags reports its lack.
     missing = _missing(folder, (*NEEDED, FLAGS_FILE))
     if missing and any(folder.glob("checkpoint-*")):
         raise InputError(
@@ -139,11 +139,11 @@ def describe_warm_start(prefix: str | Path) -> str:
 def locate_best_checkpoint(
     checkpoint: Path, state: TrainerState, flags: Mapping[str, Any]
 ) -> str | None:
-    """Have `state`, as read from `checkpoint`, name the best checkpoint where it lies by now.
+    """Set `state`, as read from `checkpoint`, to where the best checkpoint is now.
 
-    It lies beside `checkpoint`, or where it was when it was recorded. Where `flags` judge by
-    another measure than the run so far, `state` forgets it; returns the line that says so. Raises
-    InputError where --load_best_model_at_end would not find it.
+    It is beside `checkpoint`, or where it was recorded. Where `flags` measure the best otherwise
+    than the run so far, `state` drops it, and a line that says so is returned. Raises InputError
+    where --load_best_model_at_end needs it and it is in neither place.
     """
     if state.best_model_checkpoint is None:
         return None
@@ -171,14 +171,14 @@ def locate_best_checkpoint(
 
 
 def resume_command(argv: Sequence[str], environment: Mapping[str, str]) -> str:
-    """The command, for a shell, that goes on with the run that `argv` started."""
+    """The shell command that resumes the run that `argv` started."""
     program = [sys.orig_argv[0], "-m", "glmkern"]
     if Path(sys.argv[0]).stem == "glmkern":
         program = ["glmkern"]
     size, on_host = environment.get("WORLD_SIZE", "1"), environment.get("LOCAL_WORLD_SIZE", "1")
     if size != "1":
         program = ["torchrun", "--standalone", "--nproc-per-node", on_host, "-m", "glmkern"]
-        if size != on_host:  # of several hosts the user knows the addresses
+        if size != on_host:  # the user knows the addresses of several hosts
             program[1:2] = ["..."]
     flag, kept, words = "--resume_from_checkpoint", [], iter(argv)
     for word in words:
@@ -194,8 +194,8 @@ def _missing(folder: Path, needed: Sequence[str] = NEEDED) -> list[str]:
     return [name for name in needed if not (folder / name).is_file()]
 
 
-def _age(folder: Path) -> tuple[int, int]:
-    """Grows with the time of writing, and within the clock's resolution with the step."""
+def _recency(folder: Path) -> tuple[int, int]:
+    """Larger for the later of two checkpoints: by time and, where the clock is coarse, by step."""
     step = folder.name.removeprefix("checkpoint-")
     written = (folder / "trainer_state.json").stat().st_mtime_ns
     return written, int(step) if step.isdecimal() else 0

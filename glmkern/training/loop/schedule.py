@@ -9,7 +9,7 @@ from glmkern.training.output.trainer_state import TrainerState
 
 
 class Due(NamedTuple):
-    """What is to be done now, in this order."""
+    """What is due now, in this order."""
 
     log: bool
     evaluate: bool
@@ -34,7 +34,7 @@ class Schedule:
         first = step == 1 and args.logging_first_step
         log = args.logging_strategy == "steps" and self._is_multiple(step, args.logging_steps)
         evaluate = args.evaluation_strategy == "steps" and step >= args.eval_delay
-        evaluate = evaluate and self._is_multiple(step, args.eval_steps or args.logging_steps)
+        evaluate = evaluate and self._is_multiple(step, args.evaluation_interval)
         save = args.save_strategy == "steps" and self._is_multiple(step, args.save_steps)
         return Due(log or first, evaluate, save)
 

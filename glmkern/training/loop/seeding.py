@@ -26,7 +26,7 @@ def rng_state() -> dict[str, object]:
 
 
 def set_rng_state(state: dict[str, object]) -> None:
-    """Put every generator that `state` has, and this machine too, back into its state."""
+    """Restore every generator that both `state` and this machine have."""
     random.setstate(state["python"])
     torch.random.set_rng_state(state["cpu"])
     if "cuda" in state and torch.cuda.is_available():
@@ -42,7 +42,7 @@ def use_deterministic_libraries() -> None:
     `glmkern.environment.make_deterministic` does the part that must come before torch is loaded.
     """
     torch.use_deterministic_algorithms(True)
-    # Every kernel writes all of its results: filling them before is a write more.
+    # Every kernel writes all of its results: filling the memory before costs a second write.
     torch.utils.deterministic.fill_uninitialized_memory = False
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False

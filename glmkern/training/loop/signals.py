@@ -12,8 +12,8 @@ class StopRequest:
     """Within the block the first SIGINT or SIGTERM is kept in `signal`; a second SIGINT raises
     KeyboardInterrupt. Without effect outside the main thread, where Python has no signals.
 
-    torchrun passes on signals that the terminal has sent to its processes already, and kills what
-    has not ended after 30 seconds; so below it a second SIGINT is not a second wish.
+    torchrun sends its processes the signals that the terminal has sent them already, and kills
+    them after 30 seconds. Below torchrun a second SIGINT is therefore no second Ctrl-C.
 
     Attributes:
         signal: the number of the signal that came, or 0.

@@ -59,9 +59,9 @@ class Trainer:
 
     Attributes:
         state: TrainerState, as trainer_state.json holds it.
-        position: what else is needed to go on from a checkpoint.
+        position: what else a resumed run needs.
         optimizer, scheduler: torch's, as optimizer.pt and scheduler.pt hold them.
-        last_checkpoint: the newest one of this run, or the one it goes on from.
+        last_checkpoint: the newest one of this run, or the one it resumed from.
     """
 
     def __init__(
@@ -91,8 +91,8 @@ class Trainer:
                 "evaluate; pass no"
             )
         self.plan = StepPlan.of(len(rows), args)
-        # As the official Trainer: seeded again once the model is there, so that the order of rows
-        # does not depend on how many random numbers the model's construction took.
+        # Seeded again after the model is made, as in the official Trainer: the order of rows does
+        # not depend on how many random numbers that took.
         set_seed(args.seed)
         self.sampler = sampler or create_sampler(rows, args)
         self.gradient = StepGradient(model, rows, args, self.world)
@@ -124,14 +124,15 @@ class Trainer:
         """Run all steps; returns the metrics that train_results.json holds.
 
         Args:
-            resume_from: a checkpoint to go on from; the run ends with the bits of one that was
-                never stopped.
+            resume_from: a checkpoint; the run ends with the bits of one that was never stopped.
 
-        Raises TrainingError, naming step and rows, where the loss or the gradient is not finite;
-        Interrupted, with everything saved, where SIGINT or SIGTERM asked to stop; InputError where
-        `resume_from` is damaged, or of other rows, another prefix or precision, or where the best
-        checkpoint is to be loaded at the end and is no more. Whether it is of the same flags,
-        resume.check_same_run says.
+        Whether `resume_from` has the same flags, resume.check_same_run tells.
+
+        Raises:
+            TrainingError: the loss or the gradient is not finite; names step and rows.
+            Interrupted: SIGINT or SIGTERM asked to stop; everything is saved.
+            InputError: `resume_from` is damaged, or of other rows, another prefix or precision; or
+                the best checkpoint, which is to be loaded at the end, is not there.
         """
         args, plan = self.args, self.plan
         if resume_from is not None:
@@ -141,7 +142,7 @@ class Trainer:
         self.optimizer.zero_grad()
         if self._writes:
             self.folder.make()
-            self.folder.remove_litter()
+            self.folder.remove_temporary_files()
             if resume_from is not None:
                 self.folder.shorten_log(self.position.log_lines)
                 if resume_from == find_checkpoint("auto", self.folder.path):
@@ -201,7 +202,7 @@ class Trainer:
         self.last_checkpoint = checkpoint
 
     def _train_epochs(self) -> None:
-        """All epochs from the first; what `position` says is done is passed over."""
+        """All epochs from the first; skips the micro-batches that `position` counts as done."""
         plan, state, done = self.plan, self.state, self.position.micro_batches
         batches = BatchSampler(self.sampler, plan.batch_size, self.args.dataloader_drop_last)
         window: list[list[int]] = []
@@ -241,7 +242,7 @@ class Trainer:
         if self.world.is_first:
             self.hooks.on_step(state.global_step)
         self._log_evaluate_save(*self.schedule.after_step(state))
-        # With several ranks all of them stop, or none: what they agreed on goes.
+        # Several ranks stop together or not at all, as they agreed with the gradient.
         stop = result.stop if self.world.size > 1 else self._stop_request.signal
         if stop:
             self._interrupt(stop)

@@ -22,8 +22,8 @@ class Progress:
     """The bar (stderr), the lines above it (stdout) and the log file of one run.
 
     The bar shows loss, learning rate, tokens per second, peak memory and the time left. `log_file`
-    has one JSON object a log, under the names LLaMA-Factory's tools read. A resumed run goes on
-    after the `steps`, `tokens` and `lines` of the log file of its earlier part.
+    has one JSON object a log, under the names that LLaMA-Factory's tools read. A resumed run counts
+    from the `steps`, `tokens` and `lines` of the log file that it had before.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The log of a run for other eyes: TensorBoard's event files and a picture of the loss."""
+"""The log of a run for other tools: TensorBoard's event files and a picture of the loss."""
 
 import datetime
 import importlib.util
@@ -60,7 +60,7 @@ class Reports:
 
     Args:
         args: report_to, logging_dir, plot_loss and output_dir.
-        history: gives the trainer's log_history as it is by then.
+        history: returns the trainer's present log_history.
         flags: what was asked for, shown beside the curves.
         writes: False in all processes of a run but one.
     """
@@ -109,11 +109,11 @@ class Reports:
         self._reported = len(history)
 
     def _open(self, steps: int) -> None:
-        """Open an event file for a run that goes on after `steps` steps, 0 if it is a new one.
+        """Open an event file for a run that has taken `steps` steps, 0 if it is a new one.
 
-        A resumed run goes on in the newest folder. It hides there what its predecessor reported of
-        the checkpoint's step and later ones, and reports the step again: an epoch that ended with
-        it may have had its log and evaluation to come.
+        A resumed run writes into the newest folder. It hides what was reported there of the
+        checkpoint's step and of later ones, and reports that step again: where an epoch ended with
+        it, a log and an evaluation may still follow.
         """
         from torch.utils.tensorboard import SummaryWriter
 

@@ -17,7 +17,7 @@ LOG = "trainer_log.jsonl"
 
 
 class RunFolder:
-    """`--output_dir`, laid out as the official run leaves it."""
+    """`--output_dir`, with the files of the official run."""
 
     def __init__(self, path: str | Path, save_total_limit: int | None = None):
         self.path = Path(path)
@@ -85,8 +85,8 @@ class RunFolder:
             with suppress(OSError):
                 self._delete(path)
 
-    def remove_litter(self) -> None:
-        """Delete what a killed run was writing or deleting."""
+    def remove_temporary_files(self) -> None:
+        """Delete the files and folders that a killed run had begun to write or to delete."""
         for pattern in (f".{CHECKPOINT}*.tmp", f".{'[0-9a-f]' * 16}.tmp"):
             for path in self.path.glob(pattern):
                 if path.is_dir():
@@ -96,7 +96,7 @@ class RunFolder:
                         path.unlink(missing_ok=True)
 
     def shorten_log(self, lines: int) -> None:
-        """Keep the first lines of trainer_log.jsonl, behind which the run goes on."""
+        """Keep the first lines of trainer_log.jsonl, to which a resumed run appends."""
         log = self.path / LOG
         if log.exists():
             with writing(log):
@@ -104,7 +104,7 @@ class RunFolder:
             write_text(log, "".join(kept))
 
     def _delete(self, checkpoint: Path) -> None:
-        """Under another name: a kill must not leave half a checkpoint that looks like a whole."""
+        """Rename, then delete: a kill must not leave half a checkpoint that looks complete."""
         doomed = self._temporary(checkpoint)
         os.replace(checkpoint, doomed)
         shutil.rmtree(doomed, ignore_errors=True)

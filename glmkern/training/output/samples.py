@@ -12,7 +12,7 @@ from glmkern.tokenizer import ChatGLMTokenizer
 from glmkern.training.data.examples import Example
 from glmkern.training.data.rows import build_evaluation_rows
 from glmkern.training.evaluation.answers import Decoding, answer, clean, decode
-from glmkern.training.evaluation.evaluation import measuring
+from glmkern.training.evaluation.evaluation import evaluation_mode
 from glmkern.training.flags.arguments import Arguments
 from glmkern.training.output.run_folder import CHECKPOINT
 
@@ -21,60 +21,43 @@ _SECTION = re.compile(r"^## Step (\d+)$", re.MULTILINE)
 
 
 class SampleWriter:
-    """Answers fixed prompts greedily and appends them, under the step, to samples.md in `folder`.
+    """Answers fixed prompts greedily and appends them, under the step, to samples.md.
 
-    Called after a save with the checkpoint's folder and its step. The file of an earlier run is
-    replaced at the first call, unless `resume_from` said that this run continues it.
+    Called after a save with the checkpoint's folder and its step. The flags limit the answers as
+    those of a prediction. The file of an earlier run is replaced at the first call, unless
+    `resume_from` said that this run continues it.
     """
 
     def __init__(
         self,
-        folder: Path,
-        model: ChatGLM,
-        tokenizer: ChatGLMTokenizer,
-        examples: Sequence[Example],
-        decoding: Decoding,
-        *,
-        max_source_length: int,
-        source_prefix: str = "",
-    ):
-        self.path = folder / NAME
-        self.model, self.tokenizer, self.examples = model, tokenizer, examples
-        self.decoding = replace(decoding, batch_size=len(examples), num_beams=1, do_sample=False)
-        # The references are shown as they are; how they would be cut does not matter.
-        self.prompts = build_evaluation_rows(
-            examples,
-            tokenizer,
-            max_source_length=max_source_length,
-            max_target_length=3,
-            source_prefix=source_prefix,
-        )
-        self._continues = False
-
-    @classmethod
-    def of(
-        cls,
         arguments: Arguments,
         model: ChatGLM,
         tokenizer: ChatGLMTokenizer,
         examples: Sequence[Example],
-    ) -> "SampleWriter":
-        """By the official flags, which limit the answers as those of a prediction."""
-        return cls(
-            Path(arguments.training.output_dir),
-            model,
-            tokenizer,
-            examples,
+    ):
+        self.path = Path(arguments.training.output_dir) / NAME
+        self.model, self.tokenizer, self.examples = model, tokenizer, examples
+        self.decoding = replace(
             Decoding.of(arguments, model.config),
+            batch_size=len(examples),
+            num_beams=1,
+            do_sample=False,
+        )
+        # The references are shown as they are; how they would be cut does not matter.
+        self.prompts = build_evaluation_rows(
+            examples,
+            tokenizer,
             max_source_length=arguments.data.max_source_length,
+            max_target_length=3,
             source_prefix=arguments.data.source_prefix,
         )
+        self._continues = False
 
     def resume_from(self, checkpoint: Path) -> None:
         """Keep the sections up to `checkpoint`, from which the run is resumed.
 
-        Its own is added where it lacks, because the run was killed between the save and the
-        answers; the model is left with the checkpoint's prefix then, which training loads anyway.
+        A run that was killed between the save and the answers lacks the section of the checkpoint:
+        it is added here. The model then holds the checkpoint's prefix, which training loads anyway.
         """
         self._continues = True
         step = checkpoint.name.removeprefix(CHECKPOINT)
@@ -101,7 +84,7 @@ class SampleWriter:
         return text[: next(later, len(text))].rstrip("\n") + "\n"
 
     def _section(self, checkpoint: str, step: int) -> str:
-        with measuring(self.model):
+        with evaluation_mode(self.model):
             answers = [
                 ids for batch in answer(self.model, self.prompts, self.decoding) for ids in batch
             ]

@@ -12,7 +12,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from glmkern.ops.sequences import spans, values_are_checked
 from glmkern.triton_kernels.launch import contiguous, launch
 from glmkern.triton_kernels.prefix_attention.dkv import token_gradients
 from glmkern.triton_kernels.prefix_attention.dprefix import prefix_gradients
@@ -156,8 +155,6 @@ def prefix_attention_bwd(
     prefix_grad: bool,
 ) -> tuple[Tensor, ...]:
     T, N, C = q.shape
-    if values_are_checked(q):
-        spans("prefix_attention", cu_seqlens, T)
     dout, q, k, v = (with_dense_heads(x) for x in (dout, q, k, v))
     out, lse, cu_seqlens = contiguous(out, lse, cu_seqlens)
     prefix_grad = prefix_grad and prefix_k is not None

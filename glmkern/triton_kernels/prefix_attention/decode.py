@@ -12,8 +12,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from glmkern.ops.prefix_attention import check_lens
-from glmkern.ops.sequences import values_are_checked
 from glmkern.triton_kernels.launch import launch
 from glmkern.triton_kernels.prefix_attention.shared import (
     AttentionTile,
@@ -237,8 +235,6 @@ def prefix_attention_decode_fwd(
 ) -> Tensor:
     B, S, N, C = q.shape
     L, G = k_cache.shape[1:3]
-    if values_are_checked(q):
-        check_lens(cache_lens, q_lens, S, L)
     q, scale = with_positive_scale(q.contiguous(), scale)
     k_cache, v_cache = with_dense_heads(k_cache), with_dense_heads(v_cache)
     prefix = prefix_of(q, prefix_k, prefix_v)

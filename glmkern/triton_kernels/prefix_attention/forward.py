@@ -10,7 +10,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from glmkern.ops.sequences import spans, values_are_checked
 from glmkern.triton_kernels.launch import launch
 from glmkern.triton_kernels.prefix_attention.shared import (
     AttentionTile,
@@ -184,8 +183,6 @@ def prefix_attention_fwd(
 ) -> tuple[Tensor, Tensor]:
     T, N, C = q.shape
     G = k.shape[1]
-    if values_are_checked(q):
-        spans("prefix_attention", cu_seqlens, T)
     q, scale = with_positive_scale(q, scale)
     q, k, v = (with_dense_heads(x) for x in (q, k, v))
     prefix = prefix_of(q, prefix_k, prefix_v, p, seed, sequence_ids)

@@ -14,25 +14,12 @@ from glmkern.tokenizer import ChatGLMTokenizer
 from glmkern.training.data.examples import Example, Examples
 from glmkern.training.data.rows import build_evaluation_rows
 from glmkern.training.evaluation.answers import Decoding, PredictionFile, answer, clean, decode
+from tests.training.stand_in import Echo
 
 
 @pytest.fixture(scope="module")
 def tokenizer(shared) -> ChatGLMTokenizer:
     return ChatGLMTokenizer.from_pretrained(shared / "data/tokenizer")
-
-
-class Echo:
-    """Answers a prompt with its last token, as often as there is room, and keeps the calls."""
-
-    device = torch.device("cpu")
-
-    def __init__(self):
-        self.calls = []
-
-    def generate(self, input_ids, attention_mask, **options):
-        self.calls.append((input_ids, attention_mask, options))
-        room = options["max_length"] - input_ids.shape[1]
-        return torch.cat([input_ids, input_ids[:, -1:].expand(-1, room)], 1)
 
 
 def rows_of(tokenizer, lengths: dict[int, int]):

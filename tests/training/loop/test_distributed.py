@@ -1,22 +1,15 @@
 """Several ranks compute what one does, and none of them waits for one that is gone."""
 
-import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from glmkern import cli
-from glmkern.checkpoint import read_prefix
 from glmkern.training.data.packs import pack_step
-from tests.test_official_run import REPOSITORY, base, command, flags, rows  # noqa: F401 (fixtures)
 from tests.training import children
+from tests.training.checkpoints import contents
 from tests.training.children import random_rows, run_ranks
-from tests.training.loop.test_resume import contents
 
 LAYOUTS = [(ranks, tokens) for ranks in (1, 2, 3) for tokens in ("0", "64", "auto")]
 
@@ -44,7 +37,7 @@ def test_gradient_and_losses_depend_on_no_layout(tmp_path):
 @pytest.mark.parametrize("budget", [0, 25, 1000])
 def test_shares_of_a_step(ranks, budget):
     """Together the ranks have every row once, under its place in the step and with its weight."""
-    rows = random_rows(23, 15)  # noqa: F811
+    rows = random_rows(23, 15)
     window = [[3, 4], [5], [6, 7, 8], [20, 0], [1]]
     whole = pack_step(rows, window, budget)
 
@@ -86,7 +79,7 @@ def test_all_ranks_repeat_an_overflow(tmp_path):
 
 def test_a_signal_to_one_rank_stops_all_after_the_same_step(tmp_path):
     """And the resumed run ends with the bits of two ranks that were never stopped."""
-    flags = {"save_steps": 4}  # noqa: F811
+    flags = {"save_steps": 4}
     assert run_ranks(2, children.train, tmp_path / "whole", flags) == [0, 0]
     statuses = run_ranks(2, children.train, tmp_path / "parts", flags, 5)
     assert statuses == [1, 128 + signal.SIGTERM]  # the first has its exception to tell
@@ -166,69 +159,3 @@ def test_a_rank_that_goes_on_computing_is_ended(tmp_path):
     statuses = run_ranks(2, children.fail, tmp_path, 1, "error while others compute")
     assert statuses == [1, 1]
     assert errors_of(tmp_path, 2)[0] == ""  # ended from outside its main thread
-
-
-# Through the real launcher
-
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-
-
-def test_torchrun(flags, tmp_path):  # noqa: F811
-    one = {**flags, "output_dir": tmp_path / "one", "learning_rate": 1e-3, "adam_epsilon": 1e-3}
-    assert cli.main(command(one)) == 0
-    two = {**one, "output_dir": tmp_path / "two"}
-    done = subprocess.run(
-        [*TORCHRUN, "--nproc-per-node=2", "-m", "glmkern", *command(two)],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("***** Running training *****") == 1
-    assert "  Total train batch size (w. parallel, distributed & accumulation) = 4\n" in done.stdout
-    assert "  Number of processes = 2, which share the steps above\n" in done.stdout
-    ends = [
-        read_prefix(tmp_path / name / "checkpoint-4")["embedding.weight"] for name in ("one", "two")
-    ]
-    torch.testing.assert_close(*ends, rtol=0, atol=1e-6)
-    logs = [
-        json.loads((tmp_path / name / "trainer_state.json").read_text())["log_history"]
-        for name in ("one", "two")
-    ]
-    assert [log["loss"] for log in logs[0][:-1]] == pytest.approx(
-        [log["loss"] for log in logs[1][:-1]], abs=1.5e-4
-    )
-
-
-def test_torchrun_with_a_rank_that_is_killed(flags, tmp_path):  # noqa: F811
-    endless = {**flags, "max_steps": 100_000, "save_steps": 100}
-    launcher = subprocess.Popen(
-        [*TORCHRUN, "--nproc-per-node=2", "-m", "glmkern", *command(endless)],
-        cwd=REPOSITORY,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        children.wait_for((tmp_path / "out" / "checkpoint-100").exists)
-        worker = process_of_rank(1, launcher.pid)
-        # The base's pages are those of the file, and so the same for all ranks.
-        assert "model.safetensors" in Path(f"/proc/{worker}/maps").read_text()
-        os.kill(worker, signal.SIGKILL)
-        errors = launcher.communicate(timeout=60)[1]
-    finally:
-        launcher.kill()
-    assert launcher.returncode == 1
-    assert "glmkern: rank 1 died without a message" in errors
-    assert f"last good checkpoint: {tmp_path}/out/checkpoint-" in errors
-
-
-def process_of_rank(rank: int, launcher: int) -> int:
-    for path in Path("/proc").glob("[0-9]*"):
-        parent = path.joinpath("stat").read_text().rsplit(")", 1)[1].split()[1]
-        variables = (
-            path.joinpath("environ").read_bytes().split(b"\0") if (int(parent) == launcher) else ()
-        )
-        if f"RANK={rank}".encode() in variables:
-            return int(path.name)
-    raise AssertionError(f"rank {rank} is not there")

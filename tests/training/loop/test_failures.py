@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from glmkern.errors import TrainingError
-from glmkern.training.loop.failures import where_the_gradient_fails
+from glmkern.training.loop.failures import locate_gradient_failure
 from glmkern.training.loop.hooks import Hooks
 from glmkern.training.loop.trainer import Trainer
 from glmkern.training.output.run_folder import RunFolder
@@ -100,14 +100,14 @@ def test_activations_beyond_float16(tmp_path):
 def test_the_layer_of_the_gradient(projection, name):
     model = small_model({"num_layers": 4}, projection=projection)
     parameter = dict(model.prefix_encoder.named_parameters())[name]
-    assert where_the_gradient_fails(model) == ""
+    assert locate_gradient_failure(model) == ""
     parameter.grad = torch.zeros_like(parameter)
-    assert where_the_gradient_fails(model) == ""
+    assert locate_gradient_failure(model) == ""
     columns = parameter.shape[-1] // 4
     parameter.grad.view(-1, 4 * columns)[-1, columns] = float("inf")
-    assert where_the_gradient_fails(model).endswith("that is not finite is that of layer 2 of 4")
+    assert locate_gradient_failure(model).endswith("that is not finite is that of layer 2 of 4")
     parameter.grad.view(-1, 4 * columns)[0, 3 * columns - 1] = float("nan")
-    assert where_the_gradient_fails(model).endswith("that is not finite is that of layer 3 of 4")
+    assert locate_gradient_failure(model).endswith("that is not finite is that of layer 3 of 4")
 
 
 def test_a_gradient_that_overflows_names_its_layer(tmp_path):

@@ -11,8 +11,7 @@ from glmkern.errors import InputError
 from glmkern.training.loop.hooks import Hooks
 from glmkern.training.loop.trainer import Trainer
 from glmkern.training.output.run_folder import RunFolder
-from tests.training.loop.test_resume import contents, every_flag
-from tests.training.loop.test_resume_refusals import rewrite
+from tests.training.checkpoints import contents, every_flag, rewrite
 from tests.training.stand_in import StandIn, arguments, simple_rows
 
 

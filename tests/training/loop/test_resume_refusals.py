@@ -11,8 +11,8 @@ from glmkern.training.loop.checkpoint import fingerprint
 from glmkern.training.loop.resume import check_same_run, find_checkpoint
 from glmkern.training.loop.trainer import Trainer
 from tests.training import children
+from tests.training.checkpoints import every_flag, make_checkpoint, rewrite
 from tests.training.children import random_rows
-from tests.training.loop.test_resume import every_flag, make_checkpoint
 from tests.training.stand_in import StandIn, arguments, simple_rows
 
 
@@ -143,13 +143,6 @@ def test_damaged_checkpoints(tmp_path, name):
     (checkpoint / name).write_bytes(content[: len(content) // 2])
     with pytest.raises(InputError, match=name):
         resume_stand_in(checkpoint)
-
-
-def rewrite(path: Path, value) -> None:
-    if path.suffix == ".json":
-        path.write_text(json.dumps(value))
-    else:
-        torch.save(value, path)
 
 
 @pytest.mark.parametrize(

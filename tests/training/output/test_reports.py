@@ -6,21 +6,18 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from matplotlib.image import imread
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from glmkern import cli
 from glmkern.errors import InputError, Interrupted
 from glmkern.training.output import reports
 from glmkern.training.output.progress import Progress
 from glmkern.training.output.reports import Reports, check_reports, smoothed, tag
 from glmkern.training.output.trainer_state import TrainerState
-from tests import test_official_run as official_run
-from tests.test_official_run import command, refused
 from tests.training.stand_in import arguments
 
-base, rows, flags = official_run.base, official_run.rows, official_run.flags  # fixtures
 TRAINED = {"loss": 3.5, "learning_rate": 0.02, "epoch": 0.5}
+
+
 EVALUATED = {"eval_loss": 3.25, "eval_rouge-1": 30.0, "epoch": 0.5}
 
 
@@ -259,39 +256,6 @@ def test_smoothing():
     steps = torch.tensor(smoothed(noisy)).diff().abs().mean()
     assert steps < 0.2 * torch.tensor(noisy).diff().abs().mean()
     assert min(noisy) <= min(smoothed(noisy)) and max(smoothed(noisy)) <= max(noisy)
-
-
-# Through the command line
-
-
-def test_a_run_is_reported_and_drawn(flags, tmp_path):
-    """By the packages themselves."""
-    asked = {"report_to": "tensorboard", "plot_loss": True, "logging_dir": tmp_path / "tb"}
-    assert cli.main(command({**flags, **asked})) == 0
-    history = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
-    events = EventAccumulator(str(tmp_path / "tb"), {"scalars": 0}).Reload()
-    written = {
-        (name, event.step): event.value
-        for name in events.Tags()["scalars"]
-        for event in events.Scalars(name)
-    }
-    assert written == {
-        (tag(name), entry["step"]): pytest.approx(value)
-        for entry in history
-        for name, value in entry.items()
-        if name != "step"
-    }
-    picture = imread(tmp_path / "out" / "training_loss.png")
-    assert picture[..., :3].std() > 0.01  # something is drawn
-
-
-def test_a_missing_package_stops_the_run_before_it_starts(flags, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(reports, "_is_installed", lambda package: False)
-    line = refused(command({**flags, "plot_loss": True}), capsys)
-    assert line == (
-        "--plot_loss needs the package matplotlib; install it with `pip install matplotlib`"
-    )
-    assert not (tmp_path / "out").exists()
 
 
 # trainer_log.jsonl

@@ -351,7 +351,7 @@ def test_files_of_a_killed_run_that_cannot_be_changed(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "unlink", refuse)
     with pytest.raises(InputError, match=f"cannot write {tmp_path} .Permission denied"):
-        RunFolder(tmp_path).remove_litter()
+        RunFolder(tmp_path).remove_temporary_files()
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="the device is Linux's")

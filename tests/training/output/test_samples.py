@@ -1,16 +1,18 @@
 """samples.md: the same prompts at every save."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from glmkern.checkpoint import write_prefix
 from glmkern.tokenizer import ChatGLMTokenizer
 from glmkern.training.data.examples import Example
-from glmkern.training.evaluation.answers import Decoding
+from glmkern.training.flags.arguments import build
 from glmkern.training.output.samples import SampleWriter
-from tests.training.evaluation.test_answers import Echo
+from tests.training.stand_in import Echo
 
-DECODING = Decoding(max_length=40, batch_size=1, num_beams=3, do_sample=True)
+LIMITS = {"generation_max_length": 40, "generation_num_beams": 3, "max_source_length": 32}
 EXAMPLES = [Example("你好", "好\n\n## Step 1"), Example("天气", "晴")]
 
 
@@ -18,6 +20,7 @@ class Sure(Echo):
     """Says the same token to everything; `word` can be changed, as training changes a prefix."""
 
     training = True
+    config = SimpleNamespace(seq_length=2048)
 
     def __init__(self, word: int):
         super().__init__()
@@ -41,7 +44,8 @@ def tokenizer(shared) -> ChatGLMTokenizer:
 
 
 def writer(folder, model, tokenizer) -> SampleWriter:
-    return SampleWriter(folder, model, tokenizer, EXAMPLES, DECODING, max_source_length=32)
+    arguments = build({**LIMITS, "output_dir": str(folder)})
+    return SampleWriter(arguments, model, tokenizer, EXAMPLES)
 
 
 def steps(folder) -> list[str]:

@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 
 from glmkern import cli
-from tests.test_official_run import REPOSITORY, base, command, flags, prefix, refused, rows  # noqa: F401 (fixtures)
+from tests.official import REPOSITORY, command, prefix, refused
+from tests.training.checkpoints import contents, without
 from tests.training.children import wait_for
-from tests.training.loop.test_resume import contents, without
 
 # Long enough to be stopped, however late the signal is sent.
 LONG = {"max_steps": 150, "save_steps": 30, "logging_steps": 10, "save_total_limit": 3}
 
 
-def start(flags: dict[str, object]) -> subprocess.Popen:  # noqa: F811
+def start(flags: dict[str, object]) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, "-m", "glmkern", *command(flags)],
         cwd=REPOSITORY,
@@ -27,7 +27,7 @@ def start(flags: dict[str, object]) -> subprocess.Popen:  # noqa: F811
     )
 
 
-def test_killed_interrupted_and_finished(flags, tmp_path):  # noqa: F811
+def test_killed_interrupted_and_finished(flags, tmp_path):
     """A kill, then a SIGTERM, then the command that was printed."""
     flags = {**flags, **LONG}
     assert cli.main(command({**flags, "output_dir": tmp_path / "whole"})) == 0
@@ -64,7 +64,7 @@ def test_killed_interrupted_and_finished(flags, tmp_path):  # noqa: F811
     assert without(results[0], times) == without(results[1], times)
 
 
-def test_a_fresh_start_where_there_is_no_checkpoint(flags, tmp_path, capsys):  # noqa: F811
+def test_a_fresh_start_where_there_is_no_checkpoint(flags, tmp_path, capsys):
     del flags["overwrite_output_dir"]
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "trainer_log.jsonl").write_text("")  # a run killed before its first save
@@ -74,7 +74,7 @@ def test_a_fresh_start_where_there_is_no_checkpoint(flags, tmp_path, capsys):  #
     assert (tmp_path / "out" / "checkpoint-4").is_dir()
 
 
-def test_a_longer_run_at_a_constant_rate(flags, tmp_path):  # noqa: F811
+def test_a_longer_run_at_a_constant_rate(flags, tmp_path):
     flags = {**flags, "lr_scheduler_type": "constant"}
     assert cli.main(command({**flags, "output_dir": tmp_path / "whole", "max_steps": 6})) == 0
     assert cli.main(command(flags)) == 0
@@ -90,7 +90,7 @@ def test_a_longer_run_at_a_constant_rate(flags, tmp_path):  # noqa: F811
     )
 
 
-def test_another_folder_and_the_dtype_that_auto_chose(flags, rows, tmp_path):  # noqa: F811
+def test_another_folder_and_the_dtype_that_auto_chose(flags, rows, tmp_path):
     """The best checkpoint stays in the first folder."""
     flags = {
         **flags,
@@ -128,7 +128,7 @@ def test_another_folder_and_the_dtype_that_auto_chose(flags, rows, tmp_path):  #
     assert (second / "train_results.json").exists()
 
 
-def test_the_tokens_of_a_pack_stay_those_of_the_first_part(flags, tmp_path):  # noqa: F811
+def test_the_tokens_of_a_pack_stay_those_of_the_first_part(flags, tmp_path):
     """However much memory is free by then."""
     saved = [tmp_path / "out" / f"checkpoint-{step}" / "glmkern.json" for step in (2, 4)]
     assert cli.main(command({**flags, "save_steps": 2})) == 0
@@ -155,7 +155,7 @@ def test_the_tokens_of_a_pack_stay_those_of_the_first_part(flags, tmp_path):  # 
         ({"train_file": "other"}, "comes from a run over other rows"),
     ],
 )
-def test_what_cannot_be_resumed(flags, tmp_path, rows, capsys, changes, words):  # noqa: F811
+def test_what_cannot_be_resumed(flags, tmp_path, rows, capsys, changes, words):
     assert cli.main(command(flags)) == 0
     checkpoint = tmp_path / "out" / "checkpoint-2"
     before = contents(tmp_path / "out")
@@ -169,11 +169,7 @@ def test_what_cannot_be_resumed(flags, tmp_path, rows, capsys, changes, words): 
     assert contents(tmp_path / "out") == before
 
 
-def test_a_warm_start_can_be_resumed_with_its_own_command(
-    flags,  # noqa: F811
-    tmp_path,
-    capsys,
-):
+def test_a_warm_start_can_be_resumed_with_its_own_command(flags, tmp_path, capsys):
     """The printed command is the first one and --resume_from_checkpoint auto."""
     assert cli.main(command({**flags, "output_dir": tmp_path / "first"})) == 0
     warm = {**flags, "ptuning_checkpoint": tmp_path / "first" / "checkpoint-4", "seed": 3}

@@ -1,162 +1,28 @@
-"""Evaluation and prediction through the command line, against the official way of doing it."""
+"""Prediction through the command line, against the official way of doing it."""
 
 import json
 import shutil
-from pathlib import Path
-from statistics import fmean
 
-import jieba
 import pytest
-import torch
-from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
-from rouge_chinese import Rouge
 
-from bench.oracles import diffusers_twin, twin_forward
+from bench.oracles import diffusers_twin
 from glmkern import cli
 from glmkern.chatglm import ChatGLM
-from glmkern.checkpoint import read_prefix, write_prefix
-from glmkern.tokenizer import ChatGLMTokenizer
-from tests.official import command, refused, write_base
-
-PREFIX_LENGTH = 5
-SCORES = ("rouge-1", "rouge-2", "rouge-l", "bleu-4")
-SPEED = ("runtime", "samples", "samples_per_second", "steps_per_second")
-SOURCE, TARGET = 40, 12
-
-
-@pytest.fixture(scope="module")
-def base(shared, tmp_path_factory) -> Path:
-    return write_base(tmp_path_factory.mktemp("base"), shared / "data" / "tokenizer")
-
-
-@pytest.fixture(scope="module")
-def tokenizer(base) -> ChatGLMTokenizer:
-    return ChatGLMTokenizer.from_pretrained(base)
-
-
-@pytest.fixture
-def checkpoint(tmp_path) -> Path:
-    """What a training run left in the output folder: a prefix and its results."""
-    folder = tmp_path / "out" / "checkpoint-3000"
-    folder.mkdir(parents=True)
-    write_prefix(folder, {"embedding.weight": torch.randn(PREFIX_LENGTH, 16)})
-    (tmp_path / "out" / "all_results.json").write_text('{"train_loss": 3.5}')
-    return folder
-
-
-@pytest.fixture
-def records(shared) -> list[dict[str, str]]:
-    """Seven rows of AdvertiseGen whose prompts have several lengths."""
-    lines = (shared / "data" / "advertisegen" / "dev.json").read_text().split("\n")[20:27]
-    records = [json.loads(line) for line in lines]
-    return [
-        {**record, "content": record["content"][: 14 + 9 * i]} for i, record in enumerate(records)
-    ]
-
-
-@pytest.fixture
-def dev(records, tmp_path) -> Path:
-    path = tmp_path / "dev.json"
-    path.write_text("\n".join(json.dumps(record, ensure_ascii=False) for record in records))
-    return path
-
-
-@pytest.fixture
-def flags(base, dev, checkpoint) -> dict[str, object]:
-    """The published evaluate.sh, made small."""
-    return {
-        "do_predict": True,
-        "validation_file": dev,
-        "test_file": dev,
-        "overwrite_cache": True,
-        "prompt_column": "content",
-        "response_column": "summary",
-        "model_name_or_path": base,
-        "ptuning_checkpoint": checkpoint,
-        "output_dir": checkpoint.parent,
-        "overwrite_output_dir": True,
-        "max_source_length": SOURCE,
-        "max_target_length": TARGET,
-        "per_device_eval_batch_size": 1,
-        "predict_with_generate": True,
-        "pre_seq_len": PREFIX_LENGTH,
-        "quantization_bit": 4,
-    }
-
-
-@pytest.fixture
-def plain(flags) -> dict[str, object]:
-    """The same without a prefix and in full precision."""
-    return {
-        name: value
-        for name, value in flags.items()
-        if name not in ("ptuning_checkpoint", "pre_seq_len", "quantization_bit")
-    }
-
-
-def predictions(folder: Path) -> list[dict[str, str]]:
-    lines = (folder / "generated_predictions.txt").read_text().split("\n")
-    assert lines.pop() == ""
-    return [json.loads(line) for line in lines]
-
-
-def results(folder: Path, split: str) -> dict[str, float]:
-    return json.loads((folder / f"{split}_results.json").read_text())
-
-
-def names(split: str, *metrics: str) -> set[str]:
-    return {f"{split}_{name}" for name in (*metrics, *SPEED)}
-
-
-# The official way, written with other people's code
-
-
-def official_prompts(tokenizer, records) -> dict[str, torch.Tensor]:
-    prompts = [f"[Round 1]\n\n问：{record['content']}\n\n答：" for record in records]
-    columns = tokenizer(prompts, padding=True, truncation=True, max_length=SOURCE)
-    return {name: torch.tensor(column) for name, column in columns.items()}
-
-
-@torch.no_grad()
-def official_greedy(twin, prompts: dict[str, torch.Tensor], max_length: int) -> list[list[int]]:
-    """Rows one at a time, padded, without a cache."""
-    answers = []
-    for ids, mask, positions in zip(*prompts.values(), strict=True):
-        width = len(ids)
-        while len(ids) < max_length and int(ids[-1]) != 2:
-            _, logits = twin_forward(twin, ids[None], mask[None], positions[None])
-            ids = torch.cat([ids, logits[0, -1].argmax()[None]])
-            mask = torch.cat([mask, mask.new_ones(1)])
-            positions = torch.cat([positions, positions[-1:] + 1])
-        answers.append(ids[width:].tolist())
-    return answers
-
-
-def official_scores(pairs: list[tuple[str, str]]) -> dict[str, float]:
-    """compute_metrics of ptuning/main.py, which has no answer without text."""
-    scores = {name: [] for name in SCORES}
-    for predict, label in pairs:
-        rouge = Rouge().get_scores(" ".join(jieba.cut(predict)), " ".join(jieba.cut(label)))[0]
-        for name, value in rouge.items():
-            scores[name].append(round(value["f"] * 100, 4))
-        bleu = sentence_bleu(
-            [list(label)], list(predict), smoothing_function=SmoothingFunction().method3
-        )
-        scores["bleu-4"].append(round(bleu * 100, 4))
-    return {name: fmean(values) for name, values in scores.items()}
-
-
-def official_labels(tokenizer, records) -> list[str]:
-    ids = tokenizer([record["summary"] for record in records], truncation=True, max_length=TARGET)
-    return [tokenizer.decode(row) for row in ids["input_ids"]]
-
-
-def text(tokenizer, ids: list[int]) -> str:
-    """Ids beyond the vocabulary, for which the official decoding has an error, are padding."""
-    return tokenizer.decode([token if token < tokenizer.vocab_size else 0 for token in ids])
-
-
-# Prediction
+from glmkern.checkpoint import write_prefix
+from tests.official import command, refused
+from tests.verbs.predict.official_scores import (
+    SCORES,
+    SOURCE,
+    TARGET,
+    names,
+    official_greedy,
+    official_labels,
+    official_prompts,
+    official_scores,
+    predictions,
+    results,
+    text,
+)
 
 
 def test_published_evaluate_sh(flags, checkpoint, records, tokenizer, capsys):
@@ -309,92 +175,6 @@ def test_prediction_without_answers(plain, checkpoint):
         assert cli.main(command({**plain, **change})) == 0
         assert results(checkpoint.parent, "predict").keys() == names("predict", "loss")
     assert not (checkpoint.parent / "generated_predictions.txt").exists()
-
-
-# Evaluation
-
-
-@pytest.mark.parametrize("change", [{}, {"tokens_per_pack": 0}, {"tokens_per_pack": 100}])
-def test_evaluation_loss_is_the_mean_over_batches(
-    flags, checkpoint, base, tokenizer, records, change
-):
-    run = {
-        **flags,
-        "do_eval": True,
-        "do_predict": False,
-        "predict_with_generate": False,
-        "per_device_eval_batch_size": 3,
-        **change,
-    }
-    del run["quantization_bit"]
-    assert cli.main(command(run)) == 0
-    twin = diffusers_twin(ChatGLM.from_pretrained(base, prefix_checkpoint=checkpoint))
-    losses = []
-    for start in range(0, len(records), 3):
-        batch = records[start : start + 3]
-        ids = torch.zeros(len(batch), SOURCE + TARGET + 1, dtype=torch.int64)
-        labels = torch.full_like(ids, -100)
-        for i, record in enumerate(batch):
-            prompt = tokenizer.encode(f"[Round 1]\n\n问：{record['content']}\n\n答：")[:SOURCE]
-            response = tokenizer.encode(record["summary"], add_special_tokens=False)[:TARGET] + [2]
-            ids[i, : len(prompt) + len(response)] = torch.tensor(prompt + response)
-            labels[i, len(prompt) : len(prompt) + len(response)] = torch.tensor(response)
-        with torch.no_grad():
-            losses += [twin_forward(twin, ids, labels=labels)[0].item()] * len(batch)
-    metrics = results(checkpoint.parent, "eval")
-    assert metrics.keys() == names("eval", "loss") and metrics["eval_samples"] == 7
-    assert metrics["eval_loss"] == pytest.approx(fmean(losses), rel=1e-5)
-
-
-def test_training_evaluation_and_prediction_in_one_command(
-    flags, plain, dev, records, checkpoint, tmp_path, capsys
-):
-    run = {
-        **flags,
-        "do_train": True,
-        "do_eval": True,
-        "train_file": dev,
-        "greedy": True,
-        "val_max_target_length": 9,
-        "max_eval_samples": 4,
-        "output_dir": tmp_path / "new",
-        "per_device_train_batch_size": 2,
-        "max_steps": 3,
-        "save_steps": 3,
-        "logging_steps": 1,
-    }
-    del run["ptuning_checkpoint"]
-    assert cli.main(command(run)) == 0
-    out = tmp_path / "new"
-    captured = capsys.readouterr().out
-    evaluated, predicted = results(out, "eval"), results(out, "predict")
-    assert evaluated.keys() == {"epoch"} | names("eval", "loss", *SCORES)
-    assert (evaluated["epoch"], evaluated["eval_samples"]) == (0.75, 4)
-    assert predicted.keys() == names("predict", *SCORES)
-    assert json.loads((out / "all_results.json").read_text()) == {
-        **results(out, "train"),
-        **evaluated,
-        **predicted,
-    }
-    assert "(--val_max_target_length " in captured and "(--max_target_length " in captured
-    order = [
-        captured.index(f"***** {split} metrics *****") for split in ("train", "eval", "predict")
-    ]
-    assert order == sorted(order)
-    assert "{'eval_loss': " in captured
-
-    # What was measured is the prefix that training ended with.
-    again = {
-        **flags,
-        "ptuning_checkpoint": out / "checkpoint-3",
-        "output_dir": tmp_path / "again",
-        "greedy": True,
-        "val_max_target_length": 9,
-    }
-    assert cli.main(command(again)) == 0
-    assert predictions(tmp_path / "again") == predictions(out)
-    assert results(tmp_path / "again", "predict")["predict_bleu-4"] == predicted["predict_bleu-4"]
-    assert torch.isfinite(read_prefix(out / "checkpoint-3")["embedding.weight"]).all()
 
 
 # What goes wrong

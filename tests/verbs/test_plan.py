@@ -1,4 +1,4 @@
-"""`glmkern plan`, and what a training run says of itself at its start and after a few steps."""
+"""The verb plan: its table, and what it refuses."""
 
 import json
 import re
@@ -8,21 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from glmkern import cli
 from glmkern.checkpoint import write_prefix
-from glmkern.model.config import ChatGLMConfig
-from glmkern.plan import run as plan_run
-from glmkern.plan.machines import GIB, Machine
-from glmkern.plan.precision import Precision
-from glmkern.plan.run import FirstSteps
-from tests import test_official_run as official_run
 from tests.model.models import SMALL, small_model
-from tests.test_official_run import command, refused
-
-REPOSITORY = Path(__file__).resolve().parents[1]
-base, rows, flags = official_run.base, official_run.rows, official_run.flags  # fixtures
+from tests.official import REPOSITORY, command, refused
 
 
 @pytest.fixture
@@ -51,9 +41,6 @@ def planned(argv: list[object], capsys) -> str:
 def figure(text: str, name: str) -> float:
     """The GiB of one line of the table."""
     return float(re.search(rf"^  {re.escape(name)} +([\d.]+)", text, re.MULTILINE)[1])
-
-
-# The verb
 
 
 def test_the_published_command_for_a_gpu(chatglm2_6b, shared, capsys):
@@ -276,128 +263,3 @@ def test_help_needs_no_torch():
     )
     assert done.returncode == 0, done.stderr
     assert "--gpu NAME" in done.stdout
-
-
-# At the start of a run, and after a few steps
-
-
-def test_a_run_tells_what_it_expects_and_what_came(flags, monkeypatch, capsys):
-    assert cli.main(command(flags)) == 0
-    text = capsys.readouterr().out
-    before, _, after = text.partition("***** Running training *****")
-    assert (
-        "precision: linears float32, embedding and output layer float32, activations float32"
-        in before
-    )
-    expected = re.search(
-        r"^predicted: ([\d.]+) GiB at the peak, ([\d.e-]+) s a step, .* for 4 "
-        r"steps\npredicted for this CPU \(measured: ",
-        before,
-        re.MULTILINE,
-    )
-    came = re.search(
-        r"^predicted ([\d.e-]+) s a step and ([\d.]+) GiB, in the first 3 steps "
-        r"measured ([\d.e-]+) s \([\d.]+ times\) and ([\d.]+) GiB",
-        after,
-        re.MULTILINE,
-    )
-    assert (came[2], came[1]) == (expected[1], expected[2])
-    assert float(came[3]) > 0 and float(came[4]) > 0.1
-    # After the third step and before the log of the fourth.
-    assert after.index("in the first 3 steps") < after.index("{'loss'", after.index("{'loss'") + 1)
-    assert after.count("in the first 3 steps") == 1
-
-
-class Clock:
-    """time.perf_counter of a machine whose first step takes long."""
-
-    def __init__(self, *times):
-        self.times = list(times)
-
-    def __call__(self):
-        return self.times.pop(0)
-
-
-def test_the_first_step_is_not_timed(monkeypatch):
-    monkeypatch.setattr(plan_run.time, "perf_counter", Clock(100.0, 102.0, 104.0))
-    monkeypatch.setattr(plan_run, "peak_memory", lambda device: 3 * GIB)
-
-    class Expected:
-        seconds, compared = 1.6, 4 * GIB
-
-    written = []
-    first_steps = FirstSteps(Expected, torch.device("cpu"), written.append)
-    for step in (41, 42, 42, 43, 44, 45):  # resumed after 40
-        first_steps(step)
-    assert written == [
-        "predicted 1.6 s a step and 4.00 GiB, in the first 3 steps measured 2 s "
-        "(1.25 times) and 3.00 GiB (0.75 times)"
-    ]
-
-
-# Precision
-
-
-@pytest.mark.parametrize(
-    "stored, dtype, device, rope, bits, expected",
-    [
-        (
-            "float16",
-            "float32",
-            "cpu",
-            "float32",
-            0,
-            [
-                "linears float16",
-                "output layer float16",
-                "activations float32",
-                "angles float32",
-                "no loss scale",
-            ],
-        ),
-        (
-            "float16",
-            "bfloat16",
-            "cpu",
-            "model",
-            4,
-            [
-                "4-bit codes with float16 scales",
-                "layer bfloat16",
-                "activations bfloat16",
-                "angles bfloat16",
-                "no loss scale",
-            ],
-        ),
-        (
-            "bfloat16",
-            "float16",
-            "cuda",
-            "float32",
-            8,
-            [
-                "8-bit codes with bfloat16 scales",
-                "layer float16",
-                "loss scale 65536, halved where the gradient overflows",
-            ],
-        ),
-        (None, "float32", "cuda", "float32", 0, ["linears float32", "activations float32"]),
-    ],
-)
-def test_precision(stored, dtype, device, rope, bits, expected):
-    config = ChatGLMConfig.from_dict({**SMALL, "torch_dtype": stored})
-    precision = Precision.of(config, getattr(torch, dtype), torch.device(device), rope)
-    text = "\n".join(precision.lines(bits))
-    assert all(words in text for words in expected)
-    assert "prefix, its gradient and the optimiser float32" in text
-
-
-def test_a_gpu_is_compared_by_what_its_allocator_counts(monkeypatch):
-    from glmkern.plan.prediction import Job, predict
-    from glmkern.plan.work import RowLength
-
-    config = ChatGLMConfig.from_dict({**SMALL, "pre_seq_len": 5})
-    job = Job(config, Precision("float16", "float16"), [RowLength(9, 3)], 1, 1, 0, "none", 1)
-    here = Machine("a GPU", "cuda", 8 * GIB, GIB, 1e12, 1e11, "nothing")
-    predicted = predict(job, here)
-    assert predicted.total - predicted.compared == GIB
