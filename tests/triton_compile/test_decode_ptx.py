@@ -78,7 +78,7 @@ def test_every_byte_in_every_place(dtype, joined):
     ],
 )
 def test_a_wrong_constant_is_seen(right, wrong):
-    """The emulated warp tells right constants from wrong ones."""
+    """The machine is no rubber stamp."""
     ptx = pair_ptx(torch.float16, False)
     packed = np.random.default_rng(0).permutation(256).astype(np.uint8)[:BYTES]
     expected = decode(ptx, packed, torch.float16)
