@@ -7,7 +7,7 @@
 #              to OUT (bench/results)
 # make oldest  the Triton kernels with the oldest Triton they serve, in a virtual environment of its
 #              own: the tests, then bench/results/triton_resources_3.6 anew
-# make lint    ruff
+# make lint    ruff, clang-format and mypy; changes nothing
 # make sanitize   the ops' C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer
 #
 # Needs Python >= 3.10 and a C++ compiler. PYTHON=python3.12 picks another Python for a new .venv.
@@ -61,9 +61,11 @@ build/oldest/.installed: constraints.txt $(BUILD_INPUTS)
 	  --quiet '.[test]'
 	touch $@
 
-lint: $(VENV)/.installed-test
-	$(PIP) ruff
+lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/clang-format --dry-run --Werror $(shell git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
+	$(VENV)/bin/mypy
 
 sanitize: $(VENV)/.installed-test
 	$(VENV)/bin/python -m tests.sanitize
@@ -82,3 +84,7 @@ $(VENV)/.installed: $(VENV)/.torch $(BUILD_INPUTS)
 $(VENV)/.installed-test: $(VENV)/.torch $(BUILD_INPUTS)
 	GLMKERN_BUILD=native $(PIP) --editable '.[test,eval]'
 	touch $(VENV)/.installed $@
+
+$(VENV)/.installed-dev: $(VENV)/.torch constraints.txt
+	$(PIP) ruff mypy clang-format pre-commit
+	touch $@

@@ -2,8 +2,8 @@
 
     python -m bench.bench_full_size [--folder F]     prints a table and writes bench/results/
 
-Makes an fp16 base of 28 layers, hidden 4096, vocabulary 65,024 (12.5 GB, shard by shard) in F
-(default build/full_size) unless it is there, and runs every stage in a process of its own:
+Makes an fp16 base of 28 layers, hidden 4096, vocabulary 65,024 in F (default build/full_size), 12.5
+GB, shard by shard, unless it is there. Then it runs every stage in a process of its own:
 
     quantise   `glmkern quantize --bits 4`, streamed from the fp16 shards
     load       ChatGLM.from_pretrained of the 4-bit folder
@@ -31,12 +31,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bench.harness import RESULTS, seconds_per_round
+from bench.clock import seconds_per_round
+from bench.harness import RESULTS
 from bench.roofline import gemm_probe, machine
 from glmkern import ChatGLM, ChatGLMConfig, ChatGLMTokenizer, demo
 from glmkern.checkpoint import expected_shapes, quantize_folder, write_base
 from glmkern.model.packing import pack_rows
-from glmkern.training.dataset import build_training_rows, read_examples
+from glmkern.training.data.examples import read_examples
+from glmkern.training.data.rows import build_training_rows
 
 FOLDER = Path(__file__).resolve().parents[1] / "build/full_size"
 # Asked of each stage: GiB resident, seconds.

@@ -6,14 +6,14 @@
 
 The model is bench_train's (hidden 1024, 8 layers, prefix 128), in float32:
 
-    predict   16 prompts as long as AdvertiseGen's, 32 new tokens each: ours in one batch, the peer
+    predict   16 prompts as long as AdvertiseGen's, 32 new tokens each; ours in one batch, the peer
               one after the other, as the official prediction runs
-    decode    33 tokens behind a prompt of one, so that all but the first pass are decoding; ours
+    decode    33 tokens after a prompt of one, so that all but the first pass are decoding; ours
               also over weights kept in float16 and in 4 bits
 
 The peer is transformers with sdpa and its own cache, and the prefix as PEFT has it. Before anything
-is timed all must say the same text; over other weights a peer with the values that these stand for
-must. Bytes are those of the weights, once a pass; flops 2 a weight and token. Time is taken in
+is timed all must say the same text. Lean weights are compared with a peer that has their values in
+float32. Bytes are those of the weights, once a pass; flops 2 a weight and token. Time is taken in
 interleaved rounds of one process.
 """
 
@@ -106,9 +106,9 @@ def as_float32(model: ChatGLM) -> ChatGLM:
     found = copy.deepcopy(model)
     for linear in found.modules():
         if isinstance(linear, FrozenLinear) and linear.weight is None:
-            weight = ops.dequantize(ops.QuantizedWeight(*linear._stored()), torch.float32)
+            weight = ops.dequantize(linear.matrix, torch.float32)
             linear.weight = torch.nn.Parameter(weight, requires_grad=False)
-            linear.packed = linear.scale = linear.bits = None
+            linear.packed, linear.scale, linear.bits = None, None, 0
     found.config = replace(found.config, quantization_bit=0)
     return found.float()
 

@@ -14,8 +14,8 @@ The shapes N x K are the four linears of a ChatGLM2-6B layer; M tokens, float32 
 
 All ratios are taken within a round, medians of the rounds. bitsandbytes has no format with a scale
 a row; its nearest is NF4 with a scale for 64 columns. Its float32 path dequantises and multiplies.
-Fused products take another copy of their weight at every call, more copies than the caches hold, as
-in a model the weights of other layers lie in between; float32 weights are larger than the caches.
+Fused products take another copy of their weight at every call, more copies than the caches hold: in
+a model the weights of other layers lie in between. float32 weights are larger than the caches.
 
 On a GPU the columns are those of bench/harness.py, in bfloat16, one shape in float16 as well: every
 variant of the Triton kernels (the one that they choose says so); the whole weight dequantised by
@@ -36,15 +36,8 @@ import torch
 from torch import Tensor
 
 import glmkern
-from bench.harness import (
-    Work,
-    add_arguments,
-    measure,
-    paired_ratio,
-    results_path,
-    run_as_markdown,
-    seconds_per_round,
-)
+from bench.clock import paired_ratio, seconds_per_round
+from bench.harness import Work, add_arguments, measure, results_path, run_as_markdown
 from bench.roofline import machine
 from glmkern import ops
 

@@ -3,15 +3,15 @@
     python -m bench.bench_rope                       prints a table and writes bench/results/
     pytest --benchmark-enable bench/bench_rope.py    the same calls under pytest-benchmark
 
-Bytes, with e = bytes an element, for T tokens of N + G heads of C channels, the table's part in use
-(T rows of C / 2 float32) included:
+Bytes, with e = bytes an element, for T tokens of N + G heads of C channels. The table's part in use
+is added, T rows of C / 2 float32:
 
     rope fwd, bwd    2 e T (N + G) C     q and k in, rotated q and k out
     qkv fwd, bwd     2 e T (N + 2G) C    qkv in, q, k and v out, or back
 
-The tensors of 512 tokens fit into a large last-level cache, so that the fraction of copy bandwidth,
-measured in memory, may exceed 1. The peer is plain PyTorch: complex products for rope (its backward
-through autograd), and for qkv the bias, a split, complex products and copies; back, a
+The tensors of 512 tokens fit into a large last-level cache. The fraction of copy bandwidth is
+measured in memory and may then exceed 1. The peer is plain PyTorch: complex products for rope (its
+backward through autograd), and for qkv the bias, a split, complex products and copies; back, a
 concatenation.
 """
 

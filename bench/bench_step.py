@@ -23,6 +23,7 @@ import argparse
 import copy
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -43,9 +44,10 @@ from bench.train_models import (
 )
 from glmkern import ChatGLM, ChatGLMConfig, dispatch, ops
 from glmkern.checkpoint import expected_shapes, quantize_stream
+from glmkern.model.computation import Computation
 from glmkern.model.modules import FrozenLinear
 from glmkern.model.packing import IGNORE_INDEX, PackedBatch, pack_rows
-from glmkern.training.dataset import Row
+from glmkern.training.data.rows import Row
 
 ROUNDS = 7
 ROW_BY_ROW = f"{OURS}, a row at a time"
@@ -59,7 +61,7 @@ TOLERANCE = {torch.float16: 0.1, torch.float32: 1e-5}
 
 
 class DequantizedLinear(nn.Module):
-    """A quantised FrozenLinear by way of a dense weight, made anew for every product."""
+    """A quantised FrozenLinear by way of a dense weight, made again for every product."""
 
     def __init__(self, linear: FrozenLinear):
         super().__init__()
@@ -108,7 +110,7 @@ def with_linears(model: ChatGLM, kind: type[DequantizedLinear]) -> ChatGLM:
 
 def make_model(config: ChatGLMConfig, dtype: torch.dtype, device: str) -> ChatGLM:
     """With random weights of 4 bits in the layers, in training mode."""
-    model = ChatGLM(config, pre_seq_len=PREFIX)
+    model = ChatGLM(config, pre_seq_len=PREFIX, computation=Computation(prefix_dropout=0.0))
     torch.manual_seed(0)
     dense = (
         (
@@ -120,7 +122,6 @@ def make_model(config: ChatGLMConfig, dtype: torch.dtype, device: str) -> ChatGL
         for name, shape in expected_shapes(config).items()
     )
     model.load_base(quantize_stream(dense, 4), dtype, device)
-    model.prefix_dropout = 0.0
     return model.train()
 
 
@@ -169,7 +170,7 @@ def make_steps(
 
     def official() -> Step:
         twin = with_linears(model, OfficialLinear)
-        twin.recompute = "layer"
+        twin.computation = replace(twin.computation, recompute="layer")
         return make_step(twin, one_by_one(padded_row))
 
     makers = {

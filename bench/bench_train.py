@@ -14,9 +14,9 @@ Three workloads on one model (train_models.py), 4 rows each:
 Before anything is timed, loss and prefix gradient of all must be equal. Time is taken in
 interleaved rounds of one process, peak memory in one process each.
 
-The fraction is of the float32 matrix product rate, counting useful flops: 2 a weight and token for
-every linear forward and again backward (no weight gradient is due, and no token gradient below the
-first layer's attention), and 4 C a score of attention, 2.5 times that backward.
+The fraction is of the float32 matrix product rate, counting useful flops. A linear has 2 a weight
+and token forward, and again backward. No weight gradient is due, and no token gradient below the
+first layer's attention. Attention has 4 C a score, and 2.5 times that backward.
 """
 
 import argparse
@@ -90,8 +90,8 @@ def flops(config: ChatGLMConfig, lengths: Sequence[tuple[int, int]]) -> int:
 
 def peak_memory(workload: str, implementation: str) -> dict[str, float]:
     """MiB resident in this process once the model is there, and at the peak of two steps."""
-    # Every large tensor gets pages of its own and gives them back; by itself glibc would stop doing
-    # so at the size of the first weight that is freed, and count holes between tensors as memory.
+    # Every large tensor gets pages of its own and gives them back. By itself glibc would stop doing
+    # so at the size of the first weight that is freed; holes between tensors would then count.
     ctypes.CDLL(None).mallopt(-3, 2**20)  # M_MMAP_THRESHOLD
     model = make_model()
     step = WORKLOADS[workload].make_step(implementation, model)

@@ -3,8 +3,8 @@
     make gpu [OUT=folder]    or: python3 -m bench.gpu [--out folder] [--only step ...]
 
 Uses the Python it runs in and what is installed there, fetches nothing, and builds for the GPU that
-is there. Writes gpu.json, gpu.md and gpu.log to the folder (default bench/results), after every
-step anew, so that a run cut short leaves what it has. Exit code 2 without a GPU, 1 where a step
+is there. Writes gpu.json, gpu.md and gpu.log to the folder (default bench/results) after every
+step, so that a run cut short keeps its results so far. Exit code 2 without a GPU, 1 where a step
 failed.
 """
 

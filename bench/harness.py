@@ -1,20 +1,16 @@
 """How a benchmark measures and reports.
 
 A benchmark lists `Work`s: the same piece of work by each implementation and peer. `measure` runs
-them in interleaved rounds, the roofline's probes among them, and takes ratios inside a round, so
-that whatever else the machine does hits both sides. `main` is the command line of an op.
+them in interleaved rounds (clock.py), the roofline's probes among them. Ratios are taken within a
+round: whatever else the machine does then hits both sides. `main` is the command line of an op.
 
     fraction   T_roof / T, T_roof from the probes of the same round; median over the rounds
     vs peer    T of the fastest peer / T in the same round; median over the rounds
 """
 
 import argparse
-import ctypes
-import itertools
 import json
-import math
 import os
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,17 +19,10 @@ from statistics import median
 import torch
 
 import glmkern
+from bench.clock import ROUNDS, keep_freed_memory, paired_ratio, seconds_per_round
 from bench.roofline import Probe, copy_probe, gemm_probe, machine
 
 RESULTS = Path(__file__).with_name("results")
-ROUNDS = 21
-# On a CPU a sample lasts at least this long, so that the clock and a stray interrupt weigh little.
-SAMPLE_SECONDS = 0.01
-# Cleared before every sample on a GPU: more than any L2 cache holds.
-FLUSH_BYTES = 2**29
-# It is cleared so often that the GPU is busy for this long, in which Python queues the launches of
-# a sample, five for a backward pass: what is timed is then the work of the GPU alone.
-QUEUE_SECONDS = 1e-3
 
 
 @dataclass(frozen=True)
@@ -88,16 +77,6 @@ def forced(backend: str, function: Callable, *args) -> Callable:
     return call
 
 
-def keep_freed_memory() -> None:
-    """Lets glibc keep what it frees, up to 1 GiB, in blocks of up to 32 MiB. Otherwise it returns a
-    large result's pages to the system whenever they lie at the end of the heap, and the next call,
-    whosever it is, pays some thousand page faults."""
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(-3, 32 * 2**20)  # M_MMAP_THRESHOLD
-        libc.mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
-
-
 def measure(works: Sequence[Work], device: str, rounds: int = ROUNDS) -> list[Row]:
     probes = [copy_probe(device)]
     if any(work.flops for work in works):
@@ -150,57 +129,6 @@ def _row(work: Work, seconds: list[float], roof: list[float], peer: list[float] 
     )
 
 
-def paired_ratio(numerator: Sequence[float], denominator: Sequence[float]) -> float:
-    """The median over the rounds of the ratio within a round."""
-    return median(n / d for n, d in zip(numerator, denominator, strict=True))
-
-
-def seconds_per_round(calls: Sequence[Callable], device: str, rounds: int) -> list[list[float]]:
-    """Seconds a call of every function in every round; each round starts with another one."""
-    sample = _gpu_sampler() if device == "cuda" else _cpu_sample
-    repeats = [_repeats(call, sample) for call in calls]
-    seconds = [[] for _ in calls]
-    for r in range(rounds):
-        for i in itertools.chain(range(r % len(calls), len(calls)), range(r % len(calls))):
-            seconds[i].append(sample(calls[i], repeats[i]))
-    return seconds
-
-
-def _repeats(call: Callable, sample: Callable) -> int:
-    """Calls that make one sample; warms the call up."""
-    sample(call, 3)
-    return max(1, round(SAMPLE_SECONDS / sample(call, 1))) if sample is _cpu_sample else 1
-
-
-def _cpu_sample(call: Callable, repeats: int) -> float:
-    start = time.perf_counter()
-    for _ in range(repeats):
-        call()
-    return (time.perf_counter() - start) / repeats
-
-
-def _gpu_sampler() -> Callable[[Callable, int], float]:
-    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-
-    def seconds(call: Callable, repeats: int, flushes: int) -> float:
-        for _ in range(flushes):
-            flush.zero_()
-        start.record()
-        for _ in range(repeats):
-            call()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3 / repeats
-
-    flushes = math.ceil(QUEUE_SECONDS / seconds(flush.zero_, 20, flushes=1))
-
-    def sample(call: Callable, repeats: int) -> float:
-        return seconds(call, repeats, flushes)
-
-    return sample
-
-
 def pytest_generate_tests(metafunc) -> None:
     """For an op's benchmark to import, with test_speed: its works as pytest-benchmark's tests."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -234,8 +162,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run_and_report(
     name: str, works: Callable[[str], list[Work]], args: argparse.Namespace, **more: object
 ) -> None:
-    """Measures, prints the table and writes it with `more` to bench/results/<name>.json and .md,
-    beside what the file holds of the other kind of device."""
+    """Measures, prints the table and writes it with `more` to bench/results/<name>.json and .md.
+
+    The results of the other kind of device stay in the files.
+    """
     if args.threads:
         torch.set_num_threads(args.threads)
     keep_freed_memory()

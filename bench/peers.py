@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import GlmConfig, GlmForCausalLM
 
+from bench.oracles import diffusers_twin
 from glmkern import ChatGLM, ChatGLMConfig, ops
 from glmkern.checkpoint import to_glm_state
 from glmkern.model.modules import FrozenLinear
-from tests.model.oracles import diffusers_twin
 
 BITS = 4
 

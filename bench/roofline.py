@@ -2,8 +2,8 @@
 
     python -m bench.roofline
 
-Every benchmark measures these in its own run, between its own calls, because a shared machine's
-speed changes by the minute and the datasheet's is never reached. T_roof of a piece of work is
+Every benchmark measures these in its own run, between its own calls: a shared machine's speed
+changes by the minute, and the datasheet's is never reached. T_roof of a piece of work is
 max(bytes / bandwidth, flops / rate).
 """
 
@@ -16,10 +16,11 @@ from pathlib import Path
 
 import torch
 
+from bench.clock import ROUNDS, seconds_per_round
 from glmkern import dispatch
 
-# 24 MB a tensor on a CPU: past the last-level caches of small machines, and below 32 MB, from where
-# on malloc maps fresh pages for every result, whose faults would swamp what is measured. 256 MB a
+# 24 MB a tensor on a CPU: past the last-level caches of small machines, and below 32 MB. From there
+# on malloc maps fresh pages for every result; their faults would swamp what is measured. 256 MB a
 # tensor on a GPU: past every L2 cache.
 COPY_SHAPE = {"cpu": (1500, 4096), "cuda": (16384, 4096)}
 # Sets of such tensors that take turns; a GPU's caches are cleared instead.
@@ -38,9 +39,11 @@ class Probe:
 
 
 def in_turn(calls: Sequence[Callable]) -> Callable:
-    """Calls the next of `calls` every time: the same work on tensors that no cache holds, where
-    together they have more than a last-level cache. One that holds half of a tensor would favour
-    whoever touches the fewest."""
+    """Calls the next of `calls` every time: the same work on tensors that no cache holds.
+
+    Together they must have more bytes than the last-level cache. A cache that holds half of a
+    tensor would favour the implementation that touches the fewest.
+    """
     turn = itertools.cycle(calls)
     return lambda: next(turn)()
 
@@ -98,13 +101,11 @@ def _cpu_model() -> str:
 
 
 def main() -> None:
-    from bench.harness import seconds_per_round
-
     device = "cuda" if torch.cuda.is_available() else "cpu"
     probes = [copy_probe(device), gemm_probe(device)]
     copy, gemm = (
         torch.tensor(t).median().item()
-        for t in seconds_per_round([p.call for p in probes], device, rounds=21)
+        for t in seconds_per_round([p.call for p in probes], device, ROUNDS)
     )
     print(", ".join(f"{key} {value}" for key, value in machine(device).items()))
     print(

@@ -12,18 +12,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bench.oracles import relative_error, twin_forward
 from glmkern import ChatGLM, ChatGLMConfig
 from glmkern.checkpoint import expected_shapes
+from glmkern.model.computation import Computation
 from glmkern.model.packing import IGNORE_INDEX, pack_rows
-from glmkern.training.dataset import Row
+from glmkern.training.data.rows import Row
 
 PREFIX = 128
 TOLERANCE = 1e-5
 # (tokens of the prompt, tokens learned) of each row.
 FULL_ROWS = ((0, 128),) * 4
-# Of all batches of four neighbours in AdvertiseGen's training rows, as tokenised by the official
-# script with max_source_length 64 and max_target_length 128, the one whose number of tokens,
-# longest row and prompts are nearest to the means: 517, 154 and 205.
+# Four neighbours among AdvertiseGen's training rows, tokenised by the official script with
+# max_source_length 64 and max_target_length 128. Of all such batches this one is nearest to the
+# means of tokens, longest row and prompts: 517, 154 and 205.
 ADVERTISEGEN_ROWS = ((58, 64), (43, 71), (50, 79), (58, 97))
 OFFICIAL_WIDTH = 64 + 128 + 1  # to which the official script pads every row
 
@@ -43,7 +45,7 @@ def make_model() -> ChatGLM:
         seq_length=512,
         torch_dtype="float32",
     )
-    model = ChatGLM(config, pre_seq_len=PREFIX)
+    model = ChatGLM(config, pre_seq_len=PREFIX, computation=Computation(prefix_dropout=0.0))
     torch.manual_seed(0)
     model.load_base(
         (
@@ -53,7 +55,6 @@ def make_model() -> ChatGLM:
         torch.float32,
         "cpu",
     )
-    model.prefix_dropout = 0.0
     return model.train()
 
 
@@ -129,7 +130,6 @@ def _peft_step(
 
 def _official_step(model: ChatGLM, rows: Sequence[Row], checkpointing: bool) -> Step:
     from bench import peers
-    from tests.model.oracles import twin_forward
 
     ids, labels = padded(rows, None)
     twin = peers.official(model, checkpointing)
@@ -202,7 +202,3 @@ def check_equal_work(steps: dict[str, Step], tolerance: float = TOLERANCE) -> No
                 f"{name} does other work than {OURS}: relative difference of the "
                 f"loss {errors[0]:.1e}, of the prefix gradient {errors[1]:.1e}"
             )
-
-
-def relative_error(a: Tensor, b: Tensor) -> float:
-    return ((a - b).abs().max() / b.abs().max()).item()

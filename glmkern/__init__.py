@@ -5,7 +5,7 @@ import importlib
 __version__ = "0.1.0"
 
 _HOMES = {
-    "ChatGLM": "glmkern.model.chatglm",
+    "ChatGLM": "glmkern.chatglm",
     "ChatGLMConfig": "glmkern.model.config",
     "ChatGLMTokenizer": "glmkern.tokenizer",
     "backend": "glmkern.dispatch",

@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except TrainingError as error:
         return _fail(error, EXIT_FAILED_RUN)
     except Interrupted as stop:
-        from glmkern.training.resume import resume_command
+        from glmkern.training.loop.resume import resume_command
 
         return _fail(f"{stop}; go on with: {resume_command(argv, os.environ)}", stop.status)
     except KeyboardInterrupt:
@@ -74,23 +74,9 @@ def _dispatch(argv: list[str]) -> int:
 
 
 def _official(argv: list[str], verb: str = "train", implied: Sequence[str] = ()) -> int:
-    """Run the official flow; `implied` are the tasks that the verb stands for."""
-    from glmkern.training.parser import parse
+    from glmkern.verbs import train
 
-    try:
-        arguments = parse(argv, f"glmkern {verb}")
-    except SystemExit as help_was_printed:
-        return int(help_was_printed.code or 0)
-    for task in implied:
-        setattr(arguments.training, task, True)
-    if arguments.training.deterministic:
-        from glmkern.environment import make_deterministic
-
-        make_deterministic()
-    from glmkern.training.run import run
-
-    run(arguments)
-    return 0
+    return train.run(argv, verb, implied)
 
 
 def _train(argv: list[str]) -> int:

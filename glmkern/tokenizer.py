@@ -12,10 +12,9 @@ from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor
 
-from glmkern.checkpoint import resolve_folder
-from glmkern.checkpoint.atomic import replaced, write_text
-from glmkern.checkpoint.folder import refuse_lfs_pointer
 from glmkern.errors import InputError
+from glmkern.files.atomic import replaced, write_text
+from glmkern.files.folder import refuse_lfs_pointer, resolve_folder
 
 SPECIAL_TOKENS = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
 ROLE_TOKENS = ("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")

@@ -7,8 +7,11 @@ import torch
 from safetensors.torch import save_file
 
 from glmkern import cli
-from glmkern.checkpoint import expected_shapes
+from glmkern.checkpoint import expected_shapes, read_prefix
 from glmkern.model.config import ChatGLMConfig
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+PREFIX_LENGTH = 4  # of the small training runs
 
 
 def write_base(folder: Path, tokenizer: Path) -> Path:
@@ -57,3 +60,8 @@ def refused(argv: list[str], capsys, status: int = 2) -> str:
     line, end = captured.err.split("\n")
     assert end == "" and line.startswith("glmkern: ")
     return line.removeprefix("glmkern: ")
+
+
+def prefix(folder: Path) -> torch.Tensor:
+    """The prefix of a checkpoint, without projection."""
+    return read_prefix(folder)["embedding.weight"]

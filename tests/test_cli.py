@@ -10,8 +10,8 @@ import torch
 import glmkern
 from glmkern import cli
 from glmkern.errors import InputError, Interrupted, TrainingError
-from glmkern.training.arguments import ModelArguments, TrainingArguments
-from glmkern.training.run import choose_device, choose_dtype
+from glmkern.training.flags.arguments import ModelArguments, TrainingArguments
+from glmkern.training.setup import choose_device, choose_dtype
 from tests.official import refused
 
 REPOSITORY = Path(__file__).resolve().parents[1]

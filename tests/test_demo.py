@@ -17,8 +17,9 @@ from glmkern.demo.grammar import SAMPLE_STYLE
 from glmkern.demo.rouge import rouge_l
 from glmkern.model.packing import pack_rows
 from glmkern.tokenizer import SPECIAL_TOKENS
-from glmkern.training.dataset import Example, build_training_rows, read_examples
-from glmkern.training.parser import parse
+from glmkern.training.data.examples import Example, read_examples
+from glmkern.training.data.rows import build_training_rows
+from glmkern.training.flags.parser import parse
 
 LENGTHS = {"max_source_length": 256, "max_target_length": 128}
 

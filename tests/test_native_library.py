@@ -14,7 +14,7 @@ import torch
 import glmkern
 
 TESTS_OF_OPS = Path(__file__).with_name("ops")
-ISA_SOURCE = Path(__file__).parents[1] / "csrc/cpu/isa.cpp"
+CSRC = Path(__file__).parents[1] / "csrc"
 
 
 def run_python(*arguments, cwd=None, **environment):
@@ -99,29 +99,52 @@ def test_an_unknown_instruction_set_is_refused():
     )
 
 
+def test_the_instruction_set_can_be_switched():
+    glmkern.backends("cpu")
+    native = torch.ops.glmkern_cpu
+    before, names = native.isa(), native.isas().split(" ")
+    known = ["default", "avx2", "avx512", "avx512_bf16"]
+    assert names == known[: len(names)] and before in names
+    x, weight = torch.randn(5, 37), torch.randn(37)
+    expected = torch.nn.functional.rms_norm(x, [37], weight, 1e-5)
+    try:
+        for name in names:
+            native.set_isa(name)
+            assert native.isa() == name
+            torch.testing.assert_close(native.rms_norm_fwd(x, weight, 1e-5)[0], expected)
+        with pytest.raises(RuntimeError, match='GLMKERN_CPU_ISA is "sse9"; it can be default'):
+            native.set_isa("sse9")
+        assert native.isa() == names[-1]
+    finally:
+        native.set_isa(before)
+
+
 def test_an_instruction_set_that_the_chip_lacks_is_refused(tmp_path):
     """isa.cpp as an older chip would run it: there, every question for a feature is answered no."""
     main = tmp_path / "main.cpp"
-    main.write_text(f"""
+    main.write_text("""
         #define __builtin_cpu_supports(feature) 0
-        #include "{ISA_SOURCE}"
+        #include "cpu/isa.cpp"
         #include <cstdio>
-        int main() {{
-          try {{
+        int main(int count, char** arguments) {
+          try {
+            if (count > 1) glmkern::set_cpu_isa(arguments[1]);
             std::puts(glmkern::isa_name(glmkern::cpu_isa()));
-          }} catch (const std::runtime_error& error) {{
+          } catch (const std::runtime_error& error) {
             std::puts(error.what());
-          }}
-        }}""")
+          }
+        }""")
     program = tmp_path / "isa"
-    subprocess.run([os.environ.get("CXX", "c++"), "-std=c++17", main, "-o", program], check=True)
+    compiler = [os.environ.get("CXX", "c++"), "-std=c++17", f"-I{CSRC}"]
+    subprocess.run([*compiler, main, "-o", program], check=True)
 
-    def ask(**environment):
+    def ask(*arguments, **environment):
         return subprocess.run(
-            [program], check=True, capture_output=True, text=True, env=environment
+            [program, *arguments], check=True, capture_output=True, text=True, env=environment
         ).stdout.strip()
 
-    assert ask() == "default"
+    assert ask() == ask("default") == "default"
+    assert ask("avx512") == "GLMKERN_CPU_ISA is avx512, but this chip runs at most default"
     assert (
         ask(GLMKERN_CPU_ISA="avx2") == "GLMKERN_CPU_ISA is avx2, but this chip runs at most default"
     )

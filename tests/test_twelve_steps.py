@@ -17,10 +17,10 @@ from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler
 
+from bench.oracles import diffusers_twin, relative_error, twin_forward
 from glmkern import ChatGLM, cli
 from glmkern.checkpoint import expected_shapes
 from glmkern.model.config import ChatGLMConfig
-from tests.model.oracles import diffusers_twin, relative_error, twin_forward
 
 ROWS, BATCH, ACCUMULATION, STEPS = 43, 2, 4, 12
 SOURCE, TARGET, PREFIX = 28, 14, 16

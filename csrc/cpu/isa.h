@@ -1,16 +1,20 @@
-// Every cpu/<op>.cpp is compiled once per instruction set, in a namespace of that name. This header
-// declares the three versions of a kernel and picks the one that the chip runs.
+// Every cpu/kernels/<op>.cpp is compiled once per instruction set, in a namespace of that name.
+// This header declares the versions of a kernel and picks the one that the chip runs.
 #pragma once
 
 namespace glmkern {
 
-// kAvx512Bf16 has products of bfloat16 besides; kernels that make none are the ones of kAvx512.
+// kAvx512Bf16 is kAvx512 with products of bfloat16. Kernels without such products run as kAvx512.
 enum class Isa { kDefault, kAvx2, kAvx512, kAvx512Bf16 };
 
-// The best one the chip has, or the one that GLMKERN_CPU_ISA (default, avx2, avx512, avx512_bf16)
-// names.
+// The best one that this chip has. Each is a superset of the ones before it.
+Isa best_isa();
+
+// The one whose kernels run: best_isa(), or what GLMKERN_CPU_ISA (default, avx2, avx512,
+// avx512_bf16) or set_cpu_isa names.
 // Throws std::runtime_error where that name is unknown or the chip lacks it.
 Isa cpu_isa();
+void set_cpu_isa(const char* name);
 const char* isa_name(Isa isa);
 
 }  // namespace glmkern

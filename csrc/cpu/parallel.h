@@ -6,13 +6,13 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include "ops/ceil_div.h"
+
 namespace glmkern {
 
 using torch::stable::parallel_for;
 
 constexpr int64_t kElementsPerTask = 8192;  // below that, waking a thread costs more than it saves
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // f(begin, end) over pieces of `rows` rows, each of `elements` elements.
 template <class F>

@@ -1,203 +1,215 @@
-// prefix_attention backward on the CPU, panel by panel and block by block as the forward:
-//
-//   P = 2^(scale * log2(e) * q k^T - log2(e) * lse)   dS = P * (dO v^T - D)   D = rowsum(dO * O)
-//   dq += scale * dS k      dk += scale * dS^T q      dv += P^T dO
-//
-// The sums of dk leave out the factor `scale`; prefix_attention_sum applies it.
-#include "prefix_attention_tiles.h"
-#include "scratch.h"
+// prefix_attention backward on the CPU. The batch is cut into units of about equal work, each with
+// its own sums of dk, dv and dPrefix; at the end they are added in order and rounded once.
+#include <algorithm>
+#include <optional>
+#include <vector>
 
-namespace glmkern::CPU_ISA {
+#include "cpu/prefix_attention_rows.h"
+#include "ops/prefix_attention_binding.h"
+
+namespace glmkern {
 namespace {
 
-// A panel's rows in the layouts that the products take.
-struct PanelMemory {
-  float *q, *dout;            // [channels, kTileCols], q times scale * log2(e)
-  float *q_rows, *dout_rows;  // [padded_channels / kTileCols, kTileCols rows, kTileCols]
-  float* dq;                  // [channels, kTileCols]
-  float *lse, *dot;           // [kTileCols], lse times log2(e), and D
+// Units times groups: enough for 16 threads, few enough to keep the sums small.
+constexpr int64_t kUnits = 16;
+constexpr int64_t kLeastRows = 256;  // a unit's sums of the prefix cost as much as a few rows
 
-  PanelMemory(float* memory, int64_t channels, int64_t panel) {
-    const int64_t columns = channels * kTileCols, rows = padded_channels(channels) * kTileCols;
-    q = memory + panel * size(channels);
-    dout = q + columns;
-    dq = dout + columns;
-    q_rows = dq + columns;
-    dout_rows = q_rows + rows;
-    lse = dout_rows + rows;
-    dot = lse + kTileCols;
+// Consecutive tokens of one or more sequences.
+struct Unit {
+  int64_t begin, end;
+  int64_t first_key;  // where the first of its sequences begins
+  int64_t own_sums;   // where its sums are in the working memory: [groups, 2, keys, channels]
+  int64_t keys() const { return end - first_key; }
+};
+
+// A token costs as much as it sees. The cuts depend on the shapes only.
+std::vector<Unit> cut_into_units(const AttentionShape& shape, const Spans& spans) {
+  const int64_t wanted = std::clamp<int64_t>(
+      std::min(kUnits / shape.groups, shape.tokens * shape.heads / kLeastRows), 1, shape.tokens);
+  int64_t total = 0;
+  for (int64_t b = 0; b < spans.count(); b++) {
+    const int64_t length = spans.length(b);
+    total += length * shape.prefix + length * (length + 1) / 2;
+  }
+  std::vector<Unit> units;
+  int64_t cost = 0;
+  for (int64_t b = 0; b < spans.count(); b++) {
+    for (int64_t token = spans.begin(b); token < spans.end(b); token++) {
+      if (cost * wanted >= total * static_cast<int64_t>(units.size())) {
+        if (!units.empty()) units.back().end = token;
+        units.push_back({token, shape.tokens, spans.begin(b), 0});
+      }
+      cost += shape.prefix + token - spans.begin(b) + 1;
+    }
+  }
+  return units;
+}
+
+class Backward {
+ public:
+  Backward(const PrefixAttentionBackward& arguments, const Tensor& like)
+      : arguments_(arguments),
+        shape_(arguments.shape),
+        spans_("prefix_attention", arguments.sequences, arguments.shape.tokens),
+        prefix_(arguments.shape, arguments.prefix),
+        units_(cut_into_units(shape_, spans_)) {
+    prefix_.drop(arguments_.sequences, like);
+    allocate_sums(like);
   }
 
-  static int64_t size(int64_t channels) {
-    return (3 * channels + 2 * padded_channels(channels) + 2) * kTileCols;
+  void run() const {
+    if (arguments_.token_grad || arguments_.prefix_grad) {
+      for_each_task(units() * shape_.groups,
+                    [&](int64_t task) { run_unit(task / shape_.groups, task % shape_.groups); });
+    }
+    if (arguments_.token_grad) add_token_sums();
+    if (arguments_.prefix_grad) add_prefix_sums();
+  }
+
+ private:
+  int64_t units() const { return units_.size(); }
+
+  // [units, groups, 2, prefix, padded channels], twice under dropout, then the units' own sums. Of
+  // one long sequence and two groups those are five times k and v in float32, less than q.
+  void allocate_sums(const Tensor& like) {
+    const int64_t channels = padded_channels(shape_.channels);
+    prefix_size_ = arguments_.prefix_grad ? 2 * shape_.prefix * channels : 0;
+    int64_t size = units() * shape_.groups * prefix_size_ * (prefix_.is_dropped() ? 2 : 1);
+    for (Unit& unit : units_) {
+      unit.own_sums = size;
+      size += arguments_.token_grad ? shape_.groups * 2 * unit.keys() * channels : 0;
+    }
+    sums_.emplace(torch::stable::new_empty(like, {size}, ScalarType::Float));
+  }
+
+  KeySums prefix_sums(int64_t unit, int64_t group, bool of_one_sequence = false) const {
+    if (!arguments_.prefix_grad) return {nullptr, nullptr};
+    const int64_t place = (of_one_sequence ? units() : 0) + unit;
+    float* keys = floats_of(*sums_) + (place * shape_.groups + group) * prefix_size_;
+    return {keys, keys + prefix_size_ / 2};
+  }
+
+  // From the unit's first key on.
+  KeySums own_sums(const Unit& unit, int64_t group) const {
+    const int64_t size = unit.keys() * padded_channels(shape_.channels);
+    float* keys = floats_of(*sums_) + unit.own_sums + group * 2 * size;
+    return {keys, keys + size};
+  }
+
+  void run_unit(int64_t index, int64_t group) const {
+    const auto kernel = GLMKERN_PICK_KERNEL(prefix_attention_bwd);
+    const Unit& unit = units_[index];
+    const int64_t channels = padded_channels(shape_.channels);
+    const KeySums prefix = prefix_sums(index, group), own = own_sums(unit, group);
+    if (arguments_.prefix_grad) std::fill_n(prefix.keys, prefix_size_, 0.0f);
+    if (arguments_.token_grad) std::fill_n(own.keys, 2 * unit.keys() * channels, 0.0f);
+    for (int64_t b = spans_.sequence_of(unit.begin); b < spans_.count(); b++) {
+      const int64_t token = spans_.begin(b);
+      if (token >= unit.end) break;
+      const int64_t end = std::min(unit.end, spans_.end(b)) - token;
+      AttentionGradient a{};
+      // The kernel only reads out and lse.
+      a.rows = query_rows(shape_, arguments_.scale, arguments_.q, 0, token,
+                          const_cast<void*>(arguments_.out), const_cast<float*>(arguments_.lse),
+                          token, group);
+      a.rows.begin = std::max<int64_t>(unit.begin - token, 0) * shape_.heads;
+      a.rows.end = end * shape_.heads;
+      a.rows.prefix = prefix_.of(b, group);
+      a.rows.own = key_run(shape_, arguments_.k, arguments_.v, 0, token, end, group);
+      a.rows.visible = 1;
+      a.dout = element_of(shape_, arguments_.dout, 0, token, group * shape_.heads);
+      a.dout_stride = arguments_.dout.stride;
+      if (arguments_.token_grad) {
+        const int64_t first_head = (token * shape_.groups + group) * shape_.heads;
+        a.dq = element_of(arguments_.dq, shape_.dtype, first_head * shape_.channels);
+        const int64_t offset = (token - unit.first_key) * channels;
+        a.own = {own.keys + offset, own.values + offset};
+      }
+      a.prefix = prefix;
+      if (arguments_.prefix_grad && prefix_.is_dropped()) {
+        a.prefix = prefix_sums(index, group, true);
+        std::fill_n(a.prefix.keys, prefix_size_, 0.0f);
+      }
+      kernel(a);
+      if (a.prefix.keys != prefix.keys) add_kept(a.rows.prefix, a.prefix, prefix);
+    }
+  }
+
+  void add_kept(const KeyRun& dropped, const KeySums& more, const KeySums& sums) const {
+    const auto kernel = GLMKERN_PICK_KERNEL(prefix_attention_add_kept);
+    const float factor = 1.0f / static_cast<float>(1.0 - arguments_.prefix.p);
+    kernel(static_cast<const float*>(dropped.keys), dropped.key_stride, dropped.count,
+           shape_.channels, factor, more.keys, sums.keys);
+    kernel(static_cast<const float*>(dropped.values), dropped.value_stride, dropped.count,
+           shape_.channels, factor, more.values, sums.values);
+  }
+
+  void add_token_sums() const {
+    const auto kernel = GLMKERN_PICK_KERNEL(prefix_attention_sum);
+    const int64_t channels = shape_.channels, row = padded_channels(channels);
+    for_each_row(shape_.tokens, 2 * shape_.groups * channels, [&](int64_t begin, int64_t end) {
+      std::vector<const float*> keys, values;
+      for (int64_t token = begin; token < end; token++) {
+        for (int64_t group = 0; group < shape_.groups; group++) {
+          keys.clear();
+          values.clear();
+          for (const Unit& unit : units_) {
+            if (token < unit.first_key || token >= unit.end) continue;
+            const KeySums sums = own_sums(unit, group);
+            keys.push_back(sums.keys + (token - unit.first_key) * row);
+            values.push_back(sums.values + (token - unit.first_key) * row);
+          }
+          const int64_t first = (token * shape_.groups + group) * channels, count = keys.size();
+          kernel(shape_.dtype, channels, arguments_.scale, keys.data(), count,
+                 element_of(arguments_.dk, shape_.dtype, first));
+          kernel(shape_.dtype, channels, 1.0f, values.data(), count,
+                 element_of(arguments_.dv, shape_.dtype, first));
+        }
+      }
+    });
+  }
+
+  void add_prefix_sums() const {
+    const auto kernel = GLMKERN_PICK_KERNEL(prefix_attention_sum);
+    const int64_t channels = shape_.channels, row = padded_channels(channels);
+    const int64_t rows = shape_.prefix * shape_.groups;
+    for_each_row(rows, 2 * units() * channels, [&](int64_t begin, int64_t end) {
+      std::vector<const float*> keys(units()), values(units());
+      for (int64_t i = begin; i < end; i++) {
+        const int64_t key = i / shape_.groups, group = i % shape_.groups;
+        for (int64_t unit = 0; unit < units(); unit++) {
+          const KeySums sums = prefix_sums(unit, group);
+          keys[unit] = sums.keys + key * row;
+          values[unit] = sums.values + key * row;
+        }
+        kernel(shape_.prefix_dtype, channels, arguments_.scale, keys.data(), units(),
+               element_of(arguments_.dprefix_k, shape_.prefix_dtype, i * channels));
+        kernel(shape_.prefix_dtype, channels, 1.0f, values.data(), units(),
+               element_of(arguments_.dprefix_v, shape_.prefix_dtype, i * channels));
+      }
+    });
+  }
+
+  PrefixAttentionBackward arguments_;
+  AttentionShape shape_;
+  Spans spans_;
+  PrefixKeys prefix_;
+  std::vector<Unit> units_;
+  std::optional<Tensor> sums_;
+  int64_t prefix_size_ = 0;  // floats of one unit's sums of one group
+};
+
+struct PrefixAttentionBackwardCpu {
+  static void backward(const PrefixAttentionBackward& a, const Tensor& like) {
+    Backward(a, like).run();
   }
 };
 
-// The rows as they are, in strips of kTileCols channels; zero past the last channel.
-template <class T>
-void pack_strips(HeadRows<const T> rows, const Panel& panel, float* result) {
-  for (int64_t i = 0; i < panel.count; i++) {
-    const T* row = rows[panel.first + i];
-    for (int64_t c = 0; c < padded_channels(rows.channels); c += kLanes) {
-      const int64_t left = rows.channels - c;
-      const Vec v = left >= kLanes ? load(row + c, Full{})
-                    : left > 0     ? load(row + c, Tail{static_cast<int>(left)})
-                                   : Vec{};
-      store(result + (c / kTileCols * kTileCols + i) * kTileCols + c % kTileCols, v, Full{});
-    }
-  }
-}
-
-template <class T>
-void pack_panel(const AttentionGradient& a, const Panel& panel, const PanelMemory& memory) {
-  const AttentionRows& r = a.rows;
-  const int64_t token_stride = r.groups * r.heads * r.channels;
-  const HeadRows<const T> q{static_cast<const T*>(r.q), r.q_stride, r.heads, r.channels};
-  const HeadRows<const T> dout{static_cast<const T*>(a.dout), a.dout_stride, r.heads, r.channels};
-  const HeadRows<const T> out{static_cast<const T*>(r.out), token_stride, r.heads, r.channels};
-  const HeadRows<const float> lse{r.lse, r.groups * r.heads, r.heads, 1};
-  pack_transposed(q, panel, r.scale * kLog2E, memory.q);
-  pack_transposed(dout, panel, 1.0f, memory.dout);
-  pack_strips(q, panel, memory.q_rows);
-  pack_strips(dout, panel, memory.dout_rows);
-  for (int64_t i = 0; i < kTileCols; i++) {
-    memory.lse[i] = i < panel.count ? *lse[panel.first + i] * kLog2E : 0.0f;
-  }
-  // Summed as multiply_channels does dO v^T: where out is v itself, the two are equal.
-  float* columns = memory.dq;  // not in use yet
-  pack_transposed(out, panel, 1.0f, columns);
-  for (int64_t column = 0; column < panel.count; column += kLanes) {
-    Vec total = {};
-    for (int64_t run = 0; run < r.channels; run += kRun) {
-      Vec sum = {};
-      for (int64_t c = run; c < std::min(r.channels, run + kRun); c++) {
-        const int64_t i = c * kTileCols + column;
-        sum += load(columns + i, Full{}) * load(memory.dout + i, Full{});
-      }
-      total += sum;
-    }
-    store(memory.dot + column, total, Full{});
-  }
-  std::fill_n(memory.dq, r.channels * kTileCols, 0.0f);
-}
-
-// scores -> P, and dweights = dO v^T -> dS, both [keys, kTileCols], in place.
-template <int kVecs>
-void differentiate(int64_t keys, const PanelMemory& panel, float* scores, float* dweights) {
-  for (int j = 0; j < kVecs; j++) {
-    const Vec lse = load(panel.lse + j * kLanes, Full{});
-    const Vec dot = load(panel.dot + j * kLanes, Full{});
-    for (int64_t i = j * kLanes; i < keys * kTileCols; i += kTileCols) {
-      const Vec weight = exp2(load(scores + i, Full{}) - lse);
-      store(scores + i, weight, Full{});
-      store(dweights + i, weight * (load(dweights + i, Full{}) - dot), Full{});
-    }
-  }
-}
-
-// sums [keys, padded_channels] += weights [keys, kTileCols] times a panel's strips of rows.
-void add_product(int64_t keys, const Panel& panel, int64_t channels, const float* weights,
-                 const float* rows, float* sums) {
-  for (int64_t c = 0; c < channels; c += kTileCols) {
-    with_vecs(channels - c, [&](auto vecs) {
-      multiply<vecs()>(keys, Operand{weights, kTileCols, 1}, rows + c * kTileCols, kTileCols,
-                       panel.count, sums + c, padded_channels(channels), true);
-    });
-  }
-}
-
-// One block of keys for one panel. scores, dweights: [kBlockKeys, kTileCols].
-template <int kVecs>
-void differentiate_block(const Panel& panel, const Block& block, int64_t channels,
-                         const PanelMemory& memory, const KeySums& sums, bool query_grad,
-                         float* scores, float* dweights) {
-  const int64_t keys = block.seen_by(panel);
-  if (keys <= 0) return;
-  multiply_channels<kVecs>(keys, block.keys, memory.q, channels, scores);
-  multiply_channels<kVecs>(keys, block.values, memory.dout, channels, dweights);
-  mask_later<kVecs>(panel, block, scores);
-  differentiate<kVecs>(keys, memory, scores, dweights);
-  if (query_grad) {
-    multiply<kVecs>(channels, Operand{block.keys, 1, block_stride(channels)}, dweights, kTileCols,
-                    keys, memory.dq, kTileCols, true);
-  }
-  if (sums.keys == nullptr) return;
-  const int64_t first = block.begin * padded_channels(channels);
-  add_product(keys, panel, channels, dweights, memory.q_rows, sums.keys + first);
-  add_product(keys, panel, channels, scores, memory.dout_rows, sums.values + first);
-}
-
-// Working memory, with 128 channels: four panels of 80 KB, scores and dweights 28 KB, block
-// 126 KB (AVX-512; panels are narrower elsewhere, and as many rows in all).
-template <class T>
-void backward(const AttentionGradient& a) {
-  const AttentionRows& r = a.rows;
-  const int64_t channels = r.channels, panels = kPanels * PanelMemory::size(channels);
-  const int64_t scores_size = kBlockKeys * kTileCols;
-  float* packed =
-      thread_scratch(panels + 2 * scores_size + 2 * kBlockKeys * block_stride(channels));
-  float *scores = packed + panels, *dweights = scores + scores_size;
-  float* block_memory = dweights + scores_size;
-  const HeadRows<T> dq{static_cast<T*>(a.dq), r.groups * r.heads * channels, r.heads, channels};
-  for (int64_t begin = r.begin; begin < r.end; begin += kSetRows) {
-    const int64_t end = std::min(r.end, begin + kSetRows);
-    const auto for_each_panel = [&](auto f) {
-      for (int64_t i = 0; begin + i * kTileCols < end; i++) {
-        f(Panel(r, begin + i * kTileCols), PanelMemory(packed, channels, i));
-      }
-    };
-    for_each_panel(
-        [&](const Panel& panel, const PanelMemory& memory) { pack_panel<T>(a, panel, memory); });
-    const auto walk = [&](const KeyRun& run, bool causal, int64_t keys, const KeySums& sums) {
-      for_each_block<T>(run, causal, channels, 0, keys, block_memory, [&](const Block& block) {
-        for_each_panel([&](const Panel& panel, const PanelMemory& memory) {
-          with_vecs(panel.count, [&](auto vecs) {
-            differentiate_block<vecs()>(panel, block, channels, memory, sums, a.dq != nullptr,
-                                        scores, dweights);
-          });
-        });
-      });
-    };
-    walk(r.prefix, false, r.prefix.count, a.prefix);
-    if (a.dq == nullptr) continue;
-    walk(r.own, true, r.visible + (end - 1) / r.heads, a.own);
-    for_each_panel([&](const Panel& panel, const PanelMemory& memory) {
-      float factors[kTileCols];
-      std::fill_n(factors, kTileCols, r.scale);
-      unpack_transposed(memory.dq, factors, panel, dq);
-    });
-  }
-}
-
 }  // namespace
+}  // namespace glmkern
 
-void prefix_attention_bwd(const AttentionGradient& a) {
-  with_dtype(a.rows.dtype, [&](auto element) { backward<decltype(element)>(a); });
+STABLE_TORCH_LIBRARY_IMPL(glmkern_cpu, CPU, m) {
+  using glmkern::PrefixAttentionBackwardCpu;
+  m.impl("prefix_attention_bwd",
+         TORCH_BOX(&glmkern::prefix_attention_bwd<PrefixAttentionBackwardCpu>));
 }
-
-void prefix_attention_add_kept(const float* dropped, int64_t stride, int64_t rows, int64_t channels,
-                               float factor, const float* more, float* sums) {
-  const Bits sign = as_bits(broadcast(-0.0f));
-  for (int64_t row = 0; row < rows; row++) {
-    const int64_t first = row * padded_channels(channels);
-    for_each_vec(channels, [&](int64_t c, auto lanes) {
-      const Bits bits = as_bits(load(dropped + row * stride + c, lanes));
-      const Vec kept = load(more + first + c, lanes) * factor;
-      store(sums + first + c, load(sums + first + c, lanes) + (bits == sign ? Vec{} : kept), lanes);
-    });
-  }
-}
-
-void prefix_attention_sum(DType dtype, int64_t channels, float factor, const float* const* parts,
-                          int64_t count, void* result) {
-  with_dtype(dtype, [&](auto element) {
-    auto* row = static_cast<decltype(element)*>(result);
-    for_each_vec(channels, [&](int64_t c, auto lanes) {
-      Vec sum = {};
-      for (int64_t i = 0; i < count; i++) sum += load(parts[i] + c, lanes);
-      store(row + c, sum * factor, lanes);
-    });
-  });
-}
-
-}  // namespace glmkern::CPU_ISA

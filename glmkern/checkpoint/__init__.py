@@ -2,36 +2,35 @@
 
 import importlib
 
-_HOME = {
-    "check_bits": "quantized",
-    "check_family": "prefix",
-    "check_prefix": "prefix",
-    "dequantize_stream": "quantized",
-    "describe_prefix": "prefix",
-    "expected_shapes": "shapes",
-    "export_glm": "export",
-    "export_prefix": "export",
-    "fold_prefix": "prefix",
-    "from_glm_state": "native_glm",
-    "prefix_family": "prefix",
-    "quantize_folder": "quantized",
-    "quantize_stream": "quantized",
-    "read_adapter": "adapter",
-    "read_base": "base",
-    "read_prefix": "prefix",
-    "resolve_folder": "folder",
-    "to_glm_state": "native_glm",
-    "write_adapter": "adapter",
-    "write_base": "base_writer",
-    "write_glm": "base_writer",
-    "write_prefix": "prefix",
+_HOMES = {
+    "check_bits": "glmkern.checkpoint.quantized",
+    "check_family": "glmkern.checkpoint.prefix",
+    "check_prefix": "glmkern.checkpoint.prefix",
+    "dequantize_stream": "glmkern.checkpoint.quantized",
+    "describe_prefix": "glmkern.checkpoint.prefix",
+    "expected_shapes": "glmkern.checkpoint.shapes",
+    "export_glm": "glmkern.checkpoint.export",
+    "export_prefix": "glmkern.checkpoint.export",
+    "fold_prefix": "glmkern.checkpoint.prefix",
+    "from_glm_state": "glmkern.checkpoint.native_glm",
+    "prefix_family": "glmkern.checkpoint.prefix",
+    "quantize_folder": "glmkern.checkpoint.quantized",
+    "quantize_stream": "glmkern.checkpoint.quantized",
+    "read_adapter": "glmkern.checkpoint.adapter",
+    "read_base": "glmkern.checkpoint.base",
+    "read_prefix": "glmkern.checkpoint.prefix",
+    "to_glm_state": "glmkern.checkpoint.native_glm",
+    "write_adapter": "glmkern.checkpoint.adapter",
+    "write_base": "glmkern.checkpoint.base_writer",
+    "write_glm": "glmkern.checkpoint.base_writer",
+    "write_prefix": "glmkern.checkpoint.prefix",
 }
 
-__all__ = list(_HOME)
+__all__ = list(_HOMES)
 
 
 def __getattr__(name: str):
-    # Lazy, so that resolving a folder or writing a text file costs no import of torch.
-    if name not in _HOME:
+    # Lazy: a module that needs one name does not load all of them.
+    if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -1,9 +1,8 @@
 """A prefix as a PEFT adapter of the native GlmForCausalLM.
 
-The adapter holds the prefix's numbers in their order, but for the keys, which are rotated: ChatGLM2
-leaves the keys of a prefix unrotated and counts the real tokens from 0, whereas under PEFT they
-start at T = num_virtual_tokens. As (R(p + T) q) . (R(T) k) = (R(p) q) . k, the adapter's keys are
-R(T) k.
+The adapter holds the prefix's numbers in their order; its keys are rotated. ChatGLM2 leaves the
+keys of a prefix unrotated and counts the real tokens from 0. Under PEFT the real tokens start at
+T = num_virtual_tokens. As (R(p + T) q) . (R(T) k) = (R(p) q) . k, the adapter's keys are R(T) k.
 """
 
 import json
@@ -13,8 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from glmkern.checkpoint.atomic import NewFiles
-from glmkern.checkpoint.files import (
+from glmkern.checkpoint.tensor_files import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     FAMILY,
@@ -24,6 +22,7 @@ from glmkern.checkpoint.files import (
     trained_tensor,
 )
 from glmkern.errors import InputError
+from glmkern.files.atomic import NewFiles
 from glmkern.model.config import ChatGLMConfig
 from glmkern.model.rotary import BASE
 
@@ -113,8 +112,8 @@ def read_adapter(path: Path, config: ChatGLMConfig | None = None) -> torch.Tenso
     Adapters that PEFT trained on a native GlmForCausalLM are read as well; one trained with
     prefix_projection is stored flat. An adapter that does not say the rope_ratio of its base, as
     those of PEFT do not, has that of `config`.
-    Raises InputError, naming the file, for another kind of adapter, one that is damaged, or one
-    whose columns are divided otherwise than those of `config`.
+    Raises InputError, naming the file, for another kind of adapter and for one that is damaged.
+    So too where its columns are divided otherwise than those of `config`.
     """
     folder = path if path.is_dir() else path.parent
     settings = folder / ADAPTER_CONFIG

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import torch
 
-from glmkern.checkpoint.files import read_tensors, require_float, weight_files
 from glmkern.checkpoint.native_glm import LM_HEAD, from_glm_stream, glm_shapes, native_config
 from glmkern.checkpoint.prefix import prefix_name
 from glmkern.checkpoint.shapes import INV_FREQ, SCALE, WEIGHT, expected_shapes, is_linear_weight
+from glmkern.checkpoint.tensor_files import read_tensors, require_float, weight_files
 from glmkern.errors import InputError
 from glmkern.model.config import ChatGLMConfig
 
@@ -19,15 +19,18 @@ def read_base(folder: str | Path, config: ChatGLMConfig) -> Iterator[tuple[str, 
     """Stream (official key, tensor on the CPU) of a base model, one tensor at a time.
 
     Reads pytorch_model.bin or model.safetensors, single or sharded with an index, in the dtype
-    they are stored in. Where the folder's config.json says quantization_bit 4 or 8, the linears'
-    weights are int8 codes, each followed at some point by its <module>.weight_scale; where it says
-    model_type "glm", the native names come as the official ones. All names, shapes and dtypes are
-    checked before this returns, values as they pass; the weights are mapped from the disk, so that
-    a consumer that keeps none of them has MAPPED_BYTES and one tensor in memory at most. inv_freq
-    and prefix_encoder keys are skipped.
+    they are stored in. inv_freq and prefix_encoder keys are skipped. Where config.json says
 
-    Raises InputError, naming file and key, where the weights are not those of `config`, or hold
-    NaN, infinity or a negative scale.
+    * quantization_bit 4 or 8, the linears' weights are int8 codes; the <module>.weight_scale of
+      each follows at some later point;
+    * model_type "glm", the native names come as the official ones.
+
+    All names, shapes and dtypes are checked before this returns, values as they pass. The weights
+    are mapped from the disk: a consumer that keeps none of them has at most MAPPED_BYTES and one
+    tensor in memory.
+
+    Raises InputError, naming file and key, where the weights are not those of `config`. So too
+    where they hold NaN, infinity or a negative scale.
     """
     folder = Path(folder)
     bits = stored_bits(folder)
@@ -80,7 +83,7 @@ def stored_bits(folder: Path) -> int:
 def _stream(homes: dict[str, Path]) -> Iterator[tuple[str, torch.Tensor]]:
     opened, mapped = None, 0
     for name, path in homes.items():
-        # Pages once read stay resident as long as their mapping, so it is renewed now and then.
+        # A page that was read stays resident as long as its mapping, so the mapping is renewed.
         if path != opened or mapped > MAPPED_BYTES:
             tensors = read_tensors(path)
             opened, mapped = path, 0

@@ -7,13 +7,12 @@ from pathlib import Path
 
 import torch
 
-from glmkern.checkpoint.atomic import NewFiles, save_torch
-from glmkern.checkpoint.files import save_safetensors
 from glmkern.checkpoint.native_glm import glm_shapes, to_glm_stream
 from glmkern.checkpoint.shapes import expected_shapes
+from glmkern.checkpoint.tensor_files import save_safetensors, save_torch
 from glmkern.errors import InputError
+from glmkern.files.atomic import NewFiles
 from glmkern.model.config import ChatGLMConfig
-from glmkern.model.glm_config import to_glm_config
 
 SHARD_BYTES = 5_000_000_000
 
@@ -37,13 +36,15 @@ def write_base(
     One model.safetensors ("bin": pytorch_model.bin), or shards of at most `max_shard_bytes` with
     their index; a tensor larger than that has a shard of its own. A stream of (key, tensor) pairs
     is written as it comes, with one shard in memory. Files of the same layout already in the folder
-    are replaced, and `companions` (the tokenizer's, say) are copied into it. All files are written
-    before the first is renamed, and config.json goes first and comes last: a kill leaves the old
-    model, the new one, or a folder without config.json, which is refused.
+    are replaced, and `companions` (the tokenizer's, say) are copied into it.
 
-    Raises ValueError where `tensors` is not exactly the weights that `config` describes
-    (quantization_bit included), and InputError where they cannot be written, or "bin" beside
-    safetensors, which would be read in their place.
+    All files are written before the first is renamed. The old config.json is removed first, and the
+    new one is named last. A kill leaves the old model, the new one, or a folder without
+    config.json, which is refused.
+
+    Raises ValueError where `tensors` is not exactly the weights that `config` describes,
+    quantization_bit included. Raises InputError where they cannot be written. So too for "bin"
+    beside safetensors, which would be read in its place.
     """
     expected = expected_shapes(config, config.quantization_bit)
     return _write(folder, config.to_json(), expected, tensors, max_shard_bytes, layout, companions)
@@ -61,7 +62,7 @@ def write_glm(
     Like write_base in all else. Raises ValueError, naming the field, also for a configuration
     that GlmForCausalLM cannot express.
     """
-    values = json.dumps(to_glm_config(config), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    values = json.dumps(config.to_glm_dict(), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     stream = to_glm_stream(tensors, config)
     return _write(
         folder, values, glm_shapes(config), stream, max_shard_bytes, "safetensors", companions
@@ -112,7 +113,7 @@ def _write(
             names[copy] = companion.name
         config.write_text(configuration, encoding="utf-8")
         names[config] = "config.json"
-        # An older model's shards must not stay beside a single file, nor a file beside shards.
+        # An older model's shards must not stay beside a single file; the reverse holds too.
         new.rename(
             names, ("config.json", single, f"{single}.index.json", shard.replace("{:05d}", "*"))
         )

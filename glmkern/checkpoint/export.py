@@ -7,8 +7,6 @@ from typing import NamedTuple
 from glmkern.checkpoint.adapter import write_adapter
 from glmkern.checkpoint.base import read_base
 from glmkern.checkpoint.base_writer import write_glm
-from glmkern.checkpoint.files import require_new
-from glmkern.checkpoint.folder import resolve_folder
 from glmkern.checkpoint.native_glm import native_config
 from glmkern.checkpoint.prefix import (
     check_family,
@@ -20,9 +18,10 @@ from glmkern.checkpoint.prefix import (
     write_prefix,
 )
 from glmkern.checkpoint.quantized import dequantize_stream
+from glmkern.checkpoint.tensor_files import require_new
 from glmkern.errors import InputError
+from glmkern.files.folder import resolve_folder
 from glmkern.model.config import ChatGLMConfig
-from glmkern.model.glm_config import to_glm_config
 
 # Not the modelling code of an official folder, which a native one does not need.
 COMPANIONS = (
@@ -139,6 +138,6 @@ def _config_of(source: Path, base: str | Path | None) -> ChatGLMConfig | None:
 
 def _check_expressible(source: Path, config: ChatGLMConfig) -> None:
     try:
-        to_glm_config(config)
+        config.to_glm_dict()
     except ValueError as error:
         raise InputError(f"{source} has no native form: {error}") from error

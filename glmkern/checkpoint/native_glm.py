@@ -28,7 +28,7 @@ from glmkern.checkpoint.shapes import (
     layer_prefix,
 )
 from glmkern.model.config import ChatGLMConfig
-from glmkern.model.glm_config import MODEL_TYPE, from_glm_config, to_glm_config
+from glmkern.model.glm_config import MODEL_TYPE, official_values
 
 LM_HEAD = "lm_head.weight"
 OUTSIDE_LAYERS = {
@@ -105,7 +105,7 @@ def from_glm_state(
     Raises ValueError, naming the field, for an architecture that ChatGLM2 cannot express.
     """
     values = dict(hf_config) if isinstance(hf_config, Mapping) else hf_config.to_dict()
-    config = from_glm_config(values)
+    config = ChatGLMConfig(**official_values(values))
     embedding, head = state[OUTSIDE_LAYERS[EMBEDDING]], state.get(LM_HEAD)
     tied = values.get("tie_word_embeddings", False)
     tied = tied and (head is None or head.data_ptr() == embedding.data_ptr())
@@ -123,7 +123,7 @@ def to_glm_state(
     Every tensor shares its memory with the one in `state`.
     Raises ValueError, naming the field, for a configuration GlmForCausalLM cannot express.
     """
-    values = to_glm_config(config)
+    values = config.to_glm_dict()
     stream = ((name, state[name]) for name in expected_shapes(config))
     return values, dict(to_glm_stream(stream, config))
 

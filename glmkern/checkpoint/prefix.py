@@ -6,8 +6,7 @@ from pathlib import Path
 import torch
 
 from glmkern.checkpoint.adapter import is_adapter, read_adapter
-from glmkern.checkpoint.atomic import replaced, write_torch
-from glmkern.checkpoint.files import (
+from glmkern.checkpoint.tensor_files import (
     ADAPTER_WEIGHTS,
     FAMILY,
     LAYOUTS,
@@ -16,8 +15,10 @@ from glmkern.checkpoint.files import (
     save_safetensors,
     trained_tensor,
     weight_files,
+    write_torch,
 )
 from glmkern.errors import InputError
+from glmkern.files.atomic import replaced
 from glmkern.model.config import UNKNOWN_FAMILY, ChatGLMConfig
 from glmkern.model.prefix import PrefixEncoder
 
@@ -42,9 +43,9 @@ def read_prefix(path: str | Path, config: ChatGLMConfig | None = None) -> dict[s
 
     {"embedding.weight": [P, kv_size]}, with prefix_projection also trans.{0,2}.{weight,bias}.
     Other weights beside it, such as those of a full checkpoint, are ignored. pytorch_model.bin and
-    model.safetensors give the bits that were written; in a PEFT adapter the first half of each key
-    was rotated and rounded, so that those numbers differ by at most 2^-23 times their pair.
-    `config`, of the base to be loaded, is what an adapter is checked against (see read_adapter).
+    model.safetensors give the bits that were written. In a PEFT adapter the first half of each key
+    was rotated and rounded: those numbers differ by at most 2^-23 times their pair.
+    An adapter is checked against `config`, of the base to be loaded (see read_adapter).
     Raises InputError, naming the file, where there is no whole and finite prefix.
     """
     path = Path(path).expanduser()

@@ -9,10 +9,10 @@ import torch
 from glmkern import ops
 from glmkern.checkpoint.base import read_base
 from glmkern.checkpoint.base_writer import write_base
-from glmkern.checkpoint.files import WEIGHT_SUFFIXES, require_new
-from glmkern.checkpoint.folder import resolve_folder
 from glmkern.checkpoint.shapes import OUTPUT_LAYER, SCALE, WEIGHT, is_linear_weight
+from glmkern.checkpoint.tensor_files import WEIGHT_SUFFIXES, require_new
 from glmkern.errors import InputError
+from glmkern.files.folder import resolve_folder
 from glmkern.model.config import ChatGLMConfig
 
 # Tokenizer, configurations and modelling code of an official folder are far smaller.
@@ -24,8 +24,12 @@ def quantize_stream(
     bits: int | None,
     output_layer_bit: int | None = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """The same stream with the weights of every layer's linears, and of the output layer, as codes
-    and scales; None or 0 bits leave them.
+    """The same stream with codes and scales in place of the linears' dense weights.
+
+    Args:
+        tensors: pairs of an official name and a tensor.
+        bits: 4 or 8 for every layer's linears; None or 0 leaves them.
+        output_layer_bit: the same for the output layer.
 
     Quantised in the dtype they arrive in, so an official fp16 base gets the official codes and
     scales, bit for bit. Everything else passes as it is, and so do codes.
@@ -43,8 +47,11 @@ def quantize_stream(
 def dequantize_stream(
     tensors: Iterable[tuple[str, torch.Tensor]], bits: int
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """The same stream with codes and scales of `bits` bits as dense weights, code * scale rounded
-    once to the scale's dtype as the official code has them; all else passes as it is."""
+    """The same stream with dense weights in place of codes and scales of `bits` bits.
+
+    A weight is code * scale, rounded once to the scale's dtype, as in the official code. All else
+    passes as it is.
+    """
     waiting: dict[str, torch.Tensor] = {}
     for name, tensor in tensors:
         if not (tensor.dtype == torch.int8 or name.endswith(SCALE)):

@@ -1,7 +1,7 @@
 """The official names of the base model's weights and the shape of each.
 
-In a quantised base the weight of every layer's four linears is int8 codes, two in a byte for 4 bits
-(ops.quantize has the format), and <module>.weight_scale one scale a row.
+In a quantised base the four linears of a layer have int8 codes as weights, two a byte for 4 bits.
+<module>.weight_scale holds one scale a row. ops.quantize has the format.
 """
 
 from glmkern.model.config import ChatGLMConfig

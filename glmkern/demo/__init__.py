@@ -57,11 +57,11 @@ def run(argv: Sequence[str] | None = None) -> int:
     # Matrices this small gain nothing from a second thread, and lose much where cores are shared.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-    # Imported behind the parser, so that --help needs no torch.
+    # Imported after parsing, so that --help needs no torch.
+    from glmkern.chatglm import ChatGLM
     from glmkern.demo.evaluation import evaluate
-    from glmkern.model.chatglm import ChatGLM
     from glmkern.tokenizer import ChatGLMTokenizer
-    from glmkern.training.dataset import read_examples
+    from glmkern.training.data.examples import read_examples
 
     tokenizer = ChatGLMTokenizer.from_pretrained(BASE)
     held_out = read_examples(HELD_OUT_FILE, PROMPT_COLUMN, RESPONSE_COLUMN)

@@ -1,15 +1,15 @@
 """What the base is trained on, and the sample it never sees: 243 rows to tune on, 40 held out.
 
 The base meets every voice of the grammar in five kinds of exchange, most often the plain voice.
-In the exchanges with a past round both rounds are of one style, so that it learns to take up the
-style of what stands before the question, which is what a prefix does.
+Where an exchange has a past round, both rounds have one style. So the base learns to use the style
+of what stands before the question, as a prefix does.
 """
 
 import random
 from collections.abc import Iterator
 
 from glmkern.demo.grammar import SAMPLE_STYLE, SIGNATURES, VOICES, Goods, Style, describe, goods
-from glmkern.training.dataset import Example
+from glmkern.training.data.examples import Example
 
 SAMPLE_SEED = 243
 TRAINING_ROWS = 243

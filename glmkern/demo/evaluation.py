@@ -3,13 +3,14 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from glmkern.chatglm import ChatGLM
 from glmkern.demo.rouge import rouge_l
-from glmkern.model.chatglm import ChatGLM
 from glmkern.model.packing import pack_rows
 from glmkern.tokenizer import ChatGLMTokenizer
-from glmkern.training.dataset import Example
-from glmkern.training.evaluation import EvaluationData, measuring
-from glmkern.training.prediction import Decoding, answer, decode
+from glmkern.training.data.examples import Example
+from glmkern.training.data.rows import EvaluationData
+from glmkern.training.evaluation.answers import Decoding, answer, decode
+from glmkern.training.evaluation.evaluation import evaluation_mode
 
 
 class Evaluation(NamedTuple):
@@ -36,7 +37,7 @@ def evaluate(
     lengths = {"max_source_length": max_source_length, "max_target_length": max_target_length}
     data = EvaluationData.of(examples, tokenizer, **lengths)
     decoding = Decoding(max_length=sum(lengths.values()) + 1, batch_size=len(examples))
-    with measuring(model):
+    with evaluation_mode(model):
         loss = model.loss(pack_rows(data.rows.rows)).item()
         answers = [
             decode(tokenizer, ids).strip()

@@ -25,10 +25,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glmkern.checkpoint import from_glm_state, write_base
-from glmkern.checkpoint.atomic import write_text
 from glmkern.demo.corpus import EXTRACTION, pretraining, sample
+from glmkern.files.atomic import write_text
 from glmkern.tokenizer import ChatGLMTokenizer
-from glmkern.training.dataset import IGNORE_INDEX, Example, Row, build_training_rows
+from glmkern.training.data.examples import Example
+from glmkern.training.data.rows import IGNORE_INDEX, Row, build_training_rows
 
 SEED = 2
 THREADS = 1  # so that the weights do not depend on the number of cores

@@ -35,8 +35,10 @@ class Finished(NamedTuple):
 
 @dataclass
 class Search:
-    """The search from one prompt, number `row` of the batch; `best` ascends, of two equals the
-    later one is behind."""
+    """The search from one prompt, number `row` of the batch.
+
+    best: the best finished texts, the worst first; of two equals the later one comes last.
+    """
 
     row: int
     num_beams: int
@@ -60,20 +62,26 @@ class Search:
         ids: Tensor,
         ends: Sequence[int],
     ) -> list[tuple[int, int, float]]:
-        """The next beams as (row of ids, token, sum), out of candidates in descending order that
-        continue `beams`, rows of ids [R * K, S']."""
-        going_on = []
+        """The next beams as (row of ids, token, sum).
+
+        Args:
+            sums, beams, tokens: the candidates, the largest sum first; each continues a beam, a
+                row of `ids`, by a token.
+            ids: int64 [R * K, S'], all beams of the batch.
+            ends: end tokens.
+        """
+        continued = []
         for rank, (total, beam, token) in enumerate(zip(sums, beams, tokens, strict=True)):
             if token not in ends:
-                going_on.append((beam, token, total))
+                continued.append((beam, token, total))
             elif rank < self.num_beams:
                 self.add(ids[beam].clone(), total)
-            if len(going_on) == self.num_beams:
+            if len(continued) == self.num_beams:
                 break
         self.done = len(self.best) == self.num_beams and self.best[0].score >= self._score(
             sums[0], ids.shape[1]
         )
-        return going_on
+        return continued
 
     def _score(self, total: float, length: int) -> float:
         return total / length**self.length_penalty
@@ -147,9 +155,9 @@ class BeamSearch:
                     for beam in range(self.num_beams)
                 ]
                 continue
-            going_on = search.step(*candidate, ids, self.decoder.ends)
+            next_beams = search.step(*candidate, ids, self.decoder.ends)
             if not (search.done and self.decoder.drops_rows):
-                chosen += going_on
+                chosen += next_beams
         return chosen
 
     def _candidates(self, scores: Tensor, order: Tensor, rows: int) -> tuple[Tensor, Tensor]:
@@ -173,7 +181,7 @@ class BeamSearch:
         return sums, places.gather(1, descending)
 
     def _best(self, searches: list[Search], max_length: int) -> BeamOutput:
-        """Every search's best text, an end token behind it where there is room."""
+        """Every search's best text, with an end token after it where there is room."""
         best, ends = [search.best[-1] for search in searches], self.decoder.ends
         longest = max(len(text.ids) for text in best)
         sequences = best[0].ids.new_full(

@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from glmkern.model.chatglm import ChatGLM
-from glmkern.model.layer import Layer, Pass, kernels
+from glmkern.model.kernels import kernels
+from glmkern.model.layer import Layer, Pass
+from glmkern.model.model import ChatGLMModel
 from glmkern.model.packing import PackedBatch
 
 BLOCK = 64  # entries: a cache grows by whole blocks
@@ -13,7 +14,7 @@ BLOCK = 64  # entries: a cache grows by whole blocks
 class KeyValueCache:
     """What a batch of rows has read, without padding; `read_prompts` and `read` add to it.
 
-    A pass that raises or is interrupted leaves it of no use.
+    A pass that raises or is interrupted leaves it unusable.
 
     Attributes:
         lens: int64 [rows], tokens of each row; also the position of its next token.
@@ -21,7 +22,7 @@ class KeyValueCache:
     """
 
     @torch.inference_mode()
-    def __init__(self, model: ChatGLM):
+    def __init__(self, model: ChatGLMModel):
         """An empty cache under the model's current prefix."""
         self.model = model
         self.lens = torch.zeros(0, dtype=torch.int64, device=model.device)
@@ -34,7 +35,7 @@ class KeyValueCache:
         ]
         self._layers: list[Tensor] = []  # [2, rows, room, G, C], keys and values
 
-    def belongs_to(self, model: ChatGLM) -> bool:
+    def belongs_to(self, model: ChatGLMModel) -> bool:
         """Whether it was filled by this model under the prefix that is in use."""
         return self.model is model and self._encoder is model.prefix_encoder
 
@@ -57,7 +58,7 @@ class KeyValueCache:
                 batch.cu_seqlens,
                 batch.sequence_ids,
                 None,
-                layer.channels**-0.5,
+                layer.scale,
                 0.0,
             )[0]
 
@@ -82,7 +83,7 @@ class KeyValueCache:
                 lens,
                 *self._prefix[layer.index],
                 queries,
-                layer.channels**-0.5,
+                layer.scale,
             )
             return out.flatten(0, 1)
 
@@ -102,8 +103,8 @@ class KeyValueCache:
         return self._layers[0].shape[2]
 
     def _make_room(self, rows: int, entries: int) -> None:
-        """Room for `entries` tokens a row. It grows by a quarter at least, so that the copies of a
-        whole text cost no more than a few of its last one."""
+        """Room for `entries` tokens a row. It grows by a quarter at least: all copies for one text
+        then cost no more than a few copies of its final size."""
         if self._layers and entries <= self._room:
             return
         config = self.model.config
@@ -118,7 +119,7 @@ class KeyValueCache:
 
     def _run(self, input_ids: Tensor, positions: Tensor, slots: Tensor, attend) -> Tensor:
         """Takes new tokens [T] through the model; keys and values go to `slots` [T] of the rows
-        laid end to end. Returns hidden states [T, H] behind the final norm."""
+        laid end to end. Returns hidden states [T, H] after the final norm."""
         run = Pass(self.model.cos_sin, positions)
 
         def run_layer(layer: Layer, x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from glmkern.generation.cache import KeyValueCache
 from glmkern.generation.sampling import LogitsProcessor, Sampling, penalize_repetition
-from glmkern.model.chatglm import ChatGLM
+from glmkern.model.model import ChatGLMModel
 
 
 class Prompts(NamedTuple):
@@ -25,12 +25,13 @@ class Prompts(NamedTuple):
 class Decoder:
     """One generation.
 
-    sampling: the choice among a step's tokens; repetition_penalty, processors: applied to its
-    scores before; ends: end tokens; pad: fills what is behind them; drops_rows: rows that have
-    ended leave the running batch.
+    sampling: the choice among a step's tokens.
+    repetition_penalty, processors: applied to the scores before that choice.
+    ends: end tokens; pad: fills a row after its end token.
+    drops_rows: rows that have ended leave the running batch.
     """
 
-    model: ChatGLM
+    model: ChatGLMModel
     cache: KeyValueCache
     sampling: Sampling
     repetition_penalty: float
@@ -74,10 +75,10 @@ class Decoder:
             length += 1
             ended |= torch.isin(tokens, ends)
             yield sequences[:, :length]
-            going_on = int((~ended).sum())
-            if length == max_length or going_on == 0:
+            running = int((~ended).sum())
+            if length == max_length or running == 0:
                 return
-            if self.drops_rows and going_on < len(rows):
+            if self.drops_rows and running < len(rows):
                 staying = (~ended).nonzero().squeeze(1)
                 self.cache.select(staying)
                 rows, tokens, ended = rows[staying], tokens[staying], ended[staying]

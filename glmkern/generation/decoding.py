@@ -11,12 +11,12 @@ from glmkern.generation.beams import BeamSearch
 from glmkern.generation.cache import KeyValueCache
 from glmkern.generation.decoder import Decoder, Prompts
 from glmkern.generation.sampling import LogitsProcessor, Sampling
-from glmkern.model.chatglm import ChatGLM
+from glmkern.model.model import ChatGLMModel
 from glmkern.model.packing import unpad
 
 
 def generate(
-    model: ChatGLM,
+    model: ChatGLMModel,
     input_ids: Tensor,
     attention_mask: Tensor | None = None,
     *,
@@ -62,7 +62,7 @@ def generate(
 
 
 def stream_generate(
-    model: ChatGLM,
+    model: ChatGLMModel,
     input_ids: Tensor,
     attention_mask: Tensor | None = None,
     *,
@@ -98,7 +98,7 @@ def stream_generate(
 
 
 def make_decoder(
-    model: ChatGLM,
+    model: ChatGLMModel,
     cache: KeyValueCache,
     *,
     do_sample: bool = False,
@@ -117,13 +117,13 @@ def make_decoder(
         do_sample: draw from the distribution instead of taking its maximum.
         top_p, top_k, temperature: the warpers, applied in the order temperature, top_k, top_p;
             only where do_sample. top_k 0 and top_p 1 leave the distribution whole.
-        repetition_penalty: divides the positive scores of the tokens that a row already has in
-            input_ids or behind, and multiplies the negative ones; 1 does nothing. Padding is no
+        repetition_penalty: of the tokens that a row already has, in input_ids or after them. It
+            divides positive scores and multiplies negative ones; 1 does nothing. Padding is no
             token here (in transformers 4.30.2 it was).
         logits_processor: functions of (input_ids [B, S'], scores [B, V]) that return new scores,
             called before the warpers. With beams, B counts these and scores are logarithms of
             probabilities.
-        eos_token_id: a row ends behind it, or behind any of several; None: config.eos_token_id.
+        eos_token_id: a row ends after it, or after any of several; None: config.eos_token_id.
         pad_token_id: fills ended rows; None: config.pad_token_id, or 0.
         generator: where samples are drawn from; None: PyTorch's. What a row draws does not depend
             on when others end.
@@ -151,7 +151,7 @@ def make_decoder(
 
 
 def _limit(
-    model: ChatGLM, input_ids: Tensor, max_length: int | None, max_new_tokens: int | None
+    model: ChatGLMModel, input_ids: Tensor, max_length: int | None, max_new_tokens: int | None
 ) -> int:
     if max_new_tokens is not None:
         return input_ids.shape[-1] + max_new_tokens

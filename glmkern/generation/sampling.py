@@ -51,7 +51,7 @@ class Sampling:
         """int64 [R, tokens], different tokens drawn from the softmax of scores [R, V].
 
         scores are those of the rows `rows` [R] out of `total`. As many random numbers are used as
-        for all rows, so that what a row draws does not depend on which others have ended.
+        for all rows: what a row draws does not depend on which others have ended.
         """
         probabilities = scores.softmax(-1)
         if len(rows) < total:
@@ -69,8 +69,11 @@ class Sampling:
 def penalize_repetition(
     scores: Tensor, input_ids: Tensor, starts: Tensor, penalty: float
 ) -> Tensor:
-    """Divides the positive scores [B, V] of the tokens that input_ids [B, S] have from their column
-    starts [B] on by `penalty`, and multiplies the negative ones by it (Keskar et al., 2019)."""
+    """Scores [B, V] with a penalty on the tokens that a row already has (Keskar et al., 2019).
+
+    Those are input_ids [B, S] from the column starts [B] on. Their positive scores are divided by
+    `penalty`, their negative ones multiplied by it.
+    """
     first = input_ids.gather(1, starts.unsqueeze(1))
     columns = torch.arange(input_ids.shape[1], device=starts.device)
     tokens = torch.where(columns < starts.unsqueeze(1), first, input_ids)

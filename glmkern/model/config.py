@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glmkern.errors import InputError
+from glmkern.files.atomic import write_text
+from glmkern.files.folder import resolve_folder
+from glmkern.model import glm_config
 
 if TYPE_CHECKING:
     import torch
@@ -147,9 +150,6 @@ class ChatGLMConfig:
 
         Raises InputError, naming the file, where it is missing, broken or not of this family.
         """
-        # The door from the model to files; imported here because checkpoint builds on this module.
-        from glmkern.checkpoint.folder import resolve_folder
-
         path = resolve_folder(name_or_path) / "config.json"
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
@@ -172,10 +172,8 @@ class ChatGLMConfig:
 
         The native GlmForCausalLM's (model_type "glm") becomes the official one of the same model.
         """
-        if values.get("model_type") == "glm":
-            from glmkern.model.glm_config import from_glm_config
-
-            return from_glm_config(values)
+        if values.get("model_type") == glm_config.MODEL_TYPE:
+            return cls(**glm_config.official_values(values))
         values = dict(values)
         _refuse_other_families(values)
         if "dtype" in values:
@@ -189,14 +187,21 @@ class ChatGLMConfig:
         known = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "extra"}
         return {**self.extra, **known}
 
+    def to_glm_dict(self) -> dict[str, Any]:
+        """The configuration of the same model as a native GlmForCausalLM.
+
+        Raises ValueError, naming the field, where GlmForCausalLM cannot express this one.
+        """
+        known = None if self.family == UNKNOWN_FAMILY else self.family
+        base = self.extra.get(glm_config.NAME) or known
+        return glm_config.native_values(self.to_dict(), base)
+
     def to_json(self) -> str:
         """The text of config.json."""
         return json.dumps(self.to_dict(), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
     def save(self, folder: str | Path) -> Path:
         """Write config.json into the folder, atomically; returns its path."""
-        from glmkern.checkpoint.atomic import write_text
-
         path = Path(folder) / "config.json"
         write_text(path, self.to_json())
         return path
@@ -212,7 +217,7 @@ class ChatGLMConfig:
         if self.rope_ratio == 16:
             return "chatglm2-6b-32k"
         for text in (self.extra.get("_name_or_path"), self.extra.get("auto_map")):
-            named = re.findall("|".join(FAMILIES), str(text).lower())
+            named: list[str] = re.findall("|".join(FAMILIES), str(text).lower())
             if named:
                 return named[-1]  # of a path such as chatglm2-6b/tuned/chatglm3-6b the innermost
         if (self.torch_dtype, self.pad_token_id, self.seq_length) == ("bfloat16", None, 8192):
@@ -251,7 +256,8 @@ class ChatGLMConfig:
         """torch_dtype as torch's own object; float32 where the file names none."""
         import torch
 
-        return getattr(torch, self.torch_dtype or "float32")
+        dtype: torch.dtype = getattr(torch, self.torch_dtype or "float32")
+        return dtype
 
     def check_dtype(self, dtype: torch.dtype | str) -> None:
         """Raise ValueError where weights of this dtype cannot run this configuration."""

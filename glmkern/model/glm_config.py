@@ -1,9 +1,7 @@
-"""The configuration of transformers' native GlmForCausalLM, from and to ChatGLMConfig."""
+"""The configuration of transformers' native GlmForCausalLM, to and from ChatGLM2's fields."""
 
 from collections.abc import Mapping
 from typing import Any
-
-from glmkern.model.config import UNKNOWN_FAMILY, ChatGLMConfig
 
 MODEL_TYPE = "glm"
 SIZES = {
@@ -38,12 +36,12 @@ NATIVE_FIXED = {
     "hidden_dropout": 0.0,
     "quantization_bit": 0,
 }
-# Where the base came from: transformers reads it without effect, ChatGLMConfig.family goes by it.
+# Where the base came from: transformers ignores it, ChatGLMConfig.family goes by it.
 NAME = "_name_or_path"
 
 
-def from_glm_config(values: Mapping[str, Any]) -> ChatGLMConfig:
-    """The official configuration of the object a native config.json holds.
+def official_values(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of the ChatGLMConfig that a native config.json describes.
 
     RoPE may be in rope_parameters (transformers 5), or beside the other fields with rope_scaling
     (transformers 4); scaled linearly by 16 it is chatglm2-6b-32k's.
@@ -64,40 +62,42 @@ def from_glm_config(values: Mapping[str, Any]) -> ChatGLMConfig:
     rope_type = scaling.get("type", rope.get("rope_type", "default"))
     if rope_type not in ("default", "linear"):
         raise ValueError(f"rope_type is {rope_type!r}; ChatGLM2 has 'default' or 'linear'")
-    return ChatGLMConfig(
+    return {
         **{ours: values[theirs] for ours, theirs in SIZES.items()},
         **{ours: values[theirs] for ours, theirs in OPTIONS.items() if theirs in values},
-        multi_query_attention=True,
-        tie_word_embeddings=False,
-        torch_dtype=values.get("dtype") or values.get("torch_dtype"),
-        rope_ratio=rope.get("factor") if rope_type == "linear" else 1,
-        extra={NAME: values[NAME]} if values.get(NAME) else {},
-    )
+        "multi_query_attention": True,
+        "tie_word_embeddings": False,
+        "torch_dtype": values.get("dtype") or values.get("torch_dtype"),
+        "rope_ratio": rope.get("factor") if rope_type == "linear" else 1,
+        "extra": {NAME: values[NAME]} if values.get(NAME) else {},
+    }
 
 
-def to_glm_config(config: ChatGLMConfig) -> dict[str, Any]:
+def native_values(values: Mapping[str, Any], base: str | None) -> dict[str, Any]:
     """The arguments of a GlmConfig, which are also the content of its config.json.
+
+    Args:
+        values: every field of a ChatGLMConfig.
+        base: the name of the published base; None where it is not known.
 
     Raises ValueError, naming the field, for a configuration GlmForCausalLM cannot express.
     """
-    for name, value in NATIVE_FIXED.items():
-        if getattr(config, name) != value:
+    for name, fixed in NATIVE_FIXED.items():
+        if values[name] != fixed:
             raise ValueError(
-                f"{name} is {getattr(config, name)!r}; GlmForCausalLM has it fixed at {value!r}"
+                f"{name} is {values[name]!r}; GlmForCausalLM has it fixed at {fixed!r}"
             )
     rope = {"rope_type": "default", **ROPE}
-    known = None if config.family == UNKNOWN_FAMILY else config.family
-    name = config.extra.get(NAME) or known
-    if config.rope_ratio != 1:
+    if values["rope_ratio"] != 1:
         # Dividing the position or the frequency by it is the same.
-        rope |= {"rope_type": "linear", "factor": float(config.rope_ratio)}
+        rope |= {"rope_type": "linear", "factor": float(values["rope_ratio"])}
     return {
         "architectures": ["GlmForCausalLM"],
         "model_type": MODEL_TYPE,
-        **{theirs: getattr(config, ours) for ours, theirs in (SIZES | OPTIONS).items()},
+        **{theirs: values[ours] for ours, theirs in (SIZES | OPTIONS).items()},
         "hidden_act": "silu",
         "tie_word_embeddings": False,
         "rope_parameters": rope,
-        "dtype": config.torch_dtype,
-        **({NAME: name} if name else {}),
+        "dtype": values["torch_dtype"],
+        **({NAME: base} if base else {}),
     }

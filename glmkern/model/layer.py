@@ -8,20 +8,20 @@ never formed: only the prefix's are.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from glmkern import ops  # noqa: F401 (registers torch.ops.glmkern)
 from glmkern.model.config import ChatGLMConfig
+from glmkern.model.kernels import kernels
 from glmkern.model.modules import FrozenLinear, FrozenNorm
 
-RECOMPUTE = ("none", "mlp", "layer")
 # Where a layer drops: elements of the prefix, of the attention's output, of the MLP's output.
 PREFIX_SITE, ATTENTION_SITE, MLP_SITE = range(SITES := 3)
 
-kernels = torch.ops.glmkern
+# Of q [T, N, C], k and v [T, G, C]: the output [T, N, C] and the log-sum-exp, None in decoding.
+Attend = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,7 @@ class Layer(nn.Module):
         self.index = index
         self.heads, self.groups = config.num_attention_heads, config.num_groups
         self.channels = config.kv_channels
+        self.scale: float = self.channels**-0.5  # of the attention's scores
         self.interleaved = not config.multi_query_attention
         self.residual_after_norm = config.apply_residual_connection_post_layernorm
         self.input_layernorm = FrozenNorm(config)
@@ -96,11 +97,10 @@ class Layer(nn.Module):
         self, x: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None, run: Pass
     ) -> Tensor:
         """x [T, H] -> [T, H]; prefix_k, prefix_v: float32 [P, G, C] or None."""
-        return _LayerFunction.apply(x, prefix_k, prefix_v, self, run)
+        return _layer_function(x, prefix_k, prefix_v, self, run)
 
-    def decode(self, x: Tensor, run: Pass, attend: Callable) -> Tensor:
-        """Inference over cached keys and values: x [T, H] -> [T, H]; `attend(q, k, v)` stores k and
-        v [T, G, C] and returns the attention's output [T, N, C] and None."""
+    def decode(self, x: Tensor, run: Pass, attend: Attend) -> Tensor:
+        """Inference over cached keys and values, which `attend` extends: x [T, H] -> [T, H]."""
         return _run_block(self, x, run, attend)[0]
 
     def _rotated(self, normalised: Tensor, run: Pass) -> tuple[Tensor, Tensor, Tensor]:
@@ -121,7 +121,7 @@ class Layer(nn.Module):
         return kernels.qkv_rope_bwd(dq, dk, dv, run.cos_sin, run.positions, self.interleaved)
 
 
-class _Saved(NamedTuple):
+class SavedActivations(NamedTuple):
     """One forward pass through a block; what the backward pass reads."""
 
     stats1: Tensor
@@ -129,7 +129,7 @@ class _Saved(NamedTuple):
     k: Tensor
     v: Tensor
     out: Tensor
-    lse: Tensor
+    lse: Tensor | None
     h: Tensor
     stats2: Tensor
     gate_up: Tensor | None
@@ -137,34 +137,50 @@ class _Saved(NamedTuple):
 
 class _LayerFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, prefix_k, prefix_v, layer, run):
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        prefix_k: Tensor | None,
+        prefix_v: Tensor | None,
+        layer: Layer,
+        run: Pass,
+    ) -> Tensor:
         ctx.layer, ctx.run = layer, run
-        y, saved = _run_forward(layer, x, prefix_k, prefix_v, run)
+        y, saved = _run_block(layer, x, run, _packed_attention(layer, prefix_k, prefix_v, run))
+        kept: tuple[Tensor | None, ...] = saved
         if run.recompute == "layer":
-            saved = ()
+            kept = ()
         elif run.recompute == "mlp":
-            saved = saved._replace(gate_up=None)
-        ctx.save_for_backward(x, prefix_k, prefix_v, *saved)
+            kept = saved._replace(gate_up=None)
+        ctx.save_for_backward(x, prefix_k, prefix_v, *kept)
         return y
 
     @staticmethod
-    def backward(ctx, dy):
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         with torch.autocast(dy.device.type, enabled=False):
             return _run_backward(ctx, dy)
 
 
-def _run_backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
-    layer, run = ctx.layer, ctx.run
-    x, prefix_k, prefix_v, *saved = ctx.saved_tensors
-    if not saved:
-        saved = _run_forward(layer, x, prefix_k, prefix_v, run, until_gate_up=True)[1]
-    saved = _Saved(*saved)
+_layer_function: Callable[..., Tensor] = _LayerFunction.apply
+
+
+def _run_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients of _LayerFunction.forward's arguments."""
+    layer: Layer = ctx.layer
+    run: Pass = ctx.run
+    x, prefix_k, prefix_v, *kept = ctx.saved_tensors
+    if kept:
+        saved = SavedActivations(*kept)
+    else:
+        attend = _packed_attention(layer, prefix_k, prefix_v, run)
+        saved = _run_until_gate_up(layer, x, run, attend)[0]
     token_grad, prefix_grad = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:3])
 
     dh = _mlp_backward(layer, dy.contiguous(), saved, run)
     da = _dropout_backward(layer, dh, run, site=ATTENTION_SITE)
     dout = layer.self_attention.dense.project_back(da).view_as(saved.out)
-    dq, dk, dv, dprefix_k, dprefix_v = kernels.prefix_attention_bwd(
+    assert saved.lse is not None  # it is None in decoding alone
+    dq, dk, dv, *dprefix = kernels.prefix_attention_bwd(
         dout,
         saved.q,
         saved.k,
@@ -173,10 +189,9 @@ def _run_backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
         prefix_v,
         saved.out,
         saved.lse,
-        run.cu_seqlens,
-        run.sequence_ids,
+        *_sequences(run),
         _seed(layer, run, PREFIX_SITE),
-        _scale(layer),
+        layer.scale,
         run.prefix_dropout,
         token_grad,
         prefix_grad,
@@ -186,70 +201,73 @@ def _run_backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
         dqkv = layer._qkv_gradient(dq, dk, dv, run)
         dnormalised = layer.self_attention.query_key_value.project_back(dqkv)
         dx = _norm_backward(layer, layer.input_layernorm, dnormalised, dh, x, saved.stats1)
-    if not prefix_grad:
-        dprefix_k = dprefix_v = None
+    dprefix_k, dprefix_v = dprefix if prefix_grad else (None, None)
     return dx, dprefix_k, dprefix_v, None, None
 
 
-def _run_forward(
-    layer: Layer,
-    x: Tensor,
-    prefix_k: Tensor | None,
-    prefix_v: Tensor | None,
-    run: Pass,
-    until_gate_up: bool = False,
-) -> tuple[Tensor | None, _Saved]:
-    def attend(q, k, v):
+def _packed_attention(
+    layer: Layer, prefix_k: Tensor | None, prefix_v: Tensor | None, run: Pass
+) -> Attend:
+    """Attention within the sequences of a packed batch, and to the prefix."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         return kernels.prefix_attention_fwd(
             q,
             k,
             v,
             prefix_k,
             prefix_v,
-            run.cu_seqlens,
-            run.sequence_ids,
+            *_sequences(run),
             _seed(layer, run, PREFIX_SITE),
-            _scale(layer),
+            layer.scale,
             run.prefix_dropout,
         )
 
-    return _run_block(layer, x, run, attend, until_gate_up)
+    return attend
 
 
 def _run_block(
-    layer: Layer, x: Tensor, run: Pass, attend: Callable, until_gate_up: bool = False
-) -> tuple[Tensor | None, _Saved]:
-    """The block's formula; `attend(q, k, v)` returns the attention's output and log-sum-exp."""
-    normalised, stats1 = layer.input_layernorm.run(x)
-    q, k, v = layer._rotated(normalised, run)
-    out, lse = attend(q, k, v)
-    dense, norm = layer.self_attention.dense, layer.post_attention_layernorm
-    residual = normalised if layer.residual_after_norm else x
-    if run.hidden_dropout == 0:
-        normalised, h, stats2 = norm.run_added(dense.project(out.flatten(1)), residual)
-    else:
-        h = _add_projected(layer, dense, out.flatten(1), residual, run, site=ATTENTION_SITE)
-        normalised, stats2 = norm.run(h)
-    gate_up = layer.mlp.dense_h_to_4h.project(normalised)
-    saved = _Saved(stats1, q, k, v, out, lse, h, stats2, gate_up)
-    if until_gate_up:
-        return None, saved
+    layer: Layer, x: Tensor, run: Pass, attend: Attend
+) -> tuple[Tensor, SavedActivations]:
+    """The block's output [T, H], and what its backward pass reads."""
+    saved, normalised = _run_until_gate_up(layer, x, run, attend)
+    assert saved.gate_up is not None
     y = _add_projected(
         layer,
         layer.mlp.dense_4h_to_h,
-        kernels.swiglu_fwd(gate_up),
-        normalised if layer.residual_after_norm else h,
+        kernels.swiglu_fwd(saved.gate_up),
+        normalised if layer.residual_after_norm else saved.h,
         run,
         site=MLP_SITE,
     )
     return y, saved
 
 
-def _mlp_backward(layer: Layer, dy: Tensor, saved: _Saved, run: Pass) -> Tensor:
+def _run_until_gate_up(
+    layer: Layer, x: Tensor, run: Pass, attend: Attend
+) -> tuple[SavedActivations, Tensor]:
+    """The block up to the first linear of the MLP; also that linear's input [T, H]."""
+    normalised, stats1 = layer.input_layernorm.normalize(x)
+    q, k, v = layer._rotated(normalised, run)
+    out, lse = attend(q, k, v)
+    dense, norm = layer.self_attention.dense, layer.post_attention_layernorm
+    residual = normalised if layer.residual_after_norm else x
+    if run.hidden_dropout == 0:
+        normalised, h, stats2 = norm.add_and_normalize(dense.project(out.flatten(1)), residual)
+    else:
+        h = _add_projected(layer, dense, out.flatten(1), residual, run, site=ATTENTION_SITE)
+        normalised, stats2 = norm.normalize(h)
+    gate_up = layer.mlp.dense_h_to_4h.project(normalised)
+    return SavedActivations(stats1, q, k, v, out, lse, h, stats2, gate_up), normalised
+
+
+def _mlp_backward(layer: Layer, dy: Tensor, saved: SavedActivations, run: Pass) -> Tensor:
     """The gradient of h, the stream between attention and MLP, from that of the block's output."""
     gate_up = saved.gate_up
     if gate_up is None:
-        gate_up = layer.mlp.dense_h_to_4h.project(layer.post_attention_layernorm.run(saved.h)[0])
+        gate_up = layer.mlp.dense_h_to_4h.project(
+            layer.post_attention_layernorm.normalize(saved.h)[0]
+        )
     dm = _dropout_backward(layer, dy, run, site=MLP_SITE)
     dgate_up = kernels.swiglu_bwd(layer.mlp.dense_4h_to_h.project_back(dm), gate_up)
     dnormalised = layer.mlp.dense_h_to_4h.project_back(dgate_up)
@@ -263,8 +281,8 @@ def _norm_backward(
 ) -> Tensor:
     """The gradient of a norm's input x; the residual left either before or after the norm."""
     if layer.residual_after_norm:
-        return norm.run_back(dnormalised + dresidual, x, stats, None)
-    return norm.run_back(dnormalised, x, stats, dresidual)
+        return norm.backward(dnormalised + dresidual, x, stats, None)
+    return norm.backward(dnormalised, x, stats, dresidual)
 
 
 def _add_projected(
@@ -286,15 +304,17 @@ def _add_projected(
 def _dropout_backward(layer: Layer, dy: Tensor, run: Pass, site: int) -> Tensor:
     if run.hidden_dropout == 0:
         return dy
-    return kernels.bias_dropout_add_bwd(
-        dy, run.hidden_dropout, _seed(layer, run, site), run.cu_seqlens, run.sequence_ids, False
-    )[0]
+    seed = _seed(layer, run, site)
+    assert seed is not None  # hidden_dropout is 0 outside training
+    return kernels.bias_dropout_add_bwd(dy, run.hidden_dropout, seed, *_sequences(run), False)[0]
+
+
+def _sequences(run: Pass) -> tuple[Tensor, Tensor]:
+    """cu_seqlens [B+1] and sequence_ids [B] of a packed batch."""
+    assert run.cu_seqlens is not None and run.sequence_ids is not None  # None in decoding alone
+    return run.cu_seqlens, run.sequence_ids
 
 
 def _seed(layer: Layer, run: Pass, site: int) -> Tensor | None:
     """(seed, offset) of one dropout in this layer, or None outside training."""
     return None if run.seeds is None else run.seeds[site, layer.index]
-
-
-def _scale(layer: Layer) -> float:
-    return layer.channels**-0.5

@@ -1,4 +1,4 @@
-"""Frozen building blocks: they hold weights under official names and know two directions."""
+"""Linears and norms with frozen weights, each with its forward and its backward pass."""
 
 import torch
 import torch.nn.functional as F
@@ -6,27 +6,38 @@ from torch import Tensor, nn
 
 from glmkern import ops
 from glmkern.model.config import ChatGLMConfig
-
-kernels = torch.ops.glmkern
+from glmkern.model.kernels import kernels
+from glmkern.ops.quant_linear import as_stored
 
 
 class FrozenLinear(nn.Module):
     """A linear layer whose weight [out, in] never gets a gradient.
 
-    The weight is `weight`, or codes: `packed`, `scale` and `bits` (ops.QuantizedWeight).
+    The weight is dense, `weight`, or quantised: `packed`, `scale` and `bits` of an
+    ops.QuantizedWeight. The other kind is None, and bits are 0 for a dense weight.
     """
+
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+    packed: Tensor
+    scale: Tensor
 
     def __init__(self, inputs: int, outputs: int, bias: bool):
         super().__init__()
         self.inputs = inputs
-        self.weight = _place(outputs, inputs)
-        self.bias = _place(outputs) if bias else None
+        self.weight = _empty(outputs, inputs)
+        self.bias = _empty(outputs) if bias else None
         self.register_buffer("packed", None)
         self.register_buffer("scale", None)
-        self.bits = None
+        self.bits = 0
 
     def load_(
-        self, name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device, copy: bool = True
+        self,
+        name: str,
+        tensor: Tensor,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        copy: bool = True,
     ) -> None:
         """Takes one tensor of a checkpoint: "weight", dense or int8 codes, "weight_scale", which
         keeps its own dtype, or "bias"; itself where `copy` is False and nothing is to be
@@ -42,6 +53,7 @@ class FrozenLinear(nn.Module):
 
     def quantize_(self, bits: int) -> None:
         """Replaces the weight by codes of 4 or 8 bits; see ops.quantize, whose errors these are."""
+        assert self.weight is not None
         self.packed, self.scale, self.bits = ops.quantize(self.weight, bits)
         self.weight = None
 
@@ -55,29 +67,28 @@ class FrozenLinear(nn.Module):
     def project(self, x: Tensor, with_bias: bool = True) -> Tensor:
         """[T, in] -> [T, out]."""
         bias = self.bias if with_bias else None
-        if self._has_kernel(x):
-            return kernels.quant_linear_fwd(x.contiguous(), *self._stored(), bias)
-        return F.linear(x, self.weight, bias)
+        weight = self._weight_for_torch(x)
+        if weight is not None:
+            return F.linear(x, weight, bias)
+        return kernels.quant_linear_fwd(x.contiguous(), *as_stored(self.matrix), bias)
 
     def project_back(self, dy: Tensor) -> Tensor:
         """The gradient of the input: [T, out] -> [T, in]."""
-        if self._has_kernel(dy):
-            return kernels.quant_linear_bwd(dy.contiguous(), *self._stored())
-        return dy @ self.weight
+        weight = self._weight_for_torch(dy)
+        if weight is not None:
+            return dy @ weight
+        return kernels.quant_linear_bwd(dy.contiguous(), *as_stored(self.matrix))
 
-    def _has_kernel(self, x: Tensor) -> bool:
-        """A float32 product on the CPU is ours too: its bits, unlike those of torch's, do not
-        depend on the number of threads, and it is not slower (bench/NOTES.md). So is one with a
-        weight that is kept in half precision."""
+    def _weight_for_torch(self, x: Tensor) -> Tensor | None:
+        """The dense weight where torch computes its product with x, None where our kernel does.
+
+        A float32 product on the CPU is ours too: its bits, unlike those of torch's, do not depend
+        on the number of threads, and it is not slower (bench/NOTES.md). So is one with a weight
+        that is kept in half precision.
+        """
         if self.weight is None or self.weight.dtype != x.dtype:
-            return True
-        return x.device.type == "cpu" and x.dtype == torch.float32
-
-    def _stored(self) -> tuple[Tensor, Tensor | None, int]:
-        """The weight as quant_linear takes it."""
-        if self.weight is None:
-            return self.packed, self.scale, self.bits
-        return self.weight, None, 8 * self.weight.element_size()
+            return None
+        return None if x.device.type == "cpu" and x.dtype == torch.float32 else self.weight
 
 
 class FrozenNorm(nn.Module):
@@ -86,11 +97,11 @@ class FrozenNorm(nn.Module):
     def __init__(self, config: ChatGLMConfig):
         super().__init__()
         self.eps = config.layernorm_epsilon
-        self.weight = _place(config.hidden_size)
-        self.bias = None if config.rmsnorm else _place(config.hidden_size)
+        self.weight = _empty(config.hidden_size)
+        self.bias = None if config.rmsnorm else _empty(config.hidden_size)
 
-    def run(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x [T, H] -> normalised [T, H], and the row statistics that run_back needs."""
+    def normalize(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x [T, H] -> normalised [T, H], and the row statistics that backward needs."""
         if self.bias is None:
             return kernels.rms_norm_fwd(x, self.weight, self.eps)
         y, mean, rstd = torch.native_layer_norm(
@@ -98,32 +109,35 @@ class FrozenNorm(nn.Module):
         )
         return y, torch.stack([mean, rstd])
 
-    def run_added(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def add_and_normalize(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """h = x + residual, normalised: (normalised, h, the statistics of h)."""
         if self.bias is None:
             return kernels.add_rms_norm_fwd(x, residual, self.weight, self.eps)
         h = x + residual
-        y, stats = self.run(h)
+        y, stats = self.normalize(h)
         return y, h, stats
 
-    def run_back(self, dy: Tensor, x: Tensor, stats: Tensor, dresidual: Tensor | None) -> Tensor:
+    def backward(self, dy: Tensor, x: Tensor, stats: Tensor, dresidual: Tensor | None) -> Tensor:
         """The gradient of x, plus `dresidual` where x also reached the result another way."""
         if self.bias is None:
             return kernels.rms_norm_bwd(dy, x, self.weight, stats, dresidual, False)[0]
         mean, rstd = stats
-        dx, _, _ = torch.ops.aten.native_layer_norm_backward(
+        dx: Tensor = torch.ops.aten.native_layer_norm_backward(
             dy, x, self.weight.shape, mean, rstd, self.weight, self.bias, [True, False, False]
-        )
+        )[0]
         return dx if dresidual is None else dx + dresidual
 
     def forward(self, x: Tensor) -> Tensor:
         """x [T, H] -> normalised [T, H], differentiable in x."""
-        return self.run(x)[0]
+        return self.normalize(x)[0]
 
 
 def kept_dtype(weight: Tensor, dtype: torch.dtype, device: torch.device | str) -> torch.dtype:
-    """What a large weight is kept in by a model of `dtype`. On a CPU a float32 model keeps it in
-    half precision where it is stored so: the kernels read it as it is, with the same results."""
+    """The dtype in which a model of `dtype` keeps a large weight.
+
+    On a CPU a float32 model keeps a weight in half precision where it is stored so. The kernels
+    read it as it is, with the same results.
+    """
     half = weight.dtype in (torch.float16, torch.bfloat16)
     keeps = half and dtype == torch.float32 and torch.device(device).type == "cpu"
     return weight.dtype if keeps else dtype
@@ -134,6 +148,6 @@ def frozen(weight: Tensor) -> nn.Parameter:
     return nn.Parameter(weight, requires_grad=False)
 
 
-def _place(*shape: int) -> nn.Parameter:
-    """A place for a weight; it gets its values when a checkpoint is read."""
+def _empty(*shape: int) -> nn.Parameter:
+    """A parameter on the meta device; a checkpoint brings its values."""
     return frozen(torch.empty(*shape, device="meta"))

@@ -1,11 +1,11 @@
 """A batch is sequences laid end to end: padding does not exist inside the model.
 
-`unpad` turns a padded call into a PackedBatch at the door, `pack_rows` builds one from rows.
+`unpad` turns a padded batch into a PackedBatch, `pack_rows` builds one from rows.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -40,7 +40,10 @@ class PackedBatch:
 
     def to(self, device: torch.device | str) -> "PackedBatch":
         """The same batch on `device`."""
-        return PackedBatch(*(None if x is None else x.to(device) for x in vars(self).values()))
+        moved: dict[str, Any] = {
+            name: None if x is None else x.to(device) for name, x in vars(self).items()
+        }
+        return PackedBatch(**moved)
 
 
 def pack_rows(

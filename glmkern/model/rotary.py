@@ -22,8 +22,8 @@ def rotary_table(
         dtype: the model's.
         precision: "float32" computes angles and table in float32 (float64 in a float64 model);
             "model" reproduces the official code of config.family. ChatGLM2 and CodeGeeX2 round
-            frequencies, positions and angles to the model's dtype: in float16 positions above 2,048
-            are no longer all distinct, and the angle at position 1,000 is off by up to 0.39.
+            frequencies, positions and angles to the model's dtype. In float16 positions above 2,048
+            are then no longer all distinct; the angle at position 1,000 is off by up to 0.39.
             ChatGLM3 rounds cosine and sine alone.
 
     Returns:

@@ -58,7 +58,7 @@ def linear_cross_entropy(
     """
     op = "linear_cross_entropy"
     check_floating(op, "hidden", hidden)
-    weight = stored(op, weight, "hidden", hidden)
+    stored_weight = stored(op, weight, "hidden", hidden)
     check(
         hidden.dim() == 2 and hidden.shape[1] == weight.shape[1],
         lambda: (
@@ -89,7 +89,7 @@ def linear_cross_entropy(
     hidden_grad = hidden.requires_grad and torch.is_grad_enabled()
     loss: Tensor = torch.ops.glmkern.linear_cross_entropy_fwd(
         hidden.contiguous(),
-        *weight,
+        *stored_weight,
         labels.contiguous(),
         token_weight,
         ignore_index,

@@ -45,6 +45,31 @@ class QuantizedWeight(NamedTuple):
         return rows, columns * 2 if self.bits == 4 else columns
 
 
+class StoredWeight(NamedTuple):
+    """A frozen weight [N, K], dense or quantised, as the registered ops take it.
+
+    data: [N, K], floating, or the codes of a QuantizedWeight; scale: its scales [N], or None for a
+    dense weight; bits: those of one element as it is stored, 16, 32 or 64 for a dense weight.
+    """
+
+    data: Tensor
+    scale: Tensor | None
+    bits: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K)."""
+        rows, columns = self.data.shape
+        return rows, columns * 2 if self.bits == 4 else columns
+
+
+def as_stored(weight: QuantizedWeight | Tensor) -> StoredWeight:
+    """The same weight as the registered ops take it; shares its memory."""
+    if isinstance(weight, Tensor):
+        return StoredWeight(weight, None, 8 * weight.element_size())
+    return StoredWeight(*weight)
+
+
 @torch.no_grad()
 def quantize(weight: Tensor, bits: int = 4) -> QuantizedWeight:
     """The official codes and scales, computed in the weight's own dtype, rounding half to even.
@@ -127,8 +152,8 @@ def quant_linear(
     """
     op = "quant_linear"
     check_floating(op, "x", x)
-    qweight = stored(op, qweight, "x", x)
-    rows, columns = qweight.shape
+    weight = stored(op, qweight, "x", x)
+    rows, columns = weight.shape
     check(
         x.dim() >= 1 and x.shape[-1] == columns,
         lambda: (
@@ -143,26 +168,26 @@ def quant_linear(
             lambda: f"{op}: bias must have shape [{rows}], not {list(bias.shape)}",
         )
     y: Tensor = torch.ops.glmkern.quant_linear_fwd(
-        x.contiguous(), *qweight, None if bias is None else bias.contiguous()
+        x.contiguous(), *weight, None if bias is None else bias.contiguous()
     )
     return y
 
 
-def stored(op: str, weight: QuantizedWeight | Tensor, x_name: str, x: Tensor) -> QuantizedWeight:
-    """The weight as the registered ops take it: a dense one has no scale, and the bits of its
-    elements. Raises ValueError where it is malformed or does not go with x."""
+def stored(op: str, weight: QuantizedWeight | Tensor, x_name: str, x: Tensor) -> StoredWeight:
+    """The weight, contiguous, as the registered ops take it. Raises ValueError where it is
+    malformed or does not go with x."""
     if isinstance(weight, Tensor):
         check(
             weight.dim() == 2,
             lambda: f"{op}: a dense weight must be [N, K], not {list(weight.shape)}",
         )
         check_weight(op, weight, x_name, x)
-        weight = QuantizedWeight(weight.contiguous(), None, 8 * weight.element_size())
+        found = as_stored(weight.contiguous())
     else:
         _check_qweight(op, weight)
-        weight = QuantizedWeight(weight.packed.contiguous(), weight.scale.contiguous(), weight.bits)
-    check_device(op, "the weight", weight.packed, x_name, x)
-    return weight
+        found = StoredWeight(weight.packed.contiguous(), weight.scale.contiguous(), weight.bits)
+    check_device(op, "the weight", found.data, x_name, x)
+    return found
 
 
 def _check_qweight(op: str, qweight: QuantizedWeight) -> None:

@@ -12,9 +12,9 @@ from glmkern.errors import InputError
 GIB = 2**30
 # Libraries and context of a process on a GPU, which no allocator counts.
 GPU_CONTEXT = int(0.6 * GIB)
-# Python, torch and this package resident; and what torch's optimisers import on top.
+# Resident memory of Python, torch and this package, and of what torch's optimisers import.
 PROCESS, OPTIMISER = 224 * 2**20, 147 * 2**20
-# Of the data sheet's, and of the rate of plain matrix products measured here: assumptions. That of
+# Assumed shares of the data sheet's rate, and of the rate of matrix products measured here. That of
 # a CPU is the middle of the training steps in bench/results (docs/plan.md).
 GPU_SHARE_OF_DATA_SHEET, GPU_SHARE_OF_PRODUCT, CPU_SHARE_OF_PRODUCT = 0.5, 0.7, 1.1
 GPU_SHARE_OF_BANDWIDTH = 0.8
@@ -183,7 +183,7 @@ def _read_rate(device: str, kind: str) -> float:
 
 
 def _seconds(call: Callable[[], object], device: str) -> float:
-    """The fastest of four calls after a first one: whatever else runs here only adds time."""
+    """The fastest of four calls after a first one: other processes only add time."""
     import torch
 
     times = []

@@ -6,7 +6,8 @@ import torch
 
 from glmkern.model.config import ChatGLMConfig
 from glmkern.model.modules import kept_dtype
-from glmkern.training.loss_scale import LossScale
+from glmkern.training.loop.loss_scale import LossScale
+from glmkern.training.setup import Setup
 
 
 @dataclass(frozen=True)
@@ -25,12 +26,14 @@ class Precision:
     rope: str = "float32"
 
     @classmethod
+    def of_setup(cls, setup: Setup) -> "Precision":
+        """Of the model that the setup loads."""
+        rope_precision = setup.arguments.model.rope_precision
+        return cls.of(setup.config, setup.dtype, setup.device, rope_precision)
+
+    @classmethod
     def of(
-        cls,
-        config: ChatGLMConfig,
-        dtype: torch.dtype,
-        device: torch.device,
-        rope_precision: str = "float32",
+        cls, config: ChatGLMConfig, dtype: torch.dtype, device: torch.device, rope_precision: str
     ) -> "Precision":
         """Of a model that is loaded in `dtype` from a folder with this configuration."""
         stored = torch.empty(0, dtype=config.dtype, device="meta")

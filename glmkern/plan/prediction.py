@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from glmkern.model.computation import RECOMPUTE
 from glmkern.model.config import ChatGLMConfig
-from glmkern.model.layer import RECOMPUTE
 from glmkern.model.packing import Row
 from glmkern.plan.machines import GIB, OPTIMISER, Machine
 from glmkern.plan.memory import (
@@ -22,9 +22,9 @@ from glmkern.plan.memory import (
 )
 from glmkern.plan.precision import Precision
 from glmkern.plan.work import RowLength, linear_weights, step_flops
-from glmkern.training.arguments import Arguments
-from glmkern.training.batching import labelled_tokens, token_budget
-from glmkern.training.state import Plan
+from glmkern.training.data.packs import labelled_tokens, token_budget
+from glmkern.training.loop.steps import StepPlan
+from glmkern.training.setup import Setup
 
 SAMPLED_STEPS = 64
 # A layer's calls, forward and backward, for a pack of any size.
@@ -63,33 +63,20 @@ class Job:
 
     @classmethod
     def of(
-        cls,
-        arguments: Arguments,
-        config: ChatGLMConfig,
-        precision: Precision,
-        rows: Sequence[Row] | None = None,
-        processes: int = 1,
+        cls, setup: Setup, precision: Precision, rows: Sequence[Row] | None, processes: int
     ) -> "Job":
         """The run of these flags; without rows, all are as long as the flags let them be."""
-        model, data, training = arguments.model, arguments.data, arguments.training
-        bits = model.quantization_bit or config.quantization_bit
-        config = replace(
-            config,
-            quantization_bit=bits,
-            pre_seq_len=model.pre_seq_len,
-            prefix_projection=model.prefix_projection,
-        )
+        model, data, training, _ = setup.arguments
         batch = training.per_device_train_batch_size
         accumulation = -(-training.gradient_accumulation_steps // processes)
         if rows is None:
-            target = data.max_target_length + 1
-            longest = RowLength(data.max_source_length + target, target)
+            longest = RowLength(data.padded_length, data.max_target_length + 1)
             lengths, steps = [longest] * (batch * accumulation), max(training.max_steps, 0)
         else:
             lengths = [RowLength(len(row.input_ids), labelled_tokens(row)) for row in rows]
-            steps = Plan.of(len(lengths), training).max_steps
+            steps = StepPlan.of(len(lengths), training).max_steps
         return cls(
-            config,
+            setup.tuned_config,
             precision,
             lengths,
             batch,
@@ -106,7 +93,7 @@ class Job:
         return max(row.tokens for row in self.rows)
 
     def worst_pack(self) -> RowLength:
-        """A pack that comes up whatever the sampled steps hold: the longest row alone. Where a
+        """The longest row alone, which is a pack of some step even if of no sampled one. Where a
         micro-batch is a pack, an upper bound: the order of rows may put the longest into one."""
         return _sum(heapq.nlargest(1 if self.budget else self.micro_batch, self.rows))
 
@@ -119,7 +106,7 @@ class Job:
         return [rows[start : start + count] for start in starts]
 
     def packs(self, step: Sequence[RowLength]) -> list[RowLength]:
-        """A step's rows as they are computed at once (training/batching.py), added up."""
+        """A step's rows as they are computed at once (training/data/packs.py), added up."""
         packs = [RowLength(0, 0)]
         for place, row in enumerate(step):
             full = (

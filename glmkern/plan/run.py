@@ -1,4 +1,4 @@
-"""A run's own prediction: made before the base is loaded, and held against its first steps."""
+"""A run's own prediction: made before the base is loaded, and compared with its first steps."""
 
 import os
 import time
@@ -6,35 +6,50 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from glmkern.model.config import ChatGLMConfig
 from glmkern.model.packing import Row
-from glmkern.plan.machines import GIB, this_machine
+from glmkern.plan.machines import GIB, Machine, this_machine
 from glmkern.plan.precision import Precision
 from glmkern.plan.prediction import Job, Prediction, as_seconds, fitted, predict
-from glmkern.training.arguments import Arguments
-from glmkern.training.progress import peak_memory
+from glmkern.training.flags.arguments import AUTO
+from glmkern.training.output.progress import peak_memory, write_line
+from glmkern.training.run import Forecast
+from glmkern.training.setup import Setup
 
 COMPARED_STEPS = 3
 
 
-def predict_run(
-    arguments: Arguments,
-    config: ChatGLMConfig,
-    rows: Sequence[Row],
-    device: torch.device,
-    dtype: torch.dtype,
-) -> tuple[Prediction, list[str]]:
-    """The memory and time of this run on this machine, its job with the tokens a pack that
-    --tokens_per_pack auto comes to, and the lines that tell them and which number has which
-    precision; to be called before the base takes memory."""
-    precision = Precision.of(config, dtype, device, arguments.model.rope_precision)
-    job = Job.of(arguments, config, precision, rows, processes=int(os.environ.get("WORLD_SIZE", 1)))
+def predict_setup(
+    setup: Setup,
+    precision: Precision,
+    machine: Machine,
+    rows: Sequence[Row] | None,
+    processes: int = 1,
+) -> Prediction:
+    """The memory and time of a run on a machine, with the tokens a pack that --tokens_per_pack auto
+    comes to there.
+
+    Args:
+        rows: None: as long as the flags let them be.
+        processes: that share the run.
+
+    Raises ValueError where the flags do not go with the rows.
+    """
+    job = Job.of(setup, precision, rows, processes)
+    if setup.arguments.training.tokens_per_pack == AUTO:
+        job = fitted(job, machine)
+    return predict(job, machine)
+
+
+def forecast_run(setup: Setup, rows: Sequence[Row]) -> Forecast:
+    """What this run is predicted to take on this machine; to be called before the base takes
+    memory. The lines tell it, and which number has which precision."""
+    device, precision = setup.device, Precision.of_setup(setup)
     sharing = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if device.type == "cpu" else 1
     machine = this_machine(str(device), precision.activations, sharing)
-    if arguments.training.tokens_per_pack == "auto":
-        job = fitted(job, machine)
-    prediction = predict(job, machine)
-    return prediction, [*precision.lines(job.config.quantization_bit), *prediction.summary()]
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    prediction = predict_setup(setup, precision, machine, rows, processes)
+    lines = [*precision.lines(prediction.job.config.quantization_bit), *prediction.summary()]
+    return Forecast(lines, prediction.job.budget, FirstSteps(prediction, device, write_line))
 
 
 class FirstSteps:

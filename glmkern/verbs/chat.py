@@ -124,7 +124,7 @@ class Conversation:
         )
 
     def reply(self, query: str) -> None:
-        """Prints the reply as it grows. Ctrl-C stops it; what was printed by then is the reply."""
+        """Prints the reply as it grows. Ctrl-C stops it; the reply is then what was printed."""
         steps = self.model.stream_chat(
             self.tokenizer,
             query,

@@ -5,18 +5,17 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from glmkern.training.arguments import Arguments
-from glmkern.training.parser import parse as parse_flags
+from glmkern.training.flags.arguments import Arguments
+from glmkern.training.flags.parser import parse as parse_flags
 
 if TYPE_CHECKING:
-    from glmkern.model.config import ChatGLMConfig
-    from glmkern.training.dataset import Row
+    from glmkern.training.data.rows import Row
+    from glmkern.training.setup import Setup
 
 # What checking a training command asks for and a plan can do without.
-STAND_INS = {"train_file": "rows.json", "prompt_column": "prompt", "response_column": "response"}
+PLACEHOLDERS = {"train_file": "rows.json", "prompt_column": "prompt", "response_column": "response"}
 
 
 def run(argv: Sequence[str]) -> int:
@@ -50,46 +49,37 @@ def plan(arguments: Arguments, gpu: str | None = None) -> list[str]:
     """The lines of the plan; InputError for flags a run would refuse, or an unknown GPU."""
     import torch
 
-    from glmkern.checkpoint import check_bits, resolve_folder
     from glmkern.errors import InputError
-    from glmkern.model.config import ChatGLMConfig
     from glmkern.plan.machines import named_gpu, this_machine
     from glmkern.plan.precision import Precision
-    from glmkern.plan.prediction import Job, fitted, predict
-    from glmkern.training.run import choose_device, choose_dtype, take_prefix_from_checkpoint
-    from glmkern.training.validation import check_arguments
+    from glmkern.plan.run import predict_setup
+    from glmkern.training.flags.validation import check_arguments
+    from glmkern.training.setup import prepare
 
-    check_arguments(_as_a_run(arguments), {})
-    training = arguments.training
-    device = torch.device("cuda") if gpu else choose_device(training)
-    dtype = choose_dtype(arguments.model, training, device)
-    folder = resolve_folder(arguments.model.model_name_or_path)
-    config = ChatGLMConfig.from_pretrained(folder)
-    if arguments.model.quantization_bit:
-        check_bits(folder, config, arguments.model.quantization_bit)
-    arguments = take_prefix_from_checkpoint(arguments, config)
-    precision = Precision.of(config, dtype, device, arguments.model.rope_precision)
+    check_arguments(_with_placeholders(arguments), {})
+    setup = prepare(arguments, torch.device("cuda") if gpu else None)
+    setup.check_quantization()
+    precision = Precision.of_setup(setup)
     machine = (
         named_gpu(gpu, precision.activations)
         if gpu
-        else this_machine(str(device), precision.activations)
+        else this_machine(str(setup.device), precision.activations)
     )
-    rows, lines = _rows(arguments, folder, config)
+    rows, lines = _rows(setup)
     try:
-        job = Job.of(arguments, config, precision, rows)
+        prediction = predict_setup(setup, precision, machine, rows)
     except ValueError as error:
         raise InputError(str(error)) from error
-    if training.tokens_per_pack == "auto":
-        job = fitted(job, machine)
-    return [*lines, *precision.lines(job.config.quantization_bit), *predict(job, machine).table()]
+    bits = prediction.job.config.quantization_bit
+    return [*lines, *precision.lines(bits), *prediction.table()]
 
 
-def _as_a_run(arguments: Arguments) -> Arguments:
+def _with_placeholders(arguments: Arguments) -> Arguments:
     """The flags with stand-ins for those that only a run needs, to be checked like a run's."""
     data = arguments.data
     if data.train_file is None:
         data = replace(
-            data, **{name: getattr(data, name) or value for name, value in STAND_INS.items()}
+            data, **{name: getattr(data, name) or value for name, value in PLACEHOLDERS.items()}
         )
     training = replace(
         arguments.training, do_train=True, output_dir=arguments.training.output_dir or "out"
@@ -97,19 +87,12 @@ def _as_a_run(arguments: Arguments) -> Arguments:
     return arguments._replace(data=data, training=training)
 
 
-def _rows(
-    arguments: Arguments, folder: Path, config: ChatGLMConfig
-) -> tuple[Sequence[Row] | None, list[str]]:
+def _rows(setup: Setup) -> tuple[Sequence[Row] | None, list[str]]:
     """The rows of --train_file, or None, and the lines that describe them."""
-    from glmkern.tokenizer import ChatGLMTokenizer
-    from glmkern.training.run import check_vocabulary
-    from glmkern.training.run_data import describe_rows, training_data
+    from glmkern.training.data.files import describe_rows, training_data
 
-    data = arguments.data
+    data = setup.arguments.data
     if data.train_file is None:
-        tokens = data.max_source_length + data.max_target_length + 1
-        return None, [f"no --train_file: every row is taken to have {tokens:,} tokens"]
-    tokenizer = ChatGLMTokenizer.from_pretrained(folder)
-    check_vocabulary(tokenizer, config)
-    rows = training_data(data, tokenizer, config).rows
+        return None, [f"no --train_file: every row is taken to have {data.padded_length:,} tokens"]
+    rows = training_data(data, setup.load_tokenizer(), setup.config).rows
     return rows.rows, describe_rows(rows, data)

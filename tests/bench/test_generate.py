@@ -5,7 +5,7 @@ import torch
 
 from bench import bench_generate
 from bench.bench_generate import OURS, PEER
-from tests.model.oracles import small_model
+from tests.model.models import small_model
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ import torch
 
 from bench import bench_quant_linear
 from bench.harness import Work
+from bench.oracles import relative_error
 from bench.roofline import copy_probe, gemm_probe
-from tests.model.oracles import relative_error
 
 # Each result is rounded to bfloat16 once or, by a peer, at every one of its steps.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.03, torch.float16: 0.004}

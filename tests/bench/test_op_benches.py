@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from bench import bench_linear_cross_entropy, bench_prefix_attention, bench_quant_linear
-from tests.model.oracles import relative_error
+from bench.oracles import relative_error
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from bench import bench_step
 from bench.train_models import OFFICIAL, OURS, check_equal_work
 from glmkern import ChatGLMConfig
 from glmkern.model.packing import IGNORE_INDEX
-from tests.model.oracles import SMALL
+from tests.model.models import SMALL
 
 NAMES = (OURS, bench_step.ROW_BY_ROW, bench_step.DEQUANTISED, OFFICIAL)
 LENGTHS = ((3, 4), (0, 6), (1, 2))

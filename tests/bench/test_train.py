@@ -10,12 +10,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench import bench_train, train_models
 from bench.train_models import ADVERTISEGEN_ROWS, OFFICIAL, OURS, WORKLOADS, Workload
 from glmkern import ChatGLMConfig
+from glmkern.model.computation import Computation
 from glmkern.model.modules import FrozenLinear
 from glmkern.model.packing import IGNORE_INDEX
 from glmkern.plan.work import linear_flops
 from glmkern.tokenizer import ChatGLMTokenizer
-from glmkern.training.dataset import build_training_rows, read_examples
-from tests.model.oracles import small_model
+from glmkern.training.data.examples import read_examples
+from glmkern.training.data.rows import build_training_rows
+from tests.model.models import small_model
 
 LENGTHS = {
     "float32": ((0, 11),) * 3,
@@ -28,7 +30,7 @@ LENGTHS = {
 def model():
     # 4 bits pack two columns in a byte, so no width is odd.
     model = small_model(dict(kv_channels=16, ffn_hidden_size=38, seq_length=256), pre_seq_len=7)
-    model.prefix_dropout = 0.0
+    model.computation = Computation(prefix_dropout=0.0)
     return model.train()
 
 
@@ -52,7 +54,7 @@ def test_unequal_work_is_refused(model):
 
 def test_linear_flops(model, monkeypatch):
     """Torch counts the same products in our step, made by torch; those of ops are not visible."""
-    monkeypatch.setattr(FrozenLinear, "_has_kernel", lambda self, x: False)
+    monkeypatch.setattr(FrozenLinear, "_weight_for_torch", lambda self, x: self.weight)
     with FlopCounterMode(display=False) as counter:
         steps(model, "float32")[OURS].run()
     assert counter.get_total_flops() == linear_flops(model.config, tokens=33)

@@ -11,21 +11,21 @@ from safetensors.torch import load_file, save_file
 from transformers import GlmForCausalLM
 from transformers.models.glm.modeling_glm import GlmRotaryEmbedding, apply_rotary_pos_emb
 
+from bench.oracles import relative_error
 from glmkern import ChatGLM
 from glmkern.checkpoint import (
     export_glm,
-    files,
     fold_prefix,
     read_adapter,
     read_prefix,
+    tensor_files,
     write_adapter,
     write_base,
 )
 from glmkern.checkpoint.adapter import Geometry, rotate_keys
 from glmkern.errors import InputError
 from glmkern.model.config import ChatGLMConfig
-from glmkern.model.glm_config import to_glm_config
-from tests.model.oracles import SMALL, padded_batch, relative_error, small_model
+from tests.model.models import SMALL, padded_batch, small_model
 
 SHAPES = {
     "two groups": {},
@@ -173,7 +173,7 @@ def test_rotation_against_transformers(overrides):
     config = ChatGLMConfig.from_dict(SMALL | overrides)
     tokens = 11
     rows = torch.randn(tokens, config.kv_size)
-    rotary = GlmRotaryEmbedding(GlmConfig(**to_glm_config(config)))
+    rotary = GlmRotaryEmbedding(GlmConfig(**config.to_glm_dict()))
     keys = rows.view(tokens, config.num_layers, 2, config.num_groups, config.kv_channels)[:, :, 0]
     keys = keys.double().flatten(1, 2).unsqueeze(0)  # [1, T, L * G, C]
     cos, sin = rotary(keys, torch.full((1, tokens), tokens))
@@ -304,9 +304,9 @@ def test_a_failure_leaves_the_old_adapter(adapter, monkeypatch):
     before = {path.name: path.read_bytes() for path in adapter.iterdir()}
 
     def full(*arguments, **options):
-        raise files.SafetensorError("I/O error: No space left on device")
+        raise tensor_files.SafetensorError("I/O error: No space left on device")
 
-    monkeypatch.setattr(files, "save_file", full)
+    monkeypatch.setattr(tensor_files, "save_file", full)
     config = ChatGLMConfig.from_dict(SMALL)
     with pytest.raises(InputError, match="cannot write .*No space left on device"):
         write_adapter(adapter, torch.zeros(5, config.kv_size), config)

@@ -10,20 +10,20 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GlmConfig, GlmForCausalLM
 
+from bench.oracles import relative_error
 from glmkern import ChatGLM, cli, ops
 from glmkern.checkpoint import (
     expected_shapes,
     export_glm,
-    files,
     quantize_folder,
     read_base,
+    tensor_files,
     write_base,
     write_glm,
 )
 from glmkern.errors import InputError
 from glmkern.model.config import ChatGLMConfig
-from glmkern.model.glm_config import to_glm_config
-from tests.model.oracles import SMALL, random_weights, relative_error
+from tests.model.models import SMALL, random_weights
 
 QKV = "transformer.encoder.layers.1.self_attention.query_key_value"
 SHAPES = {
@@ -228,9 +228,9 @@ def test_a_failure_leaves_nothing(tmp_path, base, monkeypatch):
         export_glm(broken, tmp_path / "glm")
 
     def full(*arguments, **options):
-        raise files.SafetensorError("I/O error: No space left on device")
+        raise tensor_files.SafetensorError("I/O error: No space left on device")
 
-    monkeypatch.setattr(files, "save_file", full)
+    monkeypatch.setattr(tensor_files, "save_file", full)
     with pytest.raises(InputError, match="cannot write .*No space left on device"):
         export_glm(source, tmp_path / "glm")
     assert list((tmp_path / "glm").glob("*")) == []
@@ -339,7 +339,7 @@ for name, tensor in read_base(back, config):
 
 @pytest.mark.parametrize("name", ["rope_scaling", "rope_parameters"])
 def test_rope_that_is_no_object(name):
-    values = to_glm_config(ChatGLMConfig.from_dict(SMALL)) | {name: [1]}
+    values = ChatGLMConfig.from_dict(SMALL).to_glm_dict() | {name: [1]}
     with pytest.raises(ValueError, match=rf"{name} is \[1\]; it must be an object"):
         ChatGLMConfig.from_dict(values)
 
@@ -350,4 +350,4 @@ def test_the_family_survives_where_only_auto_map_names_it():
         | {"auto_map": {"AutoConfig": "THUDM/chatglm3-6b--configuration_chatglm.ChatGLMConfig"}}
     )
     assert config.family == "chatglm3-6b"
-    assert ChatGLMConfig.from_dict(to_glm_config(config)).family == "chatglm3-6b"
+    assert ChatGLMConfig.from_dict(config.to_glm_dict()).family == "chatglm3-6b"

@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from bench.oracles import diffusers_twin, relative_error, twin_forward
 from glmkern import ChatGLM, cli
 from glmkern.checkpoint import (
     export_glm,
@@ -24,7 +25,7 @@ from glmkern.checkpoint.prefix import OFFICIAL
 from glmkern.errors import InputError
 from glmkern.model.config import ChatGLMConfig
 from glmkern.model.prefix import PrefixEncoder
-from tests.model.oracles import SMALL, diffusers_twin, relative_error, small_model, twin_forward
+from tests.model.models import SMALL, small_model
 
 FORMATS = ("bin", "safetensors", "peft")
 PROJECTED = pytest.mark.parametrize("projection", [False, True])

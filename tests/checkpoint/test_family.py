@@ -17,7 +17,7 @@ from glmkern.checkpoint import (
 )
 from glmkern.errors import InputError
 from glmkern.model.config import FAMILIES, UNKNOWN_FAMILY, ChatGLMConfig
-from tests.model.oracles import SMALL, random_weights
+from tests.model.models import SMALL, random_weights
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 from glmkern.checkpoint.base import read_base
-from glmkern.checkpoint.files import read_tensors, weight_files
+from glmkern.checkpoint.tensor_files import read_tensors, weight_files
 from glmkern.errors import InputError
 from glmkern.model.config import ChatGLMConfig
-from tests.model.oracles import SMALL
+from tests.model.models import SMALL
 
 # torch's reader of pickles warns of unknown protocols before it refuses them.
 pytestmark = pytest.mark.filterwarnings("ignore:Detected pickle protocol")

@@ -11,13 +11,13 @@ import torch
 
 from glmkern.checkpoint import quantize_folder, read_base, read_prefix, write_base, write_prefix
 from glmkern.checkpoint.adapter import read_adapter, write_adapter
-from glmkern.checkpoint.atomic import write_text
 from glmkern.checkpoint.export import export_glm
 from glmkern.errors import InputError
+from glmkern.files.atomic import write_text
 from glmkern.model.config import ChatGLMConfig
 from glmkern.tokenizer import ChatGLMTokenizer
-from glmkern.training.run_folder import RunFolder
-from tests.model.oracles import SMALL, random_weights
+from glmkern.training.output.run_folder import RunFolder
+from tests.model.models import SMALL, random_weights
 
 CONFIG = ChatGLMConfig.from_dict(
     SMALL | dict(num_layers=1, padded_vocab_size=7, hidden_size=6, ffn_hidden_size=4)

@@ -223,7 +223,8 @@ def test_a_kill_while_writing_keeps_the_old_prefix(tmp_path, prefix):
     path = write_prefix(tmp_path, prefix)
     program = """
 import os, sys, torch
-from glmkern.checkpoint import atomic, write_prefix
+from glmkern.checkpoint import write_prefix
+from glmkern.files import atomic
 atomic.os.replace = lambda *names: os._exit(9)
 write_prefix(sys.argv[1], {"embedding.weight": torch.zeros(4, 4)})
 """

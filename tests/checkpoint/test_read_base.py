@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from glmkern.checkpoint import expected_shapes, read_base, write_prefix
-from glmkern.checkpoint.files import weight_files
+from glmkern.checkpoint.tensor_files import weight_files
 from glmkern.errors import InputError
 from glmkern.model.config import ChatGLMConfig
 

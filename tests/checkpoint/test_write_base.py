@@ -9,8 +9,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from glmkern.checkpoint import files, read_base, resolve_folder, write_base
+from glmkern.checkpoint import read_base, tensor_files, write_base
 from glmkern.errors import InputError
+from glmkern.files.folder import resolve_folder
 from glmkern.model.config import ChatGLMConfig
 
 
@@ -89,11 +90,11 @@ def test_a_failure_keeps_the_old_model(tmp_path, config, state, monkeypatch):
 
     def fail_at_the_third(tensors, path, metadata):
         if len(written) == 2:
-            raise files.SafetensorError("I/O error: No space left on device")
+            raise tensor_files.SafetensorError("I/O error: No space left on device")
         written.append(path)
         save_file(tensors, path, metadata)
 
-    monkeypatch.setattr(files, "save_file", fail_at_the_third)
+    monkeypatch.setattr(tensor_files, "save_file", fail_at_the_third)
     with pytest.raises(
         InputError, match=r"cannot write .*No space left on device.*free some space"
     ):
@@ -104,7 +105,8 @@ def test_a_failure_keeps_the_old_model(tmp_path, config, state, monkeypatch):
 
 KILLED_AT_RENAME = """
 import os, sys, torch
-from glmkern.checkpoint import atomic, expected_shapes, write_base
+from glmkern.checkpoint import expected_shapes, write_base
+from glmkern.files import atomic
 from glmkern.model.config import ChatGLMConfig
 
 config = ChatGLMConfig.from_pretrained(sys.argv[1])

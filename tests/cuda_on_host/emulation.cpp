@@ -2,14 +2,14 @@
 // or the name of a mistake.
 #include <string>
 
-#include "cuda/launch.cuh"
-#include "cuda/reduce.cuh"
-#include "cuda/vec.cuh"
+#include "cuda/device/launch.cuh"
+#include "cuda/device/reduce.cuh"
+#include "cuda/device/vec.cuh"
 #include "program.h"
 
 namespace {
 
-using namespace glmkern;
+using namespace glmkern::cuda;
 
 void sum_kernel(const float* x, float* sums) {
   __shared__ float partial[kMaxWarps];
@@ -38,6 +38,8 @@ void barrier_in_a_branch() {
 void shuffle_in_a_branch() {
   if (threadIdx.x < 16) __shfl_xor_sync(0xffffffffu, 1.0f, 1);
 }
+
+void shuffle_outside_its_mask() { __shfl_xor_sync(0x0000ffffu, 1.0f, 1); }
 
 // Two sums in a row through one buffer: a fast warp's second overwrites a slow one's first.
 void race_kernel(const float* x, float* sums) {
@@ -82,6 +84,8 @@ void run(const std::string& name, int count) {
     launch("barrier", barrier_in_a_branch, 1, 64, nullptr);
   } else if (name == "shuffle_in_a_branch") {
     launch("shuffle", shuffle_in_a_branch, 1, 32, nullptr);
+  } else if (name == "shuffle_outside_its_mask") {
+    launch("shuffle", shuffle_outside_its_mask, 1, 32, nullptr);
   } else {
     launch("nothing", nothing, 1, 2048, nullptr);
   }

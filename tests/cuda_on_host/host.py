@@ -1,4 +1,4 @@
-"""Builds the CUDA kernels with a C++ compiler, against the stand-ins in include/, and runs them."""
+"""How a C++ compiler builds CUDA code, against the stand-ins in include/; programs made of it."""
 
 import os
 import shutil
@@ -22,27 +22,17 @@ FLAGS = [
 SANITIZE = ["-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 
-def compile_program(
-    source: Path, kernels: Sequence[str], folder: Path, sanitize: bool = False
-) -> Path:
-    """`source` with the kernels of csrc/cuda/<name>.cu, as a program in `folder`."""
+def find_compiler() -> list[str]:
+    """The C++ compiler and the arguments that CXX gives it."""
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
     assert compiler, "these tests need a C++ compiler: install g++ or set CXX"
-    program = folder / (source.stem + ("-sanitized" if sanitize else ""))
-    units = [str(source)] + [f"{CSRC / 'cuda' / name}.cu" for name in kernels]
-    subprocess.run(
-        [
-            *compiler.split(),
-            *FLAGS,
-            *(SANITIZE if sanitize else ["-O1"]),
-            "-x",
-            "c++",
-            *units,
-            "-o",
-            str(program),
-        ],
-        check=True,
-    )
+    return compiler.split()
+
+
+def compile_program(source: Path, folder: Path) -> Path:
+    """`source` as a program in `folder`."""
+    program = folder / source.stem
+    subprocess.run([*find_compiler(), *FLAGS, "-O1", str(source), "-o", str(program)], check=True)
     return program
 
 

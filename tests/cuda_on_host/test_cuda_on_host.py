@@ -10,7 +10,7 @@ from tests.cuda_on_host.host import HERE, compile_program, run
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory):
-    return compile_program(HERE / "emulation.cpp", [], tmp_path_factory.mktemp("host"))
+    return compile_program(HERE / "emulation.cpp", tmp_path_factory.mktemp("host"))
 
 
 def test_a_block_sums_over_its_threads(program):
@@ -53,6 +53,7 @@ def test_conversions_round_to_nearest_even(program, dtype, name):
     [
         ("barrier_in_a_branch", "thread 0 waits at __syncthreads; thread 32 has ended"),
         ("shuffle_in_a_branch", "thread 0 waits for its warp; thread 16 has ended"),
+        ("shuffle_outside_its_mask", "a lane shuffles outside its own mask"),
         ("too_many_threads", "invalid configuration argument"),
     ],
 )

@@ -1,134 +1,167 @@
-"""csrc/cuda/rms_norm.cu on the CPU: every dtype, every way of covering a row, odd shapes."""
+"""The CUDA kernels of rms_norm on the CPU: every dtype, every way of covering a row, odd shapes."""
+
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 
-from tests.cuda_on_host.host import HERE, compile_program, run
+import glmkern.ops  # noqa: F401 (defines the schemas that the library implements)
+from tests.cuda_on_host.library import build
 from tests.ops import formulas
 from tests.ops.formulas import add_rms_norm_inputs
-from tests.ops.numerics import HALF_AND_SINGLE, matches_fp64, same_bits
+from tests.ops.numerics import HALF_AND_SINGLE, matches_fp64, poisoned_memory, same_bits
+from tests.sanitize import sanitizers
 
 EPS = 1e-5
+# A process that was started with the sanitizers loads the sanitized library.
+SANITIZED = "GLMKERN_TEST_SANITIZED"
 
 
 @pytest.fixture(scope="module")
-def program(tmp_path_factory):
-    return compile_program(HERE / "rms_norm.cpp", ["rms_norm"], tmp_path_factory.mktemp("host"))
+def kernels():
+    torch.ops.load_library(build(sanitize=SANITIZED in os.environ))
+    return torch.ops.glmkern_cuda
 
 
-@pytest.fixture(scope="module")
-def sanitized(tmp_path_factory):
-    return compile_program(
-        HERE / "rms_norm.cpp", ["rms_norm"], tmp_path_factory.mktemp("host"), sanitize=True
-    )
+def unaligned(x):
+    """A copy of x that starts one element after an address that 16-byte accesses need."""
+    room = torch.empty(x.numel() + 1, dtype=x.dtype)
+    return room[1:].view(x.shape).copy_(x)
 
 
-def forward(program, x, residual, weight, offset=0):
-    """(y, h, rstd); h is empty without a residual."""
-    inputs = [x, weight] if residual is None else [x, residual, weight]
-    h_shape = (0,) if residual is None else x.shape
-    dtype = HALF_AND_SINGLE.index(x.dtype)
-    return run(
-        program,
-        ["fwd", dtype, *x.shape, EPS, int(residual is not None), 0, offset],
-        inputs,
-        [(x.shape, x.dtype), (h_shape, x.dtype), (x.shape[:1], torch.float32)],
-    )
-
-
-def backward(program, dy, x, weight, rstd, dresidual, splits, offset=0):
-    """(dx, dweight); dweight is empty for splits = 0."""
-    inputs = [dy, x, weight, rstd] + ([] if dresidual is None else [dresidual])
-    dtype = HALF_AND_SINGLE.index(x.dtype)
-    arguments = ["bwd", dtype, *x.shape, 0, int(dresidual is not None), splits, offset]
-    return run(
-        program,
-        arguments,
-        inputs,
-        [(x.shape, x.dtype), (weight.shape if splits else (0,), x.dtype)],
-    )
-
-
-def differentiable(program, splits, offset=0):
-    """x, residual, weight -> (y, h), with both passes by the program."""
+def differentiable(kernels, place=torch.Tensor.clone):
+    """x, residual, weight -> (y, h), with both passes by the kernels on copies by `place`."""
 
     class AddRmsNorm(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x, residual, weight):
-            y, h, rstd = forward(program, x, residual, weight, offset)
-            ctx.save_for_backward(h, weight, rstd)
+            y, h, rstd = kernels.add_rms_norm_fwd(place(x), place(residual), place(weight), EPS)
+            ctx.save_for_backward(place(h), place(weight), rstd)
             return y, h
 
         @staticmethod
         def backward(ctx, dy, dh):
             h, weight, rstd = ctx.saved_tensors
-            dx, dweight = backward(program, dy, h, weight, rstd, dh, splits, offset)
+            dx, dweight = kernels.rms_norm_bwd(place(dy), h, weight, rstd, place(dh), True)
             return dx, dx, dweight
 
     return AddRmsNorm.apply
 
 
 # 16-byte accesses with 1, 2, 4 and 8 vectors a thread and from cache; single elements for odd rows.
+# The weight's gradient is summed in ceil(rows / 8) splits: 1, 2, 8 and 9, of unequal lengths, too.
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
 @pytest.mark.parametrize(
-    "rows, hidden, splits",
+    "rows, hidden",
     [
-        (3, 1, 1),
-        (63, 3, 8),
-        (5, 17, 2),
-        (9, 64, 9),
-        (3, 100, 1),
-        (2, 1028, 2),
-        (1, 4096, 1),
-        (3, 4099, 2),
-        (2, 6000, 1),
-        (2, 8200, 2),
+        (3, 1),
+        (63, 3),
+        (5, 17),
+        (9, 17),
+        (9, 64),
+        (66, 64),
+        (3, 100),
+        (2, 1028),
+        (9, 1028),
+        (1, 4096),
+        (3, 4099),
+        (9, 4099),
+        (2, 6000),
+        (2, 8200),
+        (9, 8200),
     ],
     ids=str,
 )
-def test_against_fp64(program, rows, hidden, splits, dtype):
+def test_against_fp64(kernels, rows, hidden, dtype):
     matches_fp64(
-        differentiable(program, splits),
+        differentiable(kernels),
         formulas.add_rms_norm,
         lambda: add_rms_norm_inputs((rows, hidden), dtype),
     )
 
 
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
-def test_unaligned_tensors(program, dtype):
+@pytest.mark.parametrize("rows", [3, 9])
+def test_unaligned_tensors(kernels, rows, dtype):
     matches_fp64(
-        differentiable(program, 2, offset=dtype.itemsize),
+        differentiable(kernels, unaligned),
         formulas.add_rms_norm,
-        lambda: add_rms_norm_inputs((3, 64), dtype),
+        lambda: add_rms_norm_inputs((rows, 64), dtype),
     )
 
 
 @pytest.mark.parametrize("hidden", [17, 64, 9000])
-def test_the_optional_parts_change_nothing_else(program, hidden):
+def test_the_optional_parts_change_nothing_else(kernels, hidden):
     x, other, weight = (torch.randn(s).half() for s in ((4, hidden), (4, hidden), hidden))
-    y, _, rstd = forward(program, x, None, weight)
-    with_zero, h, rstd_with_zero = forward(program, x, torch.zeros_like(x), weight)
-    assert same_bits(y, with_zero) and same_bits(rstd, rstd_with_zero) and same_bits(h, x)
-    dx, dweight = backward(program, other, x, weight, rstd, None, 0)
-    dx_too, _ = backward(program, other, x, weight, rstd, torch.zeros_like(x), 2)
+    with poisoned_memory():
+        y, rstd = kernels.rms_norm_fwd(x, weight, EPS)
+        zero = torch.zeros_like(x)
+        with_zero, h, rstd_with_zero = kernels.add_rms_norm_fwd(x, zero, weight, EPS)
+        assert same_bits(y, with_zero) and same_bits(rstd, rstd_with_zero) and same_bits(h, x)
+        dx, dweight = kernels.rms_norm_bwd(other, x, weight, rstd, None, False)
+        dx_too, _ = kernels.rms_norm_bwd(other, x, weight, rstd, zero, True)
     assert same_bits(dx, dx_too) and dweight.numel() == 0
 
 
-def test_no_rows(program):
+def test_no_rows(kernels):
     x, weight = torch.empty(0, 64), torch.randn(64)
-    y, _, rstd = forward(program, x, None, weight)
-    dx, dweight = backward(program, x, x, weight, rstd, None, 1)
+    with poisoned_memory():
+        y, rstd = kernels.rms_norm_fwd(x, weight, EPS)
+        dx, dweight = kernels.rms_norm_bwd(x, x, weight, rstd, None, True)
     assert y.numel() == rstd.numel() == dx.numel() == 0
     assert same_bits(dweight, torch.zeros(64))
 
 
-@pytest.mark.parametrize(
-    "rows, hidden, splits, offset",
-    [(3, 17, 2, 0), (2, 64, 1, 0), (2, 64, 1, 4), (1, 2052, 1, 0), (1, 9000, 1, 0)],
-)
-def test_sanitizers_find_nothing(sanitized, rows, hidden, splits, offset):
+def test_splits_without_rows(kernels):
+    """8,193 rows in 1,024 splits: nine rows a split leave none for the last ones."""
+    x, weight = torch.randn(8193, 4), torch.randn(4)
+    with poisoned_memory():
+        _, rstd = kernels.rms_norm_fwd(x, weight, EPS)
+        _, dweight = kernels.rms_norm_bwd(x, x, weight, rstd, None, True)
+    exact = (x.double() ** 2 * rstd.double()[:, None]).sum(0)
+    torch.testing.assert_close(dweight.double(), exact, rtol=1e-6, atol=0)
+
+
+SANITIZED_SHAPES = [(3, 17, False), (9, 17, False), (2, 64, False), (2, 64, True)]
+SANITIZED_SHAPES += [(9, 64, True), (1, 2052, False), (9, 2052, False), (1, 9000, False)]
+
+
+@pytest.mark.parametrize("rows, hidden, offset", SANITIZED_SHAPES)
+def test_results_are_finite(kernels, rows, hidden, offset):
+    """What the next test runs under the sanitizers, which look at accesses and not at numbers."""
+    place = unaligned if offset else torch.Tensor.clone
     for dtype in HALF_AND_SINGLE:
-        x, residual, weight = add_rms_norm_inputs((rows, hidden), dtype)
-        _, h, rstd = forward(sanitized, x, residual, weight, offset)
-        dx, _ = backward(sanitized, residual, h, weight, rstd, x, splits, offset)
-        assert dx.isfinite().all()
+        inputs = add_rms_norm_inputs((rows, hidden), dtype)
+        with poisoned_memory():
+            outputs = differentiable(kernels, place)(*inputs)
+            gradients = torch.autograd.grad(outputs, inputs, outputs)
+        assert all(x.isfinite().all() for x in outputs + gradients)
+
+
+def test_sanitizers_find_nothing():
+    child = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-s",  # a sanitizer ends the process, and what pytest holds back with it
+            "-p",
+            "no:cacheprovider",
+            f"{__file__}::{test_results_are_finite.__name__}",
+        ],
+        env=os.environ
+        | {
+            SANITIZED: "1",
+            "LD_PRELOAD": sanitizers(),
+            "ASAN_OPTIONS": "detect_leaks=0",  # Python and torch keep what they have until the end
+            "UBSAN_OPTIONS": "print_stacktrace=1",
+        },
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert child.returncode == 0, child.stdout
+    assert f"{len(SANITIZED_SHAPES)} passed" in child.stdout

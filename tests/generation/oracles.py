@@ -5,7 +5,7 @@ from transformers import GlmConfig, GlmForCausalLM
 
 from glmkern import ChatGLM
 from glmkern.checkpoint import to_glm_state
-from tests.model.oracles import SMALL, padded_batch
+from tests.model.models import SMALL, padded_batch
 
 
 class Recorder:
@@ -34,7 +34,7 @@ def prompts(lengths: list[int]) -> tuple[Tensor, Tensor]:
 
 
 def cut_after_end(sequences: Tensor, prompt: int, ends: list[int]) -> list[list[int]]:
-    """Every row's ids behind the prompt and before its first end token."""
+    """Every row's ids after the prompt and before its first end token."""
     rows = []
     for row in sequences[:, prompt:].tolist():
         stops = [i for i, token in enumerate(row) if token in ends]

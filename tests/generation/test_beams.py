@@ -15,7 +15,7 @@ from glmkern.generation.beams import BeamSearch, Search
 from glmkern.generation.cache import KeyValueCache
 from glmkern.generation.decoding import make_decoder, read_prompts
 from tests.generation.oracles import Recorder, cut_after_end, glm_twin, prompts
-from tests.model.oracles import recorded_model, small_model
+from tests.model.models import recorded_model, small_model
 
 
 def search(model, ids, mask, num_beams, max_length, **options):
@@ -85,7 +85,7 @@ def test_hypotheses_follow_the_rules():
     """Two beams, whose ids have three tokens: 9 is the end."""
     one = Search(row=0, num_beams=2, length_penalty=1.0)
     ids = torch.tensor([[1, 2, 3], [4, 5, 6]])
-    # An end token counts among the first two candidates, not behind them.
+    # An end token counts among the first two candidates, not after them.
     assert one.step([-3.0, -4.0, -5.0, -6.0], [1, 0, 0, 1], [9, 7, 9, 8], ids, [9]) == [
         (0, 7, -4.0),
         (1, 8, -6.0),
@@ -176,9 +176,9 @@ def test_beam_sampling(temperature, top_k, top_p):
             finished.append((float(flat[place]) / ids.shape[1], ids[place // 151].tolist()))
         finished = sorted(finished)[-beams:]
         done = len(finished) == beams and finished[0][0] >= float(flat[drawn[0]]) / ids.shape[1]
-        going_on = [place for place in drawn if place % 151 not in end][:beams]
-        ids = torch.stack([torch.cat([ids[p // 151], torch.tensor([p % 151])]) for p in going_on])
-        sums = flat[going_on]
+        continued = [place for place in drawn if place % 151 not in end][:beams]
+        ids = torch.stack([torch.cat([ids[p // 151], torch.tensor([p % 151])]) for p in continued])
+        sums = flat[continued]
     if not done:
         finished += [
             (float(total) / max_length, text.tolist())

@@ -7,11 +7,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from bench.oracles import relative_error
 from glmkern.generation import KeyValueCache
 from glmkern.generation.cache import BLOCK
 from glmkern.generation.sampling import Sampling, replace_invalid_scores
 from tests.generation.oracles import Recorder, cut_after_end, glm_twin, prompts
-from tests.model.oracles import recorded_model, relative_error, small_model
+from tests.model.models import recorded_model, small_model
 
 VARIANTS = {
     "groups": {},

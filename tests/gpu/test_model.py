@@ -4,9 +4,10 @@ import pytest
 import torch
 
 import glmkern
+from bench.oracles import relative_error
 from glmkern import ChatGLM, ChatGLMConfig
 from glmkern.model.packing import unpad
-from tests.model.oracles import SMALL, padded_batch, random_weights, relative_error
+from tests.model.models import SMALL, padded_batch, random_weights
 
 TOLERANCE = 1e-5
 EVEN = dict(ffn_hidden_size=38)  # 4 bits pack two columns in a byte

@@ -10,7 +10,6 @@ import torch
 
 from glmkern.errors import InputError
 from glmkern.model.config import ChatGLMConfig
-from glmkern.model.glm_config import to_glm_config
 
 # The fields of a config.json from the first days of the release, as a training run saved them.
 FIRST_RELEASE = {
@@ -233,7 +232,7 @@ def test_a_file_that_is_not_utf8(tmp_path):
 @pytest.mark.parametrize("native", [False, True])
 def test_reading_and_saving_does_not_import_torch(folder, tmp_path, native):
     config = ChatGLMConfig(num_layers=3, torch_dtype="float16", multi_query_attention=True)
-    path = folder(to_glm_config(config) if native else config.to_dict())
+    path = folder(config.to_glm_dict() if native else config.to_dict())
     program = (
         "import sys; from glmkern.model.config import ChatGLMConfig;"
         f"ChatGLMConfig.from_pretrained({str(path)!r}).save({str(tmp_path / 'out')!r});"

@@ -6,9 +6,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from bench.oracles import diffusers_twin, relative_error, twin_forward
+from glmkern.model.computation import Computation
 from glmkern.model.config import ChatGLMConfig
 from glmkern.model.rotary import rotary_table
-from tests.model.oracles import diffusers_twin, recorded_model, relative_error, twin_forward
+from tests.model.models import recorded_model
 from tests.ops.numerics import ulp_of_max
 
 TOLERANCE = 1e-5
@@ -59,7 +61,7 @@ def test_plain(record):
 def test_prefix(record, prefix, layout, recompute):
     name = f"prefix_{prefix}_{layout}"
     case, model = record.read(name), record.model(prefix)
-    model.recompute = recompute
+    model.computation = Computation(recompute=recompute)
     loss, logits = call(model, case)
     assert relative_error(logits.detach(), case["logits"]) < TOLERANCE
     assert loss.item() == pytest.approx(record.cases[name]["loss"], rel=TOLERANCE)
@@ -91,7 +93,7 @@ def test_left_padding(record, name):
     labels[:, 1:][case["attention_mask"][:, :-1] == 0] = -100
     twin.zero_grad()
     their_loss, _ = twin_forward(twin, *padded, labels)
-    for ours in (case["labels"], labels):  # the model ignores the labels behind padding itself
+    for ours in (case["labels"], labels):  # the model itself ignores the labels after padding
         model.zero_grad()
         loss, logits = model(*padded, ours)
         real = case["attention_mask"].bool()

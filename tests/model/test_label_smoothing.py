@@ -4,15 +4,11 @@ import pytest
 import torch
 from transformers.trainer_pt_utils import LabelSmoother
 
+from bench.oracles import diffusers_twin, relative_error, twin_forward
+from glmkern.model.computation import Computation
 from glmkern.model.packing import pack_rows
-from glmkern.training.dataset import Row
-from tests.model.oracles import (
-    diffusers_twin,
-    padded_batch,
-    relative_error,
-    small_model,
-    twin_forward,
-)
+from glmkern.training.data.rows import Row
+from tests.model.models import padded_batch, small_model
 
 
 @pytest.mark.parametrize("epsilon", [0.1, 0.7])
@@ -21,7 +17,7 @@ def test_loss_and_gradient_are_those_of_transformers(epsilon, micro_batches):
     """Packed, with the weights of micro-batches; there padded, a micro-batch at a time."""
     model = small_model()
     twin = diffusers_twin(model)
-    model.label_smoothing = epsilon
+    model.computation = Computation(label_smoothing=epsilon)
     batch = padded_batch([7, 4, 12], 151, "right")
     smoother = LabelSmoother(epsilon)
     expected = 0
@@ -59,7 +55,7 @@ def test_other_precisions(dtype):
     model = small_model(dtype=dtype)
     rows = [Row([1, 2, 3, 4], [-100, 2, 3, 4])]
     plain = model.loss(pack_rows(rows))
-    model.label_smoothing = 0.3
+    model.computation = Computation(label_smoothing=0.3)
     smoothed = model.loss(pack_rows(rows))
     assert smoothed.dtype == plain.dtype
     logits = model(torch.tensor([[1, 2, 3, 4]])).logits.to(torch.float64)

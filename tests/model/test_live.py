@@ -4,15 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from bench.oracles import diffusers_twin, relative_error, twin_forward
 from glmkern.checkpoint import to_glm_state
-from tests.model.oracles import (
-    SMALL,
-    diffusers_twin,
-    padded_batch,
-    relative_error,
-    small_model,
-    twin_forward,
-)
+from glmkern.model.computation import Computation
+from tests.model.models import SMALL, padded_batch, small_model
 
 TOLERANCE = 1e-5
 SHAPES = {
@@ -66,7 +61,7 @@ def test_shapes(shape, projection, side):
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS.keys())
 def test_configurations(variant, recompute):
     model = small_model(variant)
-    model.recompute = recompute
+    model.computation = Computation(recompute=recompute)
     compare(model, padded_batch([7, 3], SMALL["padded_vocab_size"], "right"))
 
 

@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 import glmkern
+from bench.oracles import relative_error
 from glmkern import ChatGLM, ChatGLMConfig, ops
+from glmkern.model.computation import Computation
 from glmkern.model.modules import FrozenLinear, frozen
 from glmkern.model.packing import unpad
-from tests.model.oracles import SMALL, padded_batch, random_weights, relative_error, small_model
+from tests.model.models import SMALL, padded_batch, random_weights, small_model
 from tests.ops.numerics import same_bits
 
 TOLERANCE = 1e-5
@@ -54,7 +56,7 @@ def results(model: ChatGLM, batch: dict[str, Tensor]) -> list[Tensor]:
 @pytest.mark.parametrize("bits", [4, 8])
 def test_equals_the_dense_weights(bits, recompute, overrides):
     model = small_model(EVEN | overrides).quantize(bits)
-    model.recompute = recompute
+    model.computation = Computation(recompute=recompute)
     batch = padded_batch(LENGTHS, model.config.padded_vocab_size, "right")
     with glmkern.backend("reference"):
         expected = results(dense_twin(model), batch)
@@ -69,7 +71,8 @@ def test_a_step_has_the_same_bits_for_any_number_of_threads(threads, bits):
     if bits:
         model.quantize(bits)
     packed, _ = unpad(**padded_batch([40, 1, 60], model.config.padded_vocab_size, "right"))
-    prefix, model.recompute = model.train().prefix_encoder.embedding.weight, "mlp"
+    prefix = model.train().prefix_encoder.embedding.weight
+    model.computation = Computation(recompute="mlp")
 
     def step(count):
         threads(count)

@@ -59,7 +59,7 @@ def test_the_mask_is_the_contract_s(backend, hidden, p):
 
 
 PROGRAM = """
-#include "csrc/cpu/philox.h"
+#include "cpu/kernels/philox.h"
 #include <cstdio>
 #include <initializer_list>
 using namespace glmkern::CPU_ISA;
@@ -98,7 +98,7 @@ def test_indices_that_need_all_their_bits(tmp_path, flags):
             "-O1",
             "-DCPU_ISA=DEFAULT",
             *flags,
-            f"-I{ROOT}",
+            f"-I{ROOT / 'csrc'}",
             source,
             "-o",
             program,

@@ -1,85 +1,31 @@
-"""Predicted memory and time, against what models keep, steps took and torch counts."""
+"""Memory and time of a run, against measurements, and the packs that fit."""
 
 import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from bench.bench_full_size import PREFIX, PROMPT, RESPONSE, chatglm2_6b
 from bench.train_models import OURS, WORKLOADS, make_model
-from glmkern.checkpoint.base import MAPPED_BYTES
-from glmkern.errors import InputError
-from glmkern.model.packing import pack_rows
-from glmkern.plan import machines
-from glmkern.plan import run as plan_run
-from glmkern.plan.machines import GIB, GPUS, OPTIMISER, PROCESS, Machine, named_gpu, this_machine
-from glmkern.plan.memory import base_bytes, prefix_parameters, saved_bytes
+from glmkern.plan.machines import GIB
 from glmkern.plan.precision import Precision
 from glmkern.plan.prediction import (
     MARGIN,
-    Job,
     Prediction,
     as_duration,
     fitted,
     predict,
     tokens_that_fit,
 )
-from glmkern.plan.run import predict_run
-from glmkern.plan.work import RowLength, attention_flops, linear_flops, linear_weights, step_flops
-from glmkern.training.arguments import (
-    Arguments,
-    DataTrainingArguments,
-    ModelArguments,
-    TrainingArguments,
-)
-from glmkern.training.batching import pack_step
-from glmkern.training.dataset import Row
-from tests.model.oracles import diffusers_twin, small_model
+from glmkern.plan.work import RowLength
+from glmkern.training.data.packs import pack_step
+from tests.plan.jobs import job, machine, random_rows
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+
+
 RESULTS = REPOSITORY / "bench" / "results"
-
-
-def machine(rate: float = 1e12, memory: float = 0, device: str = "cpu") -> Machine:
-    """One that reaches `rate` on plain matrix products."""
-    return Machine(
-        "a machine",
-        device,
-        int(memory),
-        PROCESS + OPTIMISER,
-        rate * machines.CPU_SHARE_OF_PRODUCT,
-        20e9,
-        "nothing",
-    )
-
-
-SINGLE = Precision("float32", "float32")
-
-
-def job(config, lengths, precision=SINGLE, **changes) -> Job:
-    config = replace(config, pre_seq_len=config.pre_seq_len or 5)
-    values = {
-        "micro_batch": len(lengths),
-        "accumulation": 1,
-        "budget": 2048,
-        "recompute": "none",
-        "steps": 1,
-        **changes,
-    }
-    return Job(config, precision, [RowLength(*each) for each in lengths], **values)
-
-
-def random_rows(count: int, longest: int, vocabulary: int) -> list[Row]:
-    made = []
-    for _ in range(count):
-        length = int(torch.randint(2, longest + 1, ()))
-        ids = torch.randint(vocabulary, (length,)).tolist()
-        learned = int(torch.randint(1, length, ()))
-        made.append(Row(ids, [-100] * (len(ids) - learned) + ids[-learned:]))
-    return made
 
 
 # Against measurements
@@ -127,69 +73,6 @@ def test_as_measured(name):
     assert row in (REPOSITORY / "docs" / "plan.md").read_text(), f"docs/plan.md lacks {row}"
 
 
-# Memory, counted
-
-
-@pytest.mark.parametrize("output_layer_bit", [0, 8])
-@pytest.mark.parametrize("bits", [0, 4, 8])
-@pytest.mark.parametrize("rope", ["float32", "model"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_base_bytes_are_those_of_a_model(dtype, rope, bits, output_layer_bit):
-    changes = {"ffn_hidden_size": 38, "torch_dtype": "float16"}
-    model = small_model(changes, pre_seq_len=None, dtype=dtype)
-    if bits:
-        model.quantize(bits)
-    if output_layer_bit:
-        model.transformer.output_layer.quantize_(output_layer_bit)
-    precision = Precision.of(model.config, dtype, torch.device("cpu"), rope)
-    model.cos_sin = model.cos_sin.to(getattr(torch, precision.rope))
-    tensors = [*model.parameters(), *model.buffers()]
-    stored = replace(
-        precision,
-        weights=str(dtype).removeprefix("torch."),
-        scales=str(dtype).removeprefix("torch."),
-    )  # not loaded from a folder
-    total = sum(each.nbytes for each in tensors)
-    assert base_bytes(model.config, stored, output_layer_bit) == total
-    embedding = model.transformer.embedding.word_embeddings.weight.nbytes
-    assert base_bytes(model.config, stored, output_layer_bit, True) == total - embedding
-
-
-@pytest.mark.parametrize("projection", [False, True])
-def test_prefix_parameters(projection):
-    model = small_model(projection=projection)
-    assert prefix_parameters(model.config, 5) == sum(
-        p.numel() for p in model.prefix_encoder.parameters()
-    )
-
-
-@pytest.mark.parametrize("recompute", ["none", "mlp", "layer"])
-def test_saved_bytes_are_what_autograd_keeps(recompute):
-    model = small_model({"num_layers": 6}).train()
-    model.recompute = recompute
-    made = random_rows(4, 40, model.config.padded_vocab_size)
-    weights = {p.data_ptr() for p in [*model.parameters(), model.cos_sin]}
-    kept = {}
-
-    def keep(x):
-        if x.data_ptr() not in weights and x.numel() >= len(batch.input_ids):
-            kept[x.data_ptr()] = x
-        return x
-
-    batch = pack_rows(made)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        loss = model.loss(batch)
-    segments = {x.untyped_storage().data_ptr() for x in kept.values() if x.shape[0] == 5}
-    measured = sum(
-        x.nbytes for x in kept.values() if x.untyped_storage().data_ptr() not in segments
-    )
-    pack = RowLength(len(batch.input_ids), 1)
-    assert saved_bytes(model.config, pack, "float32", recompute) == pytest.approx(
-        measured, rel=0.03
-    )
-    assert loss.requires_grad
-
-
 @pytest.mark.parametrize("budget", [0, 1, 37, 90, 2048])
 def test_packs_are_the_trainers(budget):
     made = random_rows(24, 50, 100)
@@ -201,51 +84,6 @@ def test_packs_are_the_trainers(budget):
         for pack in pack_step(made, order, budget)
     ]
     assert planned.packs(planned.rows) == packs
-
-
-# Arithmetic, counted
-
-
-def test_linear_flops_are_those_torch_counts():
-    """Forward, in diffusers' model: the linears of all layers and the output layer."""
-    model = small_model(pre_seq_len=None)
-    twin, ids = diffusers_twin(model), torch.randint(100, (3, 17))
-    with FlopCounterMode(display=False) as counter:
-        hidden = twin(ids, use_cache=False, output_hidden_states=False, return_dict=False)[0]
-        twin.output_layer(hidden)
-    counts = counter.get_flop_counts()["Global"]
-    products = sum(count for op, count in counts.items() if "mm" in str(op))
-    config, tokens = model.config, ids.numel()
-    output = 2 * tokens * config.hidden_size * config.padded_vocab_size
-    assert products == 2 * tokens * linear_weights(config) + output
-    # Back it is the same again, but for the first layer's query_key_value.
-    backward = linear_flops(config, tokens) - 2 * tokens * linear_weights(config)
-    first = 2 * tokens * config.hidden_size * config.qkv_size
-    assert backward == 2 * tokens * linear_weights(config) - first
-
-
-def test_projection_flops_are_those_torch_counts():
-    """The two trained matrices, forward and backward, once for every pack."""
-    model = small_model(projection=True)
-    with FlopCounterMode(display=False) as counter:
-        sum(k.sum() + v.sum() for k, v in model.prefix_encoder()).backward()
-    lengths, plain = [RowLength(9, 4)], replace(model.config, prefix_projection=False)
-    added = step_flops(model.config, lengths, 5, packs=3) - step_flops(plain, lengths, 5, packs=3)
-    assert added == 3 * counter.get_total_flops()
-
-
-def test_attention_flops_count_what_is_seen():
-    config, lengths = chatglm2_6b(), [RowLength(3, 1), RowLength(11, 4)]
-    seen = sum(1 for n, _ in lengths for query in range(n) for key in range(-7, n) if key <= query)
-    assert attention_flops(config, lengths, 7) == 2 * 2 * 32 * 128 * seen
-
-
-def test_what_is_computed_again_costs_a_forward():
-    config, lengths = chatglm2_6b(), [RowLength(100, 40)]
-    none, mlp, layer = (step_flops(config, lengths, 128, each) for each in ("none", "mlp", "layer"))
-    assert mlp - none == 28 * 2 * 100 * 4096 * 27392
-    again = 28 * 2 * 100 * 4096 * (4608 + 4096 + 27392)
-    assert layer - none == again + 28 * attention_flops(config, lengths, 128)
 
 
 # The longest row
@@ -328,18 +166,6 @@ def test_the_default_packs_what_fits(memory, budget):
         assert MARGIN * predict(larger, here).total > here.memory
 
 
-def test_reading_may_take_more_than_training():
-    """A wide base and one short row: pages of the files, and no optimiser yet."""
-    planned = job(chatglm2_6b(), [(10, 3)], Precision("float32", "float16"))
-    predicted = predict(planned, machine())
-    base = base_bytes(planned.config, planned.precision)
-    assert predicted.total == PROCESS + base + MAPPED_BYTES + 2 * 65024 * 4096
-    assert predicted.total > sum(predicted.memory.values())
-    assert "while the base is read" in "\n".join(predicted.table())
-    on_gpu = predict(planned, machine(device="cuda"))
-    assert on_gpu.total == sum(on_gpu.memory.values())
-
-
 @pytest.mark.parametrize(
     "memory, words",
     [
@@ -367,80 +193,3 @@ def test_the_cure_is_the_least_that_fits(memory, words):
         assert ("--tokens_per_pack" in predicted.cure()) == ("--tokens_per_pack" in words)
         assert predicted.cure() in "\n".join(predicted.table())
         assert predicted.cure() in "\n".join(predicted.summary())
-
-
-# Machines
-
-
-@pytest.mark.parametrize("name", ["RTX 4090", "rtx4090", "NVIDIA GeForce RTX 4090", "rtx-4090"])
-def test_a_gpu_has_many_spellings(name):
-    assert named_gpu(name, "float16").name.startswith("RTX 4090 (data sheet: 24 GiB, 165.2 TFLOP")
-
-
-@pytest.mark.parametrize(
-    "name, dtype, rate",
-    [
-        ("A100 80GB", "float16", 312),
-        ("A100 80GB", "bfloat16", 312),
-        ("A100 80GB", "float32", 19.5),
-        ("T4", "float16", 65),
-        ("T4", "bfloat16", 8.1),
-    ],
-)
-def test_the_rate_is_that_of_the_precision(name, dtype, rate):
-    gpu = named_gpu(name, dtype)
-    assert gpu.flops == pytest.approx(rate * 1e12 * machines.GPU_SHARE_OF_DATA_SHEET)
-    assert ("sm_75: the Triton kernels need sm_80" in gpu.note) == (name == "T4")
-
-
-def test_an_unknown_gpu():
-    with pytest.raises(InputError) as error:
-        named_gpu("RTX 4091", "float16")
-    assert "(nearest: RTX 4090)" in str(error.value)
-    assert all(name in str(error.value) for name in GPUS)
-
-
-def test_this_machine_is_measured_without_random_numbers():
-    this_machine.cache_clear()
-    before = torch.get_rng_state()
-    here = this_machine("cpu", "float32")
-    assert torch.equal(before, torch.get_rng_state())
-    assert 1e8 < here.flops < 1e15 and 1e8 < here.bandwidth < 1e13
-    assert here.overhead > PROCESS and "measured" in here.name
-    assert this_machine("cpu", "float32") is here
-
-
-def test_processes_of_a_machine_share_its_memory(monkeypatch):
-    monkeypatch.setattr(machines, "available_bytes", lambda: 12 * GIB)
-    monkeypatch.setattr(machines, "resident_bytes", lambda: GIB)
-    monkeypatch.setattr(machines, "_product_rate", lambda *_: 1e12)
-    monkeypatch.setattr(machines, "_read_rate", lambda *_: 1e10)
-    alone, shared = (this_machine.__wrapped__("cpu", "float32", *each) for each in ((), (3,)))
-    assert (alone.memory, shared.memory) == (13 * GIB, 5 * GIB)
-    assert "5.0 GiB free for each of 3 processes" in shared.name and "each" not in alone.name
-
-
-@pytest.mark.parametrize(
-    "device, environment, sharing",
-    [
-        ("cpu", {}, 1),
-        ("cpu", {"WORLD_SIZE": "6", "LOCAL_WORLD_SIZE": "3"}, 3),
-        ("cuda:1", {"LOCAL_WORLD_SIZE": "3"}, 1),
-    ],
-)
-def test_a_run_knows_its_share(monkeypatch, device, environment, sharing):
-    asked = []
-    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(plan_run, "this_machine", lambda *values: asked.append(values) or machine())
-    arguments = Arguments(
-        ModelArguments(model_name_or_path="base", pre_seq_len=5),
-        DataTrainingArguments(),
-        TrainingArguments(output_dir="out"),
-        (),
-    )
-    predict_run(
-        arguments, chatglm2_6b(), random_rows(3, 9, 100), torch.device(device), torch.float32
-    )
-    assert asked == [(device, "float32", sharing)]

@@ -14,14 +14,15 @@ import torch
 import torch._dynamo  # noqa: F401 (a second that the first optimiser would take in every child)
 
 from glmkern.errors import InputError
-from glmkern.training import distributed
-from glmkern.training.arguments import TrainingArguments
-from glmkern.training.dataset import Row
-from glmkern.training.distributed import join_world
-from glmkern.training.resume import find_checkpoint
-from glmkern.training.run_folder import RunFolder
-from glmkern.training.trainer import Trainer
-from tests.model.oracles import small_model
+from glmkern.training.data.rows import Row
+from glmkern.training.flags.arguments import TrainingArguments
+from glmkern.training.loop import distributed
+from glmkern.training.loop.distributed import join_world
+from glmkern.training.loop.hooks import Hooks
+from glmkern.training.loop.resume import find_checkpoint
+from glmkern.training.loop.trainer import Trainer
+from glmkern.training.output.run_folder import RunFolder
+from tests.model.models import small_model
 from tests.training.stand_in import IGNORED, arguments
 
 CPU = torch.device("cpu")
@@ -117,7 +118,7 @@ def train(folder: Path, flags: dict[str, object], until: int | None = None) -> N
             random_rows(13, 12),
             args,
             world=world,
-            evaluate=draws,
+            hooks=Hooks(evaluate=draws),
             folder=RunFolder(folder, args.save_total_limit),
         )
         if world.rank == world.size - 1:

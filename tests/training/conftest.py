@@ -6,10 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from glmkern.chatglm import ChatGLM
 from glmkern.checkpoint import expected_shapes
-from glmkern.model.chatglm import ChatGLM
 from glmkern.model.config import ChatGLMConfig
-from glmkern.training.dataset import Row
+from glmkern.training.data.rows import Row
 from tests.training.stand_in import OFFICIAL
 
 

@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
-from glmkern.training.arguments import TrainingArguments
-from glmkern.training.dataset import Row
-from glmkern.training.trainer import Trainer
+from glmkern.training.data.rows import Row
+from glmkern.training.flags.arguments import TrainingArguments
+from glmkern.training.loop.trainer import Trainer
 
 IGNORED = -100
 OFFICIAL = "transformer.prefix_encoder."
@@ -44,6 +44,20 @@ class StandIn(nn.Module):
             # The derivative of sqrt at 0 is infinite, its value is not.
             nll = nll + (nll - nll.detach()).abs().sqrt()
         return (batch.token_weight[kept] * nll).sum()
+
+
+class Echo:
+    """Answers a prompt with its last token, as often as there is room, and keeps the calls."""
+
+    device = torch.device("cpu")
+
+    def __init__(self):
+        self.calls = []
+
+    def generate(self, input_ids, attention_mask, **options):
+        self.calls.append((input_ids, attention_mask, options))
+        room = options["max_length"] - input_ids.shape[1]
+        return torch.cat([input_ids, input_ids[:, -1:].expand(-1, room)], 1)
 
 
 class Recorder(Trainer):

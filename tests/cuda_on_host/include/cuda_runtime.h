@@ -1,22 +1,25 @@
 // Stands in for the CUDA toolkit's header of this name, so that a C++ compiler can build csrc/cuda
 // and a CPU run it. The threads of a block are fibers, which take turns until they wait or end; one
-// block runs after another. A thread that waits for something that never comes is an error that
-// names it: a barrier or a shuffle that not every thread reaches.
+// block runs after another, and one kernel after another, whatever thread launches it. A thread
+// that waits for something that never comes is an error that names it: a barrier or a shuffle that
+// not every thread reaches.
 //
 // Not emulated: anything that depends on how fast threads are. Kernels with PTX need their ptx.cuh
 // wrappers emulated here as well.
 #pragma once
 
-#include <ucontext.h>
-
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <exception>
 #include <functional>
 #include <memory>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 #include <vector>
+
+#include "fiber.h"
 
 #define __global__
 #define __device__
@@ -36,15 +39,13 @@ inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 namespace cuda_on_host {
 
 constexpr int kWarp = 32;
-constexpr size_t kStackBytes = 64 * 1024;
 
 enum class State { kReady, kAtBlockBarrier, kAtWarpBarrier, kEnded };
 inline const char* const kStateNames[] = {"is ready", "waits at __syncthreads",
                                           "waits for its warp", "has ended"};
 
 struct Thread {
-  ucontext_t context;
-  std::unique_ptr<char[]> stack{new char[kStackBytes]};
+  Fiber fiber;
   State state;
   unsigned warp_mask;
   int shuffles;           // how many it has taken part in
@@ -53,29 +54,31 @@ struct Thread {
 
 inline std::vector<Thread> threads;
 inline std::function<void()> kernel_call;
-inline ucontext_t scheduler;
 inline int current;
+inline std::exception_ptr failure;  // what a thread of the block has thrown
+inline std::mutex one_kernel;       // that runs, for all of the above is shared
 
 inline void wait(State state) {
   const int me = current;
   threads[me].state = state;
-  swapcontext(&threads[me].context, &scheduler);
+  threads[me].fiber.yield();
 }
 
 inline void thread_main() {
-  kernel_call();
+  try {  // an exception can't leave a fiber
+    kernel_call();
+  } catch (...) {
+    failure = std::current_exception();
+  }
   wait(State::kEnded);
 }
 
 inline void start_block(int count) {
+  failure = nullptr;
   if (static_cast<int>(threads.size()) < count) threads.resize(count);
   for (int i = 0; i < count; i++) {
     Thread& thread = threads[i];
-    getcontext(&thread.context);
-    thread.context.uc_stack.ss_sp = thread.stack.get();
-    thread.context.uc_stack.ss_size = kStackBytes;
-    thread.context.uc_link = &scheduler;
-    makecontext(&thread.context, thread_main, 0);
+    thread.fiber.start(thread_main);
     thread.state = State::kReady;
     thread.shuffles = 0;
   }
@@ -84,7 +87,7 @@ inline void start_block(int count) {
 inline void resume(int i) {
   current = i;
   threadIdx = dim3(i % blockDim.x, i / blockDim.x % blockDim.y, i / (blockDim.x * blockDim.y));
-  swapcontext(&scheduler, &threads[i].context);
+  threads[i].fiber.resume();
 }
 
 // Resumes the lanes of the warp at `first` whose mask has arrived as a whole; false if none.
@@ -130,6 +133,7 @@ inline void run_block(int count) {
       do {
         for (int i = first; i < end; i++) {
           if (threads[i].state == State::kReady) resume(i);
+          if (failure) std::rethrow_exception(failure);
         }
       } while (release_warp(first, end));
     }
@@ -205,6 +209,7 @@ struct cudaLaunchConfig_t {
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments&&... arguments) {
+  const std::lock_guard<std::mutex> lock(cuda_on_host::one_kernel);
   gridDim = config->gridDim;
   blockDim = config->blockDim;
   const unsigned count = blockDim.x * blockDim.y * blockDim.z;

@@ -1,0 +1,92 @@
+// 16 bytes of elements at a time, and float arithmetic on them.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include "ops/dtype.h"
+
+namespace glmkern::cuda {
+
+__device__ inline float to_float(float x) { return x; }
+__device__ inline float to_float(__half x) { return __half2float(x); }
+__device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+// Rounded to nearest even.
+template <class T>
+__device__ T from_float(float x);
+template <>
+__device__ inline float from_float(float x) {
+  return x;
+}
+template <>
+__device__ inline __half from_float(float x) {
+  return __float2half_rn(x);
+}
+template <>
+__device__ inline __nv_bfloat16 from_float(float x) {
+  return __float2bfloat16_rn(x);
+}
+
+// f(T{}) with the element type that `dtype` names.
+template <class F>
+void with_dtype(DType dtype, F f) {
+  switch (dtype) {
+    case DType::kFloat: return f(float{});
+    case DType::kHalf: return f(__half{});
+    case DType::kBFloat16: return f(__nv_bfloat16{});
+  }
+}
+
+template <class T>
+constexpr int kVectorWidth = 16 / sizeof(T);
+
+// kWidth elements that are loaded and stored at once: kVectorWidth<T> of them, or 1.
+template <class T, int kWidth>
+struct alignas(sizeof(T) * kWidth) Vec {
+  T element[kWidth];
+};
+
+template <int kWidth, class T>
+__device__ Vec<T, kWidth> load(const T* p) {
+  Vec<T, kWidth> v;
+  if constexpr (kWidth == 1) {
+    v.element[0] = *p;
+  } else {
+    const uint4 bits = *reinterpret_cast<const uint4*>(p);
+    memcpy(&v, &bits, sizeof v);
+  }
+  return v;
+}
+
+// For what is read only once: it should not push the weight, which every block reads, out of cache.
+template <int kWidth, class T>
+__device__ Vec<T, kWidth> load_once(const T* p) {
+  if constexpr (kWidth == 1) {
+    return load<1>(p);
+  } else {
+    const uint4 bits = __ldcs(reinterpret_cast<const uint4*>(p));
+    Vec<T, kWidth> v;
+    memcpy(&v, &bits, sizeof v);
+    return v;
+  }
+}
+
+template <class T, int kWidth>
+__device__ void store(T* p, const Vec<T, kWidth>& v) {
+  if constexpr (kWidth == 1) {
+    *p = v.element[0];
+  } else {
+    uint4 bits;
+    memcpy(&bits, &v, sizeof bits);
+    *reinterpret_cast<uint4*>(p) = bits;
+  }
+}
+
+inline bool aligned_to_16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+
+}  // namespace glmkern::cuda

@@ -1,0 +1,1 @@
+"""Loss, answers and scores on the rows of a file."""
