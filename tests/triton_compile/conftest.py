@@ -13,8 +13,8 @@ from tests.conftest import REPOSITORY
 
 @pytest.fixture(scope="module")
 def measured_by(tmp_path_factory) -> Callable:
-    """`measured_by(module, *arguments)` is what the bench writes with --json, compiling everything
-    anew: in a process of its own, as `triton.compile` fails where TRITON_INTERPRET is set."""
+    """`measured_by(module, *arguments)` is what the module writes with --json when it compiles
+    everything: in a process of its own, as in this one Triton interprets kernels."""
 
     def measure(module: str, *arguments: str):
         path = tmp_path_factory.mktemp("compiled") / "measured.json"
