@@ -14,7 +14,7 @@
 
 PYTHON ?= python3
 TESTS ?= tests
-# Processes of pytest; one file stays in one of them.
+# Processes of pytest. One file stays in one of them, but for those of tests/ops.
 WORKERS ?= 2
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip install --disable-pip-version-check --quiet
@@ -49,8 +49,8 @@ gpu:
 
 oldest: build/oldest/.installed
 	build/oldest/bin/python -m bench.triton_resources
-	build/oldest/bin/python -m pytest -q -n $(WORKERS) --dist loadfile tests/triton_compile \
-	  $(wildcard tests/*/test_*_triton.py)
+	build/oldest/bin/python -m pytest -q -n $(WORKERS) --dist loadfile -k triton \
+	  tests/triton_compile tests/ops $(wildcard tests/*/test_*_on_triton.py)
 
 build/oldest/.installed: export PIP_CONSTRAINT := build/oldest/constraints.txt
 build/oldest/.installed: constraints.txt $(BUILD_INPUTS)

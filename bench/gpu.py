@@ -40,8 +40,10 @@ ROUNDS = 11  # of the benchmarks
 TOTAL_SECONDS = 580
 # A step is asked to end so long before its limit: pytest then prints the failures it has.
 GRACE_SECONDS = 20
-# Every op's kernels once at small sizes: compute-sanitizer slows a kernel by ten to a hundred.
-SANITIZED = "touches_nothing_outside or same_bits or no_rows"
+# Names of tests, as pytest -k takes them: what runs on the GPU, and of that every op's kernels once
+# at small sizes, as compute-sanitizer slows a kernel by ten to a hundred.
+ON_GPU = "triton or cuda or gpu"
+SANITIZED = "(triton or cuda) and (touches_nothing_outside or same_bits or no_rows)"
 
 
 class Step(NamedTuple):
@@ -56,8 +58,9 @@ class Step(NamedTuple):
 def steps(json_folder: Path) -> Iterator[Step]:
     """In the order in which they run. A benchmark's rows go to `json_folder`."""
     python = sys.executable
-    ops = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("tests/ops/test_*_triton.py"))
-    others = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("tests/*/test_*_triton.py"))
+    others = sorted(
+        str(path.relative_to(ROOT)) for path in ROOT.glob("tests/*/test_*_on_triton.py")
+    )
     pytest = [python, "-m", "pytest", "-q", "--tb=short"]
     yield Step(
         "build",
@@ -68,7 +71,7 @@ def steps(json_folder: Path) -> Iterator[Step]:
     # Most of the time goes into compiling kernels, which several processes do at once.
     options = ["-n", "8"] if importlib.util.find_spec("xdist") else []
     options += ["--timeout", "120"] if importlib.util.find_spec("pytest_timeout") else []
-    yield Step("tests", [*pytest, *options, "tests/gpu", *sorted({*ops, *others})], 240)
+    yield Step("tests", [*pytest, *options, "tests/gpu", "tests/ops", *others, "-k", ON_GPU], 240)
     for name in BENCHES:
         yield Step(
             f"bench {name}",
@@ -98,7 +101,7 @@ def steps(json_folder: Path) -> Iterator[Step]:
         ]
         yield Step(
             "memory check",
-            [*memcheck, *pytest, "tests/gpu/test_cuda_kernels.py", *ops, "-x", "-k", SANITIZED],
+            [*memcheck, *pytest, "tests/ops", "-x", "-k", SANITIZED],
             100,
             {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
         )

@@ -13,14 +13,45 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-from tests.interpreter import (  # noqa: E402, F401 (torch reads the variable; pytest the names)
-    device,
-    interpreter_mended,
-    pytest_pycollect_makemodule,
-    pytest_runtest_logfinish,
-)
+import torch  # noqa: E402 (it reads the variable)
+
+import tests.interpreter  # noqa: E402, F401 (before any import of Triton)
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def pytest_configure(config):
+    for mark in (
+        "backends(*names): of the backends that serve an op, the ones to test",
+        "slow_when_interpreted: not for Triton's interpreter",
+    ):
+        config.addinivalue_line("markers", mark)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """With --dist loadfile a file stays in one process, for its fixtures; the tests of ops, each
+    independent and slow in a few files, are shared out one by one after all others."""
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            return nodeid if nodeid.startswith("tests/ops/") else nodeid.split("::")[0]
+
+    return Scheduling(config, log)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_logfinish(nodeid):
+    """After an illegal access every later call of that process to the GPU fails: one of several
+    processes of pytest-xdist ends itself then, and another one takes its place."""
+    if "PYTEST_XDIST_WORKER" in os.environ and torch.cuda.is_available():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            os._exit(3)
 
 
 @pytest.fixture(scope="session")
@@ -38,10 +69,17 @@ def golden(shared: Path) -> Path:
 
 
 @pytest.fixture
+def triton_device():
+    """The device of the tensors that the Triton kernels serve here."""
+    from tests.backends import TRITON, available
+
+    with available(TRITON):
+        yield TRITON.device
+
+
+@pytest.fixture
 def threads():
     """Sets the number of threads for the rest of the test."""
-    import torch
-
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
@@ -50,7 +88,5 @@ def threads():
 @pytest.fixture(autouse=True)
 def _random_numbers(request):
     """Every test draws its own inputs; GLMKERN_TEST_SEED=N gives all of them other ones."""
-    import torch
-
     seed = f"{os.environ.get('GLMKERN_TEST_SEED', 0)} {request.node.nodeid}"
     torch.manual_seed(zlib.crc32(seed.encode()))

@@ -1,81 +1,33 @@
-"""Where the tests of Triton kernels, `test_<name>_triton.py`, run.
+"""Triton's interpreter, which runs the Triton kernels where no GPU is that Triton serves.
 
-On a machine with a GPU they run on it. Elsewhere each file runs as one test, in a process of its
-own under TRITON_INTERPRET=1: the variable must be set before the first import of Triton, and would
-stop every other use of it. To run one test of such a file: TRITON_INTERPRET=1 pytest FILE -k NAME.
+Importing this module before Triton switches it on for this process. Its children compile kernels
+as usual: TRITON_INTERPRET=1 is not left in the environment.
 """
 
+import contextlib
+import importlib.util
 import os
-import subprocess
-import sys
+from collections.abc import Iterator
 from unittest import mock
 
-import pytest
 import torch
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+INTERPRETED = not (torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0))
+
+if INTERPRETED and importlib.util.find_spec("triton"):
+    # Triton reads the variable where it decorates its own functions, and the knob afterwards.
+    with mock.patch.dict(os.environ, TRITON_INTERPRET="1"):
+        from triton import knobs
+    with mock.patch.object(knobs, "propagate_env", False):
+        knobs.runtime.interpret = True
 
 
-@pytest.fixture(scope="session")
-def device() -> str:
-    """Where a Triton kernel's tensors live."""
-    return "cpu" if INTERPRETED else "cuda"
-
-
-def pytest_pycollect_makemodule(module_path, parent):
-    if module_path.name.endswith("_triton.py") and not (INTERPRETED or torch.cuda.is_available()):
-        return InterpretedModule.from_parent(parent, path=module_path)
-    return None
-
-
-@pytest.hookimpl(trylast=True)
-def pytest_runtest_logfinish(nodeid):
-    """After an illegal access every later call of that process to the GPU fails: one of several
-    processes of pytest-xdist ends itself then, and another one takes its place."""
-    if "PYTEST_XDIST_WORKER" in os.environ and torch.cuda.is_available():
-        try:
-            torch.cuda.synchronize()
-        except RuntimeError:
-            os._exit(3)
-
-
-class InterpretedModule(pytest.File):
-    def collect(self):
-        yield InterpretedTests.from_parent(self, name="interpreted")
-
-
-class InterpretedTests(pytest.Item):
-    """All tests of one file, in a child process."""
-
-    def runtest(self):
-        command = [sys.executable, "-m", "pytest", "-q", "--color=no", str(self.path)]
-        child = subprocess.run(
-            command,
-            cwd=self.config.rootpath,
-            capture_output=True,
-            text=True,
-            check=False,
-            env={**os.environ, "TRITON_INTERPRET": "1"},
-        )
-        if child.returncode != 0:
-            pytest.fail(
-                f"{' '.join(command)} ended with {child.returncode}\n{child.stdout}{child.stderr}",
-                pytrace=False,
-            )
-
-    def reportinfo(self):
-        return self.path, 0, f"{self.path.name} in Triton's interpreter"
-
-
-@pytest.fixture(autouse=True, scope="session")
-def interpreter_mended():
+@contextlib.contextmanager
+def interpreter_corrected() -> Iterator[None]:
     """The interpreter cuts float32 off to bfloat16, where the hardware rounds to nearest even, and
     takes the bits of a product's or a sum's bfloat16 operands for integers. Triton 3.6's has no
     bfloat16 constants, and makes a loop's bound of an array of one element, which numpy refuses
     since 2.4."""
-    if not INTERPRETED:
-        yield
-        return
     import numpy as np
     from triton import language as tl
     from triton.runtime import interpreter

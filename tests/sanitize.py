@@ -3,7 +3,7 @@
     python -m tests.sanitize [pytest's arguments]     or: make sanitize
 
 Builds _native.so with both into build/sanitize, beside a copy of the package, and runs the tests of
-the ops there once for every instruction set that this chip has. The first error ends a run.
+the ops there, with every instruction set that this chip has. The first error ends the run.
 """
 
 import os
@@ -16,9 +16,6 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "build/sanitize"
-INSTRUCTION_SETS = ("default", "avx2", "avx512", "avx512_bf16")
-# What csrc/cpu/isa.cpp says of an instruction set that the chip lacks.
-LACKING = "but this chip runs at most"
 
 
 def build() -> Path:
@@ -66,17 +63,16 @@ def sanitizers() -> str:
     )
 
 
-def run_tests(copy: Path, isa: str, arguments: list[str]) -> bool:
-    """True where all pass, or the chip lacks the instruction set."""
+def run_tests(copy: Path, arguments: list[str]) -> int:
+    """The exit code of pytest."""
     environment = os.environ | {
         "LD_PRELOAD": sanitizers(),
-        "GLMKERN_CPU_ISA": isa,
         # Python and torch keep what they have until the end.
         "ASAN_OPTIONS": "detect_leaks=0",
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "GLMKERN_SHARED": os.environ.get("GLMKERN_SHARED", str(ROOT.parent / "shared")),
     }
-    child = subprocess.run(
+    return subprocess.run(
         [
             sys.executable,
             "-m",
@@ -86,23 +82,16 @@ def run_tests(copy: Path, isa: str, arguments: list[str]) -> bool:
             "no:cacheprovider",
             "tests/ops",
             "-k",
-            "cpu or bits",
+            "cpu and not cuda",
             *arguments,
         ],
         cwd=copy,
         env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    print(f"{isa}: {child.stdout}", flush=True)
-    return child.returncode == 0 or f"GLMKERN_CPU_ISA is {isa}, {LACKING}" in child.stdout
+    ).returncode
 
 
 def main() -> None:
-    copy = build()
-    passed = [run_tests(copy, isa, sys.argv[1:]) for isa in INSTRUCTION_SETS]
-    sys.exit(not all(passed))
+    sys.exit(run_tests(build(), sys.argv[1:]))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import io
 import json
 import signal
+import subprocess
 import sys
 from pathlib import Path
 from unittest import mock
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from bench import gpu
+from tests.backends import EVERY_OP
 from tests.conftest import REPOSITORY
 
 
@@ -36,6 +38,20 @@ def test_every_step_finds_its_files(tmp_path):
                 assert (REPOSITORY / f"{argument.replace('.', '/')}.py").exists(), argument
     benches = {path.stem.removeprefix("bench_") for path in REPOSITORY.glob("bench/bench_*.py")}
     assert set(gpu.BENCHES) == benches - {"train", "full_size", "generate"}
+
+
+def test_the_memory_check_covers_every_op():
+    """And no kernel for CPUs, which takes time and is another check's."""
+    command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-k", gpu.SANITIZED]
+    done = subprocess.run(
+        [*command, "tests/ops"], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    )
+    collected = [line for line in done.stdout.splitlines() if "::" in line]
+    for op in EVERY_OP:
+        tests = [line.split("::")[1] for line in collected if f"/test_{op}" in line]
+        assert any("touches_nothing_outside[triton" in name for name in tests), op
+        assert any("same_bits" in name for name in tests), op
+    assert not [line for line in collected if "[cpu" in line or "[reference" in line]
 
 
 SLEEPING_CHILD = """

@@ -1,24 +1,49 @@
-"""What the tests of ops share."""
+"""Runs the tests of an op on every backend that serves it."""
+
+import contextlib
 
 import pytest
 
-import glmkern
+from tests.backends import Backend, backends_of, use
+from tests.ops import attention
 
 
-@pytest.fixture(params=["cpu", "reference"])
-def backend(request):
-    """Runs a test with the C++ kernels and with the reference; the module's OP names the op."""
-    state = glmkern.backends("cpu").rows[request.module.OP, request.param]
-    assert state in ("chosen", "available"), state
-    with glmkern.backend(request.param):
+def pytest_generate_tests(metafunc):
+    """A module's OP names the op; the mark `backends` keeps a test to some of its backends. A test
+    may also choose its backends by a parametrize mark of its own."""
+    own = metafunc.definition.iter_markers("parametrize")
+    if "backend" not in metafunc.fixturenames or any("backend" in mark.args[0] for mark in own):
+        return
+    served = backends_of(getattr(metafunc.module, "OP", None))
+    mark = metafunc.definition.get_closest_marker("backends")
+    chosen = [b for b in served if mark is None or b.name in mark.args]
+    metafunc.parametrize("backend", chosen, ids=str, indirect=True)
+
+
+def pytest_collection_modifyitems(items):
+    items[:] = [item for item in items if not too_slow(item)]
+
+
+def too_slow(item: pytest.Item) -> bool:
+    backend = item.callspec.params.get("backend") if hasattr(item, "callspec") else None
+    slow = item.get_closest_marker("slow_when_interpreted")
+    return bool(slow and backend and backend.interpreted)
+
+
+@pytest.fixture
+def backend(request) -> Backend:
+    """Runs a test with the kernels of one backend, on tensors of its device."""
+    with use(request.param, getattr(request.module, "OP", None)), interpreted_tiles(request.param):
         yield request.param
 
 
-@pytest.fixture(autouse=True)
-def _triton(request):
-    """The files test_<op>_triton.py test the Triton kernels."""
-    if not request.module.__name__.endswith("_triton"):
-        yield
-        return
-    with glmkern.backend("triton"):
-        yield
+def interpreted_tiles(backend: Backend) -> contextlib.AbstractContextManager:
+    """The interpreter's time goes by the number of blocks, so that attention's are larger there."""
+    return attention.tiles(attention.MEDIUM) if backend.interpreted else contextlib.nullcontext()
+
+
+@pytest.fixture
+def checked_values(backend, monkeypatch):
+    """Values of tensors are checked on a CPU always, on a GPU where GLMKERN_CHECK asks for it."""
+    if backend.name in ("triton", "cuda"):
+        monkeypatch.setenv("GLMKERN_CHECK", "1")

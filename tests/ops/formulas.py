@@ -26,20 +26,18 @@ def add_rms_norm(
     return rms_norm(h, weight, eps), h
 
 
-def rms_norm_inputs(shape: Sequence[int], dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
+def rms_norm_inputs(shape: Sequence[int], dtype: torch.dtype) -> list[Tensor]:
     """x and weight."""
-    x, _, weight = add_rms_norm_inputs(shape, dtype, device)
+    x, _, weight = add_rms_norm_inputs(shape, dtype)
     return [x, weight]
 
 
-def add_rms_norm_inputs(
-    shape: Sequence[int], dtype: torch.dtype, device: str = "cpu"
-) -> list[Tensor]:
+def add_rms_norm_inputs(shape: Sequence[int], dtype: torch.dtype) -> list[Tensor]:
     """x, residual and weight. Errors grow with 1 / rms, so no row is near zero: x and residual have
     the same signs."""
     x = moderate(shape)
     residual = x.sign() * moderate(shape).abs()
-    return [t.to(device, dtype).requires_grad_() for t in (x, residual, moderate(shape[-1:]))]
+    return [t.to(dtype).requires_grad_() for t in (x, residual, moderate(shape[-1:]))]
 
 
 def rotated(x: Tensor, cos_sin: Tensor, positions: Tensor, inverse: bool = False) -> Tensor:

@@ -1,4 +1,4 @@
-"""linear_cross_entropy against float64, chunking, its registration and its errors."""
+"""linear_cross_entropy: numbers, chunks, layouts, errors."""
 
 import sys
 
@@ -6,15 +6,24 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import glmkern
 from glmkern import ops
+from glmkern.triton_kernels import linear_cross_entropy as kernels
+from tests.backends import slow
 from tests.ops.formulas import linear_cross_entropy
 from tests.ops.numerics import HALF_AND_SINGLE, matches_fp64, poisoned_memory, same_bits
 
 # The package's attribute of that name is the function.
 module = sys.modules["glmkern.ops.linear_cross_entropy"]
 OP = "linear_cross_entropy_fwd"
-SHAPES = [(1, 1, 2), (5, 3, 7), (17, 64, 100), (63, 33, 257), (700, 20, 150)]  # T, H, V
+library = torch.ops.glmkern
+# tokens, width, classes, whether with token_weight; 33 classes are two blocks of 32. The loss is
+# one number a draw, so that there are many draws, and an interpreter needs milliseconds a row.
+CASES = [(1, 1, 2, False), (4, 3, 7, True), (5, 20, 33, False)] + [
+    slow(*shape, weighted)
+    for shape in [(1, 1, 2), (5, 3, 7), (17, 64, 100), (63, 33, 257), (700, 20, 150)]
+    for weighted in (False, True)
+    if (*shape, weighted) != (1, 1, 2, False)
+]
 
 
 def labelled(tokens, classes):
@@ -24,21 +33,31 @@ def labelled(tokens, classes):
     return labels
 
 
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """small_chunks(elements) makes several chunks, the last one ragged, and blocks of classes."""
+
+    def shrink(elements):
+        for implementation in (module, kernels):
+            monkeypatch.setattr(implementation, "CHUNK_ELEMENTS", elements)
+            monkeypatch.setattr(implementation, "LEAST_CHUNK_ROWS", 1)
+        monkeypatch.setattr(kernels, "MAX_COLUMNS", 32)
+
+    return shrink
+
+
 @pytest.mark.parametrize(
     ("dtype", "stored"),
     [
         *((dtype, dtype) for dtype in HALF_AND_SINGLE),
-        (torch.float32, torch.float16),
-        (torch.float32, torch.bfloat16),
+        slow(torch.float32, torch.float16),
+        slow(torch.float32, torch.bfloat16),
     ],
     ids=str,
 )
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize(("tokens", "width", "classes"), SHAPES)
-def test_against_fp64(backend, tokens, width, classes, weighted, dtype, stored, monkeypatch):
-    # Several chunks of the reference, the last one ragged.
-    monkeypatch.setattr(module, "CHUNK_ELEMENTS", 8 * classes)
-    monkeypatch.setattr(module, "LEAST_CHUNK_ROWS", 1)
+@pytest.mark.parametrize(("tokens", "width", "classes", "weighted"), CASES)
+def test_against_fp64(backend, tokens, width, classes, weighted, dtype, stored, small_chunks):
+    small_chunks((3 if tokens < 8 else 8) * classes)
     weight, labels = torch.randn(classes, width).to(stored), labelled(tokens, classes)
     token_weight = torch.rand(tokens) if weighted else None
 
@@ -49,6 +68,7 @@ def test_against_fp64(backend, tokens, width, classes, weighted, dtype, stored, 
     )
 
 
+@pytest.mark.slow_when_interpreted
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
 @pytest.mark.parametrize(("tokens", "width", "classes"), [(1, 2, 2), (17, 34, 101), (131, 64, 33)])
@@ -64,6 +84,7 @@ def test_quantised_weight(backend, tokens, width, classes, dtype, bits):
     )
 
 
+@pytest.mark.slow_when_interpreted
 @pytest.mark.parametrize("smoothing", [0.1, 1.0])
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
 @pytest.mark.parametrize("weighted", [False, True])
@@ -80,31 +101,31 @@ def test_label_smoothing(backend, tokens, width, classes, weighted, dtype, smoot
     )
 
 
+@pytest.mark.parametrize(("bits", "smoothing"), [(8, 0.0), (4, 0.2), (8, 1.0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, slow(torch.bfloat16)], ids=str)
+def test_quantised_weight_and_label_smoothing(backend, dtype, bits, smoothing, monkeypatch):
+    monkeypatch.setattr(kernels, "MAX_COLUMNS", 16)
+    weight, labels = ops.quantize(torch.randn(37, 16).half(), bits), labelled(5, 37)
+    matches_fp64(
+        lambda h: ops.linear_cross_entropy(h, weight, labels, label_smoothing=smoothing),
+        lambda h: linear_cross_entropy(h, weight, labels, None, smoothing),
+        lambda: [torch.randn(5, 16).to(dtype).requires_grad_()],
+        sample=30,
+    )
+
+
 def test_only_labelled_rows_matter(backend):
     hidden, weight = torch.randn(6, 4), torch.randn(9, 4)
     labels = torch.tensor([-100, 3, -100, 8, 0, -100])
     expected = ops.linear_cross_entropy(hidden, weight, labels)
     hidden[labels == -100] = float("nan")
-    assert ops.linear_cross_entropy(hidden, weight, labels) == expected
-
-
-@pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
-def test_the_same_bits_on_every_run_and_number_of_threads(threads, dtype):
-    hidden, weight = torch.randn(500, 70).to(dtype), torch.randn(300, 70).to(dtype)
-    labels = labelled(500, 300)
-
-    def run(count):
-        threads(count)
-        with poisoned_memory(), glmkern.backend("cpu"):
-            loss, dhidden = torch.ops.glmkern.linear_cross_entropy_fwd(
-                hidden, weight, None, 8 * weight.element_size(), labels, None, -100, 0.0, True
-            )
-            scaled = torch.ops.glmkern.linear_cross_entropy_bwd(torch.tensor(3.0), dhidden, dtype)
-            return loss, dhidden, scaled
-
-    first = run(1)
-    for count in (1, 2, 3):
-        assert all(map(same_bits, first, run(count)))
+    hidden.requires_grad_()
+    loss = ops.linear_cross_entropy(hidden, weight, labels)
+    loss.backward()
+    assert loss == expected
+    assert (hidden.grad[labels == -100] == 0).all()
+    row = hidden[:1].detach()
+    assert ops.linear_cross_entropy(row, weight, labels[1:2], ignore_index=-1).isnan()
 
 
 @pytest.mark.parametrize("size", [1e3, 1e-3])
@@ -138,15 +159,17 @@ def test_arguments_of_any_strides(backend):
 
 def test_without_gradient(backend):
     hidden, weight, labels = torch.randn(9, 8), torch.randn(30, 8), labelled(9, 30)
-    loss, dhidden = torch.ops.glmkern.linear_cross_entropy_fwd(
-        hidden, weight, None, 32, labels, None, -100, 0.0, False
-    )
+    arguments = hidden, weight, None, 32, labels, None, -100, 0.0
+    with poisoned_memory():
+        loss, dhidden = library.linear_cross_entropy_fwd(*arguments, False)
+        loss_too, dhidden_too = library.linear_cross_entropy_fwd(*arguments, True)
     assert dhidden.shape == (0,)
-    with_gradient = ops.linear_cross_entropy(hidden.requires_grad_(), weight, labels)
-    assert same_bits(loss, with_gradient.detach())
+    assert dhidden_too.shape == (9, 8)
+    assert same_bits(loss, loss_too)
 
 
-def test_unlabelled_rows_get_no_logits(monkeypatch):
+@pytest.mark.backends("reference")
+def test_unlabelled_rows_get_no_logits(backend, monkeypatch):
     formed = []
     matmul = torch.Tensor.__matmul__
 
@@ -157,8 +180,7 @@ def test_unlabelled_rows_get_no_logits(monkeypatch):
     labels = torch.full((40,), -100)
     labels[[3, 17, 39]] = 5
     monkeypatch.setattr(torch.Tensor, "__matmul__", spy)
-    with glmkern.backend("reference"):
-        ops.linear_cross_entropy(torch.randn(40, 4), torch.randn(9, 4), labels)
+    ops.linear_cross_entropy(torch.randn(40, 4), torch.randn(9, 4), labels)
     assert sum(len(x) for x in formed if x.shape[-1] == 9) == 3
 
 
@@ -169,6 +191,23 @@ def test_a_loss_scale_acts_before_rounding_to_half(backend):
     loss = ops.linear_cross_entropy(hidden, weight, labels, token_weight=tiny)
     (loss * 2**20).backward()
     assert (hidden.grad != 0).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
+@pytest.mark.parametrize("shape", [(0, 3), (1, 1), (17, 20), (3, 1100)], ids=str)
+def test_backward_scales(backend, shape, dtype):
+    dhidden, dloss = torch.randn(shape), torch.tensor(3.7)
+    with poisoned_memory():
+        result = library.linear_cross_entropy_bwd(dloss, dhidden, dtype)
+    assert same_bits(result, (dhidden * dloss).to(dtype))
+
+
+@pytest.mark.backends("cpu", "triton", "cuda")
+def test_float64_has_no_kernel(backend):
+    hidden, weight = torch.ones(2, 8).double(), torch.ones(4, 8).double()
+    sentence = f"'{backend.name}' is forced, but cannot serve linear_cross_entropy_fwd: float64"
+    with pytest.raises(RuntimeError, match=sentence):
+        ops.linear_cross_entropy(hidden, weight, torch.tensor([1, 2]))
 
 
 @pytest.mark.parametrize(
@@ -202,10 +241,10 @@ def test_a_loss_scale_acts_before_rounding_to_half(backend):
         ),
     ],
 )
-def test_errors(backend, arguments, sentence):
-    call = (
-        dict(hidden=torch.zeros(4, 3), weight=torch.zeros(5, 3), labels=torch.tensor([0, 1, 2, 3]))
-        | arguments
+def test_errors(backend, checked_values, arguments, sentence):
+    call = dict(
+        hidden=torch.zeros(4, 3), weight=torch.zeros(5, 3), labels=torch.tensor([0, 1, 2, 3])
     )
+    call |= backend.on_device(arguments)
     with pytest.raises(ValueError, match=sentence):
         ops.linear_cross_entropy(call.pop("hidden"), call.pop("weight"), call.pop("labels"), **call)

@@ -1,49 +1,70 @@
-"""The official 4- and 8-bit format, and linear layers over it."""
-
-import sys
+"""Linear layers over a dense weight or one of the official 4- and 8-bit format: numbers, layouts,
+errors."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-import glmkern
 from glmkern import ops
-from tests.ops.numerics import HALF_AND_SINGLE, matches_fp64, poisoned_memory, same_bits
-
-# The package's attribute of that name is the function.
-module = sys.modules["glmkern.ops.quant_linear"]
+from tests.backends import slow
+from tests.ops.numerics import HALF_AND_SINGLE, matches_fp64, same_bits
 
 OP = "quant_linear_fwd"
 SHAPES = [
-    (1, 1, 2),
-    (1, 140, 1030),
-    (2, 35, 66),
-    (3, 5, 8),
-    (4, 129, 300),
-    (15, 131, 258),
-    (17, 33, 100),
-    (63, 7, 514),
-    (192, 70, 136),
-    (511, 37, 130),
-    (1, 5, 6290),
-    (3, 7, 2306),
+    (1, 37, 70),
+    (3, 51, 66),
+    (17, 70, 136),
+    *(
+        slow(*shape)
+        for shape in [
+            (1, 1, 2),
+            (1, 140, 1030),
+            (2, 35, 66),
+            (3, 5, 8),
+            (4, 129, 300),
+            (15, 131, 258),
+            (17, 33, 100),
+            (63, 7, 514),
+            (192, 70, 136),
+            (511, 37, 130),
+            (1, 5, 6290),
+            (3, 7, 2306),
+        ]
+    ),
 ]  # M, N, K
-FLOATING = {16: torch.float16, 32: torch.float32}  # a dense weight's dtype by its bits
+DENSE_SHAPES = [(1, 51, 131), (17, 51, 70), *SHAPES[3:], slow(5, 17, 33), slow(1, 9, 131)]
 
 
-def test_known_nibbles():
-    weight = torch.tensor([[7.0, -7.0, 3.0, 0.0], [0.0, 0.0, 0.0, 0.0]])
-    qweight = ops.quantize(weight, 4)
-    assert qweight.packed.tolist() == [[0x79, 0x30], [0, 0]]
-    assert qweight.scale.tolist() == [1.0, 0.0]
-    assert torch.equal(ops.dequantize(qweight, torch.float32), weight)
+def quantized(n, k, bits=4, dtype=torch.float16):
+    return ops.quantize((torch.randn(n, k) * 0.02).to(dtype), bits)
+
+
+def inputs(m, n, k, dtype):
+    """x and bias."""
+    return [torch.randn(shape).to(dtype).requires_grad_() for shape in ((m, k), (n,))]
+
+
+def check(m, n, k, dtype, qweight):
+    matches_fp64(
+        lambda x, b: ops.quant_linear(x, qweight, b),
+        lambda x, b: F.linear(x, ops.dequantize(qweight, x.dtype), b),
+        lambda: inputs(m, n, k, dtype),
+    )
+
+
+def check_dense(m, n, k, dtype, weight):
+    matches_fp64(
+        lambda x, b: ops.quant_linear(x, weight, b),
+        lambda x, b: F.linear(x, weight.to(x.dtype), b),
+        lambda: inputs(m, n, k, dtype),
+    )
 
 
 @pytest.mark.parametrize("file", ["linear_fp16", "linear_fp32"])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_official_record(backend, golden, file, bits):
-    recorded = load_file(golden / "quant" / f"{file}.safetensors")
+    recorded = load_file(golden / "quant" / f"{file}.safetensors", device=backend.device)
     qweight = ops.quantize(recorded["weight"], bits)
     assert same_bits(qweight.packed, recorded["packed4" if bits == 4 else "q8"])
     assert same_bits(qweight.scale, recorded[f"scale{bits}"])
@@ -63,12 +84,14 @@ def test_official_record(backend, golden, file, bits):
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
 @pytest.mark.parametrize(("m", "n", "k"), SHAPES)
 def test_against_fp64(backend, m, n, k, dtype, bits):
-    qweight = ops.quantize((torch.randn(n, k) * 0.02).half(), bits)
-    matches_fp64(
-        lambda x, b: ops.quant_linear(x, qweight, b),
-        lambda x, b: F.linear(x, ops.dequantize(qweight, x.dtype), b),
-        lambda: inputs(m, n, k, dtype),
-    )
+    check(m, n, k, dtype, quantized(n, k, bits))
+
+
+@pytest.mark.parametrize("scale_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
+@pytest.mark.parametrize("m", [1, 7, slow(33)])
+def test_scale_of_another_dtype(backend, m, dtype, scale_dtype):
+    check(m, 51, 66, dtype, quantized(51, 66, dtype=scale_dtype))
 
 
 @pytest.mark.parametrize(
@@ -82,16 +105,12 @@ def test_against_fp64(backend, m, n, k, dtype, bits):
     ],
     ids=str,
 )
-@pytest.mark.parametrize(("m", "n", "k"), [*SHAPES, (5, 17, 33), (1, 9, 131)])
+@pytest.mark.parametrize(("m", "n", "k"), DENSE_SHAPES)
 def test_dense_against_fp64(backend, m, n, k, dtype, stored):
-    weight = (torch.randn(n, k) * 0.02).to(stored)
-    matches_fp64(
-        lambda x, b: ops.quant_linear(x, weight, b),
-        lambda x, b: F.linear(x, weight.to(x.dtype), b),
-        lambda: inputs(m, n, k, dtype),
-    )
+    check_dense(m, n, k, dtype, (torch.randn(n, k) * 0.02).to(stored))
 
 
+@pytest.mark.slow_when_interpreted  # a matter of the C++ kernels
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
 @pytest.mark.parametrize("size", [2.0**-20, 1.0, 2.0**10, "outlier", "zero"])
 @pytest.mark.parametrize("k", [4098, 66000])
@@ -118,7 +137,7 @@ def test_one_row_at_the_ends_of_float32(backend, size):
 
 
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
-@pytest.mark.parametrize("m", [1, 2, 15])
+@pytest.mark.parametrize("m", [1, 2, 5, 15])
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 def test_what_is_not_finite_stays_so(backend, value, m, dtype):
     weight = torch.tensor([[1.0, -3.0, 7.0, 0.0], [0.0, -7.0, 0.0, 2.0]])
@@ -130,103 +149,35 @@ def test_what_is_not_finite_stays_so(backend, value, m, dtype):
     )
 
 
-def inputs(m, n, k, dtype):
-    """x and bias."""
-    return [torch.randn(shape).to(dtype).requires_grad_() for shape in ((m, k), (n,))]
-
-
-@pytest.mark.parametrize("k", [260, 6402])
-@pytest.mark.parametrize("bits", [4, 8, 16, 32])
-@pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
-def test_the_same_bits_on_every_run_and_number_of_threads(threads, dtype, bits, k):
-    weight = torch.randn(301, k)
-    packed, scale, bits = (
-        ops.quantize(weight, bits) if bits <= 8 else (weight.to(FLOATING[bits]), None, bits)
-    )
-    tensors = {
-        m: (torch.randn(m, k).to(dtype), torch.randn(m, 301).to(dtype)) for m in (1, 3, 15, 300)
-    }
-
-    def run(count):
-        threads(count)
-        with poisoned_memory(), glmkern.backend("cpu"):
-            return [
-                y
-                for x, dy in tensors.values()
-                for y in (
-                    torch.ops.glmkern.quant_linear_fwd(x, packed, scale, bits, None),
-                    torch.ops.glmkern.quant_linear_bwd(dy, packed, scale, bits),
-                )
-            ]
-
-    first = run(1)
-    for count in (1, 2, 3):
-        assert all(map(same_bits, first, run(count)))
-
-
-def test_rows_do_not_depend_on_each_other():
-    """A row's result has the same bits in a batch of 300 as in one of 20, and backward alone."""
-    qweight = ops.quantize(torch.randn(150, 200))
-    x, dy = torch.randn(300, 200), torch.randn(300, 150)
-    with glmkern.backend("cpu"):
-        y = torch.ops.glmkern.quant_linear_fwd(x, *qweight, None)
-        assert same_bits(y[80:100], torch.ops.glmkern.quant_linear_fwd(x[80:100], *qweight, None))
-        dx = torch.ops.glmkern.quant_linear_bwd(dy, *qweight)
-        assert same_bits(dx[7:8], torch.ops.glmkern.quant_linear_bwd(dy[7:8], *qweight))
-
-
-def test_gradients_far_below_the_smallest_half():
+@pytest.mark.backends("cpu", "triton", "cuda")
+def test_gradients_far_below_the_smallest_half(backend):
     """The scale is multiplied in float32: dy * scale in half would underflow."""
-    qweight = ops.quantize((torch.randn(64, 128) * 0.02).half())
+    qweight = quantized(64, 128)
     dy = (torch.randn(5, 64) * 1e-5).half()
-    with glmkern.backend("cpu"):
-        dx = torch.ops.glmkern.quant_linear_bwd(dy, *qweight)
+    dx = torch.ops.glmkern.quant_linear_bwd(dy, *qweight)
     exact = dy.double() @ ops.dequantize(qweight, torch.float64)
     assert (dx.double() - exact).abs().max() <= 2**-25  # half a subnormal's step
 
 
-@pytest.mark.parametrize("lead", [(), (0,), (2, 3)])
-def test_leading_dimensions(backend, lead):
-    qweight = ops.quantize(torch.randn(5, 8))
-    x = torch.randn(*lead, 8)
-    expected = F.linear(x, ops.dequantize(qweight, torch.float32))
-    torch.testing.assert_close(ops.quant_linear(x, qweight), expected)
+@pytest.mark.parametrize("lead", [(), (0,), (2, 0, 3), (2, 3)], ids=str)
+@pytest.mark.parametrize("bits", [4, 8, 32])
+def test_leading_dimensions_and_no_rows(backend, lead, bits):
+    qweight = ops.quantize(torch.randn(5, 8), bits) if bits <= 8 else torch.randn(5, 8)
+    dense = ops.dequantize(qweight, torch.float32) if bits <= 8 else qweight
+    x = torch.randn(*lead, 8).requires_grad_()
+    y = ops.quant_linear(x, qweight)
+    dy = torch.randn(y.shape)
+    (dx,) = torch.autograd.grad(y, x, dy)
+    torch.testing.assert_close(y, F.linear(x, dense))
+    torch.testing.assert_close(dx, dy @ dense)
+    assert y.is_contiguous() and dx.is_contiguous()
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_codes_survive_dequantising(bits):
-    qweight = ops.quantize(torch.randn(9, 34), bits)
-    again = ops.quantize(ops.dequantize(qweight, torch.float32), bits)
-    assert same_bits(again.packed, qweight.packed)
-    assert qweight.shape == (9, 34)
-
-
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize(("dtype", "size"), [(torch.bfloat16, 1.0), (torch.float16, 1e-4)], ids=str)
-def test_a_rounded_scale_does_not_wrap_a_code(bits, dtype, size):
-    weight = (torch.randn(2000, 64) * size).to(dtype)
-    result = ops.dequantize(ops.quantize(weight, bits), torch.float32)
-    assert (result * weight >= 0).all()
-
-
-def test_quantising_keeps_no_graph():
-    weight = torch.nn.Linear(8, 3).weight
-    qweight = ops.quantize(weight)
-    assert weight.requires_grad and not qweight.scale.requires_grad
-
-
-@pytest.mark.parametrize(
-    ("weight", "bits", "sentence"),
-    [
-        (torch.zeros(2, 4), 3, "bits must be 4 or 8, not 3"),
-        (torch.zeros(4), 4, r"weight must be \[N, K\]"),
-        (torch.zeros(2, 3), 4, "K must be even, not 3"),
-        (torch.tensor([[1.0, 2.0], [1.0, float("nan")]]), 8, "row 1 of the weight holds NaN"),
-    ],
-)
-def test_quantize_errors(weight, bits, sentence):
-    with pytest.raises(ValueError, match=sentence):
-        ops.quantize(weight, bits)
+@pytest.mark.backends("cpu", "triton", "cuda")
+def test_float64_has_no_kernel(backend):
+    sentence = f"'{backend.name}' is forced, but cannot serve quant_linear_fwd: float64"
+    with pytest.raises(RuntimeError, match=sentence):
+        ops.quant_linear(torch.ones(2, 8).double(), quantized(2, 8))
 
 
 @pytest.mark.parametrize(
@@ -275,35 +226,3 @@ def test_linear_errors(change, sentence):
 def test_dense_errors(weight, sentence):
     with pytest.raises(ValueError, match=sentence):
         ops.quant_linear(torch.zeros(3, 8), weight)
-
-
-@pytest.mark.parametrize(
-    ("position", "wrong", "sentence"),
-    [
-        (0, torch.zeros(2, 7), "x's last dimension must be 8"),
-        (1, torch.zeros(8, 5, dtype=torch.int8).t(), "the packed weight is not contiguous"),
-        (1, torch.zeros(5, 8, dtype=torch.int32), "serves weights of int8 codes"),
-        (2, torch.zeros(4), "scale must have 5 elements, not 4"),
-        (2, None, "codes need their scale"),
-        (4, torch.zeros(4), "bias must have 5 elements, not 4"),
-    ],
-)
-def test_the_kernels_guard_direct_calls(position, wrong, sentence):
-    glmkern.backends("cpu")
-    call = [torch.zeros(2, 8), torch.zeros(5, 8, dtype=torch.int8), torch.zeros(5), 8, None]
-    call[position] = wrong
-    with pytest.raises(
-        RuntimeError, match=f"^quant_linear_fwd.* {sentence}|^quant_linear_fwd {sentence}"
-    ):
-        torch.ops.glmkern_cpu.quant_linear_fwd(*call)
-
-
-@pytest.mark.parametrize("bits", [4, 8])
-def test_quantising_in_blocks_changes_no_bit(bits, monkeypatch):
-    weight = torch.randn(13, 10).half()
-    weight[3] = 0
-    whole = ops.quantize(weight, bits)
-    monkeypatch.setattr(module, "BLOCK_ELEMENTS", 40)
-    blocks = ops.quantize(weight, bits)
-    assert all(map(same_bits, whole[:2], blocks[:2]))
-    assert not torch.signbit(whole.scale).any()

@@ -1,16 +1,45 @@
-"""rope and the fused forms around query_key_value, reference and C++: numbers, strides,
-registration, determinism, errors."""
+"""rope and the fused forms around query_key_value: numbers, layouts, errors."""
 
 import pytest
 import torch
 
-import glmkern
 from glmkern import ops
+from tests.backends import slow
 from tests.ops.formulas import rotated
 from tests.ops.numerics import HALF_AND_SINGLE, matches_fp64, poisoned_memory, same_bits
 
 OP = "rope_fwd"
 library = torch.ops.glmkern
+# tokens, heads, channels, pairs: one pair; all channels, half and all but one of them rotated;
+# heads of several programs
+SHAPES = [
+    (1, 1, 2, 1),
+    (3, 5, 12, 3),
+    (3, 34, 128, 32),
+    (7, 2, 10, 5),
+    (4, 3, 83, 41),
+    slow((17, 34, 128, 32)),
+]
+# dtype of x, of the table
+DTYPES = [
+    *((dtype, torch.float32) for dtype in HALF_AND_SINGLE),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.float32, torch.float16),
+    slow(torch.float16, torch.float16),
+    slow(torch.float16, torch.bfloat16),
+    slow(torch.bfloat16, torch.float16),
+    slow(torch.float32, torch.bfloat16),
+]
+# tokens, heads, groups, channels, pairs, interleaved
+QKV_SHAPES = [
+    (1, 1, 1, 2, 1, False),
+    (5, 6, 2, 12, 3, False),
+    (3, 32, 2, 128, 32, False),
+    (5, 3, 3, 10, 2, True),
+    (2, 11, 11, 83, 41, True),
+    slow((17, 32, 2, 128, 32, False)),
+    slow((4, 4, 4, 83, 41, True)),
+]
 
 
 def table(positions, pairs):
@@ -18,13 +47,10 @@ def table(positions, pairs):
     return torch.stack([angles.cos(), angles.sin()], -1)
 
 
-@pytest.mark.parametrize("table_dtype", HALF_AND_SINGLE, ids=lambda dtype: f"table-{dtype}")
-@pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
-@pytest.mark.parametrize(
-    ("tokens", "heads", "channels", "pairs"),
-    [(1, 1, 2, 1), (3, 5, 12, 3), (17, 34, 128, 32), (7, 2, 10, 5), (4, 3, 83, 41)],
-)
-def test_against_fp64(backend, tokens, heads, channels, pairs, dtype, table_dtype):
+@pytest.mark.parametrize(("dtype", "table_dtype"), DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_against_fp64(backend, shape, dtype, table_dtype):
+    tokens, heads, channels, pairs = shape
     cos_sin, positions = table(50, pairs).to(table_dtype), torch.randint(50, (tokens,))
     matches_fp64(
         lambda x: ops.rope(x, cos_sin, positions),
@@ -42,19 +68,45 @@ def test_strided_heads(backend):
         torch.randn(16, 7, 5).permute(2, 1, 0),
         torch.randn(7, 5, 16).transpose(0, 1),
         wide[:, :1].expand(5, 3, 16),
+        wide[:, :, 3:15],
+        torch.randn(5, 7, 32)[:, :, ::2],
     ):
         for op in (library.rope_fwd, library.rope_bwd):
-            expected = op(x.contiguous(), cos_sin, positions)
-            assert same_bits(op(x, cos_sin, positions), expected)
+            result = op(x, cos_sin, positions)
+            assert result.is_contiguous()
+            assert same_bits(result, op(x.contiguous(), cos_sin, positions))
     strided = torch.randn(9, 2, 8).transpose(1, 2), torch.arange(10)[::2]
     assert same_bits(ops.rope(wide, *strided), ops.rope(wide, *(t.contiguous() for t in strided)))
 
 
+@pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
+def test_channels_behind_the_pairs_are_copied(backend, dtype):
+    """Whatever they hold: infinities and zeros with a sign too."""
+    x = torch.randn(3, 2, 11).to(dtype)
+    x[..., 6:] = torch.tensor([torch.inf, -0.0, 0.0, -torch.inf, 1.0]).to(dtype)
+    angles = table(50, 3).float(), torch.randint(50, (3,))
+    for op in (library.rope_fwd, library.rope_bwd):
+        assert same_bits(op(x, *angles)[..., 6:].contiguous(), x[..., 6:].contiguous())
+    for interleaved, (heads, groups) in ((False, (4, 1)), (True, (2, 2))):
+        qkv = torch.randn(3, 66).to(dtype)
+        qkv[:, -11:] = x[:, 0]
+        parts = library.qkv_rope_fwd(qkv, None, *angles, heads, groups, interleaved)
+        assert same_bits(parts[2][:, -1].contiguous(), x[:, 0].contiguous())
+        back = library.qkv_rope_bwd(*parts, *angles, interleaved)
+        assert same_bits(back[:, -11:].contiguous(), x[:, 0].contiguous())
+
+
 def test_nothing_to_rotate(backend):
-    x = torch.randn(3, 2, 6)
+    x, positions = torch.randn(3, 2, 6), torch.arange(3)
     with poisoned_memory():
-        assert same_bits(ops.rope(x, torch.zeros(4, 0, 2), torch.arange(3)), x)
-    assert ops.rope(x[:0], torch.zeros(4, 2, 2), torch.arange(0)).shape == (0, 2, 6)
+        assert same_bits(ops.rope(x, torch.zeros(4, 0, 2), positions), x)
+    cos_sin = torch.zeros(4, 2, 2)
+    assert ops.rope(x[:0], cos_sin, positions[:0]).shape == (0, 2, 6)
+    assert ops.rope(x[:, :0], cos_sin, positions).shape == (3, 0, 6)
+    qkv = x.flatten(1)[:0]
+    q, k, v = library.qkv_rope_fwd(qkv, None, cos_sin[:, :1], positions[:0], 1, 1, False)
+    assert q.shape == k.shape == v.shape == (0, 1, 4)
+    assert library.qkv_rope_bwd(q, k, v, cos_sin[:, :1], positions[:0], False).shape == (0, 12)
 
 
 def qkv_inputs(tokens, heads, groups, channels, pairs, dtype):
@@ -74,15 +126,6 @@ def split_qkv(qkv, heads, groups, interleaved):
     if interleaved:
         return rows[:, 0::3], rows[:, 1::3], rows[:, 2::3]
     return rows[:, :heads], rows[:, heads : heads + groups], rows[:, heads + groups :]
-
-
-QKV_SHAPES = [
-    (1, 1, 1, 2, 1, False),
-    (5, 6, 2, 12, 3, False),
-    (17, 32, 2, 128, 32, False),
-    (5, 3, 3, 10, 2, True),
-    (4, 4, 4, 83, 41, True),
-]
 
 
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
@@ -139,65 +182,55 @@ def test_qkv_rope_backward_against_fp64(backend, shape, dtype):
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_qkv_rope_returns_tensors_of_its_own(backend, interleaved):
     qkv, _, cos_sin, positions = qkv_inputs(3, 2, 2, 6, 2, torch.float32)
-    parts = library.qkv_rope_fwd(qkv, None, cos_sin, positions, 2, 2, interleaved)
-    for x in parts:
+    for x in library.qkv_rope_fwd(qkv, None, cos_sin, positions, 2, 2, interleaved):
         assert x.is_contiguous()
         assert x.untyped_storage().data_ptr() != qkv.untyped_storage().data_ptr()
-    dq, dk, dv = (torch.randn(3, 6, 2).transpose(1, 2) for _ in range(3))
-    result = library.qkv_rope_bwd(dq, dk, dv, cos_sin, positions, interleaved)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_gradients_with_strides(backend, interleaved):
+    angles = table(50, 2).float(), torch.randint(50, (3,))
+    for layout in ((3, 6, 2), (6, 3, 2)):
+        grads = [torch.randn(layout).movedim(layout.index(3), 0).transpose(1, 2) for _ in range(3)]
+        assert grads[0].shape == (3, 2, 6)
+        result = library.qkv_rope_bwd(*grads, *angles, interleaved)
+        assert same_bits(
+            result, library.qkv_rope_bwd(*(g.contiguous() for g in grads), *angles, interleaved)
+        )
+    wide = torch.randn(3, 9, 6)
+    parts = wide[:, :4], wide[:, 4:6], wide[:, 7:]
     assert same_bits(
-        result,
-        library.qkv_rope_bwd(
-            dq.contiguous(), dk.contiguous(), dv.contiguous(), cos_sin, positions, interleaved
-        ),
+        library.qkv_rope_bwd(*parts, *angles, False),
+        library.qkv_rope_bwd(*(g.contiguous() for g in parts), *angles, False),
     )
 
 
-@pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
-@pytest.mark.parametrize("shape", [(97, 6, 2, 36, 9), (70, 8, 1, 128, 32)], ids=str)
-def test_the_same_bits_on_every_run_and_number_of_threads(threads, shape, dtype):
-    inputs = qkv_inputs(*shape, dtype)
-
-    def run(count):
-        threads(count)
-        with poisoned_memory(), glmkern.backend("cpu"):
-            q, k, v = library.qkv_rope_fwd(*inputs, *shape[1:3], False)
-            return (
-                q,
-                k,
-                v,
-                library.qkv_rope_bwd(q, k, v, *inputs[2:], False),
-                library.rope_fwd(q, *inputs[2:]),
-                library.rope_bwd(q, *inputs[2:]),
-            )
-
-    first = run(1)
-    for count in (1, 2, 3):
-        assert all(map(same_bits, first, run(count)))
+@pytest.mark.backends("cpu", "triton", "cuda")
+@pytest.mark.parametrize(("groups", "interleaved"), [(2, False), (4, False), (4, True)])
+def test_the_fused_form_has_the_bits_of_its_parts(backend, groups, interleaved):
+    qkv, _, *angles = qkv_inputs(9, 4, groups, 20, 5, torch.float32)
+    fused = library.qkv_rope_fwd(qkv, None, *angles, 4, groups, interleaved)
+    q, k, v = split_qkv(qkv, 4, groups, interleaved)
+    parts = library.rope_fwd(q, *angles), library.rope_fwd(k, *angles), v.contiguous()
+    assert all(map(same_bits, fused, parts))
+    assert all(x.is_contiguous() for x in fused)
+    dqkv = library.qkv_rope_bwd(*fused, *angles, interleaved)
+    dq, dk, dv = (x.contiguous() for x in split_qkv(dqkv, 4, groups, interleaved))
+    assert same_bits(dq, library.rope_bwd(fused[0], *angles))
+    assert same_bits(dk, library.rope_bwd(fused[1], *angles))
+    assert same_bits(dv, fused[2])
 
 
-def test_the_fused_form_has_the_bits_of_its_parts():
-    qkv, _, cos_sin, positions = qkv_inputs(9, 4, 2, 20, 5, torch.float32)
-    with glmkern.backend("cpu"):
-        q, k, v = library.qkv_rope_fwd(qkv, None, cos_sin, positions, 4, 2, False)
-        heads = qkv.unflatten(1, (8, 20))
-        qk = library.rope_fwd(heads[:, :6], cos_sin, positions)
-        assert same_bits(torch.cat([q, k], 1), qk)
-        assert same_bits(v, heads[:, 6:].contiguous())
-        dqkv = library.qkv_rope_bwd(q, k, v, cos_sin, positions, False)
-        assert same_bits(
-            dqkv, torch.cat([library.rope_bwd(qk, cos_sin, positions), v], 1).flatten(1)
-        )
+@pytest.mark.backends("cpu", "triton", "cuda")
+def test_a_float64_table_has_no_kernel(backend):
+    arguments = torch.randn(3, 2, 6), table(9, 2), torch.arange(3)
+    sentence = f"'{backend.name}' is forced, but cannot serve rope_fwd: float64 has no kernel"
+    with pytest.raises(RuntimeError, match=sentence):
+        ops.rope(*arguments)
 
 
 def test_a_float64_table_is_the_reference_s():
-    arguments = torch.randn(3, 2, 6), table(9, 2), torch.arange(3)
-    with (
-        pytest.raises(RuntimeError, match="cannot serve rope_fwd: float64 has no kernel"),
-        glmkern.backend("cpu"),
-    ):
-        ops.rope(*arguments)
-    assert ops.rope(*arguments).dtype == torch.float32
+    assert ops.rope(torch.randn(3, 2, 6), table(9, 2), torch.arange(3)).dtype == torch.float32
 
 
 @pytest.mark.parametrize(
@@ -215,14 +248,14 @@ def test_a_float64_table_is_the_reference_s():
         (dict(positions=torch.tensor([0, -1, 1])), "positions run from -1 to 1"),
     ],
 )
-def test_errors(backend, arguments, sentence):
+def test_errors(backend, checked_values, arguments, sentence):
     call = dict(x=torch.zeros(3, 1, 8), cos_sin=torch.zeros(9, 2, 2), positions=torch.arange(3))
     with pytest.raises(ValueError, match=sentence):
-        ops.rope(**{**call, **arguments})
+        ops.rope(**call | backend.on_device(arguments))
 
 
 @pytest.mark.parametrize("op", ["rope_fwd", "rope_bwd", "qkv_rope_fwd", "qkv_rope_bwd"])
-def test_every_form_checks_positions(backend, op):
+def test_every_form_checks_positions(backend, checked_values, op):
     x = torch.zeros(3, 2, 8)
     angles = torch.zeros(9, 2, 2), torch.tensor([0, 9, 1])
     arguments = {
@@ -231,35 +264,3 @@ def test_every_form_checks_positions(backend, op):
     }.get(op, (x, *angles))
     with pytest.raises(ValueError, match="^rope: positions run from 0 to 9, but the table holds"):
         getattr(library, op)(*arguments)
-
-
-@pytest.mark.parametrize(
-    ("position", "wrong", "sentence"),
-    [
-        (0, torch.zeros(3, 2, 8), r"qkv must be \[T, \(heads \+ 2 groups\) \* C\]"),
-        (0, torch.zeros(3, 35), "a row of qkv must hold heads \\+ 2 groups heads of one size"),
-        (1, torch.zeros(24), "bias must have 32 elements, not 24"),
-        (
-            2,
-            torch.zeros(9, 5, 2),
-            r"cos_sin must be \[positions, R, 2\] with 2R <= 8, the channels",
-        ),
-        (3, torch.zeros(3), "positions has another dtype"),
-        (5, 0, "heads and groups must be positive"),
-        (6, True, "interleaved heads need as many groups as heads"),
-    ],
-)
-def test_the_kernels_guard_direct_calls(position, wrong, sentence):
-    glmkern.backends("cpu")
-    arguments = [
-        torch.zeros(3, 32),
-        torch.zeros(32),
-        torch.zeros(9, 2, 2),
-        torch.arange(3),
-        2,
-        1,
-        False,
-    ]
-    arguments[position] = wrong
-    with pytest.raises(RuntimeError, match=f"^qkv_rope_fwd: {sentence}$"):
-        torch.ops.glmkern_cpu.qkv_rope_fwd(*arguments)

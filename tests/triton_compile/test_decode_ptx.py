@@ -1,49 +1,17 @@
 """The inline PTX that decodes weights, as compiled kernels have it: every byte in every place of
 a word, against the formula."""
 
-import os
-
 import numpy as np
 import pytest
 import torch
-import triton
-import triton.language as tl
-from torch import Tensor
 
-from bench.triton_cases import Launch
-from bench.triton_resources import CHIPS, compile_for
-from glmkern.triton_kernels.quant_linear.decode import decode_field, decode_pair
+from tests.triton_compile.decode_kernels import BYTES, FIELDS, field_name, pair_name
 from tests.triton_compile.ptx import LANES, Warp
 
-BYTES = 4 * LANES
 
-
-@triton.jit
-def decode_kernel(packed, even, odd, JOINED: tl.constexpr, BYTES: tl.constexpr):
-    # [BYTES]
-    o_j = tl.arange(0, BYTES)
-    b_even, b_odd = decode_pair(tl.load(packed + o_j), even.dtype.element_ty, JOINED)
-    tl.store(even + o_j, b_even)
-    tl.store(odd + o_j, b_odd)
-
-
-@triton.jit
-def field_kernel(words, fields, SHIFT: tl.constexpr, BITS: tl.constexpr, WORDS: tl.constexpr):
-    # [WORDS]
-    o_w = tl.arange(0, WORDS)
-    tl.store(fields + o_w, decode_field(tl.load(words + o_w), SHIFT, BITS))
-
-
-def compiled_ptx(kernel: triton.JITFunction, *args: Tensor, **constants: int) -> str:
-    """For one warp; of `args` only the types count."""
-    assert "TRITON_INTERPRET" not in os.environ, "triton.compile fails where it is set"
-    launch = Launch("", kernel, args, num_warps=1, num_stages=3, constants=constants)
-    return compile_for(CHIPS[0], launch).asm["ptx"]
-
-
-def pair_ptx(dtype: torch.dtype, joined: bool) -> str:
-    packed, codes = torch.empty(0, dtype=torch.int8), torch.empty(0, dtype=dtype)
-    return compiled_ptx(decode_kernel, packed, codes, codes, JOINED=joined, BYTES=BYTES)
+@pytest.fixture(scope="module")
+def compiled(measured_by) -> dict[str, str]:
+    return measured_by("tests.triton_compile.decode_kernels")
 
 
 def decode(ptx: str, packed: np.ndarray, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -55,8 +23,8 @@ def decode(ptx: str, packed: np.ndarray, dtype: torch.dtype) -> tuple[torch.Tens
 
 @pytest.mark.parametrize("joined", [False, True], ids=["split", "joined"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_every_byte_in_every_place(dtype, joined):
-    ptx = pair_ptx(dtype, joined)
+def test_every_byte_in_every_place(compiled, dtype, joined):
+    ptx = compiled[pair_name(dtype, joined)]
     assert "prmt" in ptx and "fma.rn" in ptx
     every = np.arange(256, dtype=np.uint8)
     for place in range(4):
@@ -77,22 +45,18 @@ def test_every_byte_in_every_place(dtype, joined):
         ("0xE408E408", "0xE408E400"),
     ],
 )
-def test_a_wrong_constant_is_seen(right, wrong):
+def test_a_wrong_constant_is_seen(compiled, right, wrong):
     """The machine is no rubber stamp."""
-    ptx = pair_ptx(torch.float16, False)
+    ptx = compiled[pair_name(torch.float16, False)]
     packed = np.random.default_rng(0).permutation(256).astype(np.uint8)[:BYTES]
     expected = decode(ptx, packed, torch.float16)
     changed = decode(ptx.replace(right, wrong, 1), packed, torch.float16)
     assert not all(map(torch.equal, expected, changed))
 
 
-@pytest.mark.parametrize(
-    ("bits", "shift"),
-    [*((4, shift) for shift in range(0, 32, 4)), *((8, shift) for shift in range(0, 32, 8))],
-)
-def test_every_field_of_a_word(bits, shift):
-    words, codes = torch.empty(0, dtype=torch.int32), torch.empty(0)
-    ptx = compiled_ptx(field_kernel, words, codes, SHIFT=shift, BITS=bits, WORDS=LANES)
+@pytest.mark.parametrize(("bits", "shift"), FIELDS)
+def test_every_field_of_a_word(compiled, bits, shift):
+    ptx = compiled[field_name(bits, shift)]
     assert "lop3" in ptx
     for first in range(0, 2**bits, LANES):
         fields = np.arange(first, first + LANES) % 2**bits

@@ -36,37 +36,37 @@ def make(bits: int | None, dtype: torch.dtype) -> tuple[ChatGLM, dict[str, Tenso
 
 
 @pytest.mark.parametrize("bits", [None, 8, 4])
-def test_float32(bits, device):
+def test_float32(bits, triton_device):
     model, batch = make(bits, torch.float32)
     exact = results(model, batch, "reference", "cpu")
-    ours = results(model.to(device), batch, "triton", device)
+    ours = results(model.to(triton_device), batch, "triton", triton_device)
     for result, expected in zip(ours, exact, strict=True):
         assert relative_error(result, expected) < 1e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_half_is_as_near_as_the_reference(dtype, device):
+def test_half_is_as_near_as_the_reference(dtype, triton_device):
     model, batch = make(4, dtype)
     exact = results(copy.deepcopy(model).float(), batch, "reference", "cpu")
-    theirs = results(model.to(device), batch, "reference", device)
-    ours = results(model, batch, "triton", device)
+    theirs = results(model.to(triton_device), batch, "reference", triton_device)
+    ours = results(model, batch, "triton", triton_device)
     for result, usual, expected in zip(ours, theirs, exact, strict=True):
         assert relative_error(result, expected) <= (
             3 * relative_error(usual, expected) + torch.finfo(dtype).eps
         )
 
 
-def test_the_same_bits_on_every_run(device):
+def test_the_same_bits_on_every_run(triton_device):
     model, batch = make(4, torch.bfloat16)
-    runs = [results(model.to(device), batch, "triton", device) for _ in range(2)]
+    runs = [results(model.to(triton_device), batch, "triton", triton_device) for _ in range(2)]
     assert all(same_bits(a, b) for a, b in zip(*runs, strict=True))
 
 
-def test_generates_the_same(device):
+def test_generates_the_same(triton_device):
     model, _ = make(4, torch.float32)
     prompt = torch.tensor([[3, 14, 15, 92]])
     replies = []
-    for backend, place in (("reference", "cpu"), ("triton", device)):
+    for backend, place in (("reference", "cpu"), ("triton", triton_device)):
         with glmkern.backend(backend):
             replies.append(
                 model.to(place).generate(prompt.to(place), max_length=10, do_sample=False).cpu()

@@ -1,4 +1,5 @@
-"""The Triton quant_linear: every variant against float64, and what only a kernel can get wrong."""
+"""The Triton quant_linear: every variant against float64, and what only these kernels can get
+wrong."""
 
 from unittest import mock
 
@@ -9,7 +10,11 @@ import torch.nn.functional as F
 from glmkern import ops
 from glmkern.triton_kernels import quant_linear as kernels
 from glmkern.triton_kernels.quant_linear.fused import FusedTile
-from tests.ops.numerics import HALF_AND_SINGLE, matches_fp64, poisoned_memory, same_bits
+from tests.ops.numerics import HALF_AND_SINGLE, poisoned_memory, same_bits
+from tests.ops.test_quant_linear import check, check_dense, quantized
+
+OP = "quant_linear_fwd"
+library = torch.ops.glmkern
 
 # Odd rows, columns of 2 mod 4 and of 4 mod 8, whole words, more than one tile. With fewer rows,
 # matches_fp64 would draw more often.
@@ -26,7 +31,7 @@ VARIANTS = ["gemv", "fused", "slab"]
 
 
 @pytest.fixture
-def small_tiles(monkeypatch):
+def small_tiles(backend, monkeypatch):
     """Loops, splits and groups of several tiles at small sizes."""
     tiles = {64: (FusedTile(16, 16, 16, 4, 2),)}
     for table in ("FWD_TILES", "BWD_TILES", "FWD_TILES_FP32", "BWD_TILES_FP32"):
@@ -37,7 +42,7 @@ def small_tiles(monkeypatch):
 
 
 @pytest.fixture
-def forced(monkeypatch):
+def forced(backend, monkeypatch):
     """forced(variant) makes the op choose it."""
 
     def force(variant):
@@ -46,49 +51,32 @@ def forced(monkeypatch):
     return force
 
 
-def quantized(n, k, bits, device, scale_dtype=torch.float16):
-    packed, scale, bits = ops.quantize((torch.randn(n, k) * 0.02).to(scale_dtype), bits)
-    return ops.QuantizedWeight(packed.to(device), scale.to(device), bits)
-
-
-def inputs(m, n, k, dtype, device):
-    """x and bias."""
-    return [torch.randn(shape).to(device, dtype).requires_grad_() for shape in ((m, k), (n,))]
-
-
-def check(m, n, k, dtype, bits, device, scale_dtype=torch.float16):
-    qweight = quantized(n, k, bits, device, scale_dtype)
-    matches_fp64(
-        lambda x, b: ops.quant_linear(x, qweight, b),
-        lambda x, b: F.linear(x, ops.dequantize(qweight, x.dtype), b),
-        lambda: inputs(m, n, k, dtype, device),
-    )
-
-
+@pytest.mark.backends("triton")
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
 @pytest.mark.parametrize(("m", "n", "k"), SHAPES)
-def test_fused(m, n, k, dtype, device, small_tiles, forced):
+def test_fused(backend, m, n, k, dtype, small_tiles, forced):
     forced("fused")
-    check(m, n, k, dtype, 4, device)
+    check(m, n, k, dtype, quantized(n, k))
 
 
+@pytest.mark.backends("triton")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("m", "n", "k"), [(3, 51, 66), (17, 70, 136)])
-def test_fused_with_columns_joined(m, n, k, dtype, device, small_tiles, forced, monkeypatch):
+def test_fused_with_columns_joined(backend, m, n, k, dtype, small_tiles, forced, monkeypatch):
     for table in ("FWD_TILES", "BWD_TILES"):
         monkeypatch.setattr(kernels.fused, table, {64: (FusedTile(16, 16, 16, 4, 2, joined=True),)})
     forced("fused")
-    check(m, n, k, dtype, 4, device)
+    check(m, n, k, dtype, quantized(n, k))
 
 
+@pytest.mark.backends("triton")
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_smallest(variant, dtype, device):
+def test_smallest(backend, variant, dtype):
     """One token, one row, one byte: 3 * 1.5 - 7 * 2."""
-    packed = torch.tensor([[0x39]], dtype=torch.int8, device=device)
+    packed = torch.tensor([[0x39]], dtype=torch.int8)
     x, scale, bias, dy = (
-        torch.tensor(value, dtype=dtype, device=device)
-        for value in ([[1.5, 2.0]], [0.5], [0.25], [[4.0]])
+        torch.tensor(value, dtype=dtype) for value in ([[1.5, 2.0]], [0.5], [0.25], [[4.0]])
     )
     y = kernels.quant_linear_fwd(x, packed, scale, 4, bias, variant=variant)
     dx = kernels.quant_linear_bwd(dy, packed, scale, 4, variant=variant)
@@ -96,41 +84,46 @@ def test_smallest(variant, dtype, device):
     assert dx.tolist() == [[6.0, -14.0]]
 
 
+@pytest.mark.backends("triton")
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
 @pytest.mark.parametrize(("m", "n", "k"), REAL_TILES)
-def test_fused_at_its_real_tiles(m, n, k, dtype, device, forced):
+def test_fused_at_its_real_tiles(backend, m, n, k, dtype, forced):
     forced("fused")
-    check(m, n, k, dtype, 4, device)
+    check(m, n, k, dtype, quantized(n, k))
 
 
+@pytest.mark.backends("triton")
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize(("m", "n", "k"), [(1, 51, 600), (2, 51, 66), (8, 51, 136)])
-def test_gemv(m, n, k, bits, dtype, device, forced):
+def test_gemv(backend, m, n, k, bits, dtype, forced):
     forced("gemv")
-    check(m, n, k, dtype, bits, device)
+    check(m, n, k, dtype, quantized(n, k, bits))
 
 
+@pytest.mark.backends("triton")
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize(
     ("m", "n", "k", "l2"), [(5, 36, 34, 2**11), (17, 70, 136, 2**13), (63, 51, 34, 2**13)]
 )
-def test_slab(m, n, k, l2, bits, dtype, device, forced, monkeypatch):
+def test_slab(backend, m, n, k, l2, bits, dtype, forced, monkeypatch):
     """Slabs of six rows or columns, and of more."""
     monkeypatch.setattr(kernels, "l2_bytes", lambda device: l2)
     forced("slab")
-    check(m, n, k, dtype, bits, device)
+    check(m, n, k, dtype, quantized(n, k, bits))
 
 
+@pytest.mark.backends("triton")
 @pytest.mark.parametrize("scale_dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_scale_of_another_dtype(variant, dtype, scale_dtype, device, small_tiles, forced):
+def test_scale_of_another_dtype(backend, variant, dtype, scale_dtype, small_tiles, forced):
     forced(variant)
-    check(7, 51, 66, dtype, 4, device, scale_dtype)
+    check(7, 51, 66, dtype, quantized(51, 66, dtype=scale_dtype))
 
 
+@pytest.mark.backends("triton")
 @pytest.mark.parametrize(
     ("dtype", "stored"),
     [
@@ -143,21 +136,17 @@ def test_scale_of_another_dtype(variant, dtype, scale_dtype, device, small_tiles
     ids=str,
 )
 @pytest.mark.parametrize(("m", "n", "k"), [(1, 51, 131), (17, 51, 70)])
-def test_dense(m, n, k, dtype, stored, device, monkeypatch):
+def test_dense(backend, m, n, k, dtype, stored, monkeypatch):
     monkeypatch.setattr(kernels, "l2_bytes", lambda device: 2**11)
-    weight = (torch.randn(n, k) * 0.02).to(device, stored)
-    matches_fp64(
-        lambda x, b: ops.quant_linear(x, weight, b),
-        lambda x, b: F.linear(x, weight.to(x.dtype), b),
-        lambda: inputs(m, n, k, dtype, device),
-    )
+    check_dense(m, n, k, dtype, (torch.randn(n, k) * 0.02).to(stored))
 
 
+@pytest.mark.backends("triton")
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("stored", HALF_AND_SINGLE, ids=str)
-def test_slabs_are_the_dequantised_weight(stored, bits, device):
+def test_slabs_are_the_dequantised_weight(backend, stored, bits):
     """To the last bit, in slabs of rows and of columns, without one as large as the weight."""
-    qweight = quantized(301, 310, bits, device)
+    qweight = quantized(301, 310, bits)
     expected = ops.dequantize(qweight, stored)
     for dim in range(2):
         pieces, addresses = [], set()
@@ -170,12 +159,13 @@ def test_slabs_are_the_dequantised_weight(stored, bits, device):
         assert same_bits(torch.cat(pieces, dim), expected)
 
 
+@pytest.mark.backends("triton")
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_gradients_far_below_the_smallest_half(variant, device, small_tiles):
+def test_gradients_far_below_the_smallest_half(backend, variant, small_tiles):
     """dy * scale in half would underflow. A weight rounded to half, as two of the variants have it,
     adds at most its rounding."""
-    qweight = quantized(64, 128, 4, device)
-    dy = (torch.randn(5, 64) * 1e-5).to(device).half()
+    qweight = quantized(64, 128, 4)
+    dy = (torch.randn(5, 64) * 1e-5).half()
     dx = kernels.quant_linear_bwd(dy, *qweight, variant=variant)
     weight = ops.dequantize(qweight, torch.float64)
     allowed = 2**-25  # half a subnormal's step
@@ -184,33 +174,25 @@ def test_gradients_far_below_the_smallest_half(variant, device, small_tiles):
     assert ((dx.double() - dy.double() @ weight).abs() <= allowed).all()
 
 
-def test_gradients_far_below_the_smallest_half_as_chosen(device):
-    qweight = quantized(64, 128, 4, device)
-    dy = (torch.randn(5, 64) * 1e-5).to(device).half()
-    dx = torch.ops.glmkern.quant_linear_bwd(dy, *qweight)
-    exact = dy.double() @ ops.dequantize(qweight, torch.float64)
-    assert (dx.double() - exact).abs().max() <= 2**-25
-
-
+@pytest.mark.backends("triton")
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
-def test_what_is_not_finite_stays_so(variant, value, device, small_tiles, forced):
+def test_what_is_not_finite_stays_so(backend, variant, value, small_tiles, forced):
     forced(variant)
     weight = torch.tensor([[1.0, -3.0, 7.0, 0.0], [0.0, -7.0, 0.0, 2.0]])
     x = torch.ones(5, 4)
     x[2, 1] = value
-    result = ops.quant_linear(
-        x.to(device), ops.QuantizedWeight(*(t.to(device) for t in ops.quantize(weight)[:2]), 4)
-    )
+    result = ops.quant_linear(x, ops.quantize(weight))
     torch.testing.assert_close(result.cpu(), F.linear(x, weight), equal_nan=True, rtol=0, atol=0)
 
 
+@pytest.mark.backends("triton")
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_same_bits_every_time(variant, dtype, device, small_tiles):
-    qweight = quantized(70, 136, 4, device)
-    x, dy = (torch.randn(7, size).to(device, dtype) for size in (136, 70))
-    bias = torch.randn(70).to(device, dtype)
+def test_same_bits_every_time(backend, variant, dtype, small_tiles):
+    qweight = quantized(70, 136, 4)
+    x, dy = (torch.randn(7, size).to(dtype) for size in (136, 70))
+    bias = torch.randn(70).to(dtype)
 
     def run():
         with poisoned_memory():
@@ -222,19 +204,20 @@ def test_same_bits_every_time(variant, dtype, device, small_tiles):
     assert all(map(same_bits, run(), run()))
 
 
+@pytest.mark.backends("triton")
 @pytest.mark.parametrize(("m", "n", "k"), [(1, 1, 2), (5, 35, 66), (8, 37, 136)])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_touches_nothing_outside(variant, m, n, k, device, small_tiles, monkeypatch):
+def test_touches_nothing_outside(backend, variant, m, n, k, small_tiles, monkeypatch):
     """Inputs lie between NaNs (codes between sevens), outputs between guards."""
     monkeypatch.setattr(kernels, "l2_bytes", lambda device: 2**10)
     buffers = []
 
     def surrounded(shape, fill, dtype=torch.float32):
         size = torch.Size(shape).numel()
-        buffers.append(torch.full((size + 4096,), fill, device=device, dtype=dtype))
+        buffers.append(torch.full((size + 4096,), fill, dtype=dtype))
         return buffers[-1][2048 : 2048 + size].view(shape)
 
-    qweight = quantized(n, k, 4, device)
+    qweight = quantized(n, k, 4)
     packed = surrounded(qweight.packed.shape, 0x77, torch.int8).copy_(qweight.packed)
     scale = surrounded([n], torch.nan).copy_(qweight.scale)
     x, dy, bias = (
@@ -258,21 +241,7 @@ def test_touches_nothing_outside(variant, m, n, k, device, small_tiles, monkeypa
         assert (buffer[-2048:] == 7.0).all()
 
 
-@pytest.mark.parametrize("lead", [(), (0,), (2, 0, 3), (2, 3)], ids=str)
-@pytest.mark.parametrize("bits", [4, 8, 32])
-def test_leading_dimensions_and_no_rows(lead, bits, device):
-    weight = torch.randn(5, 8)
-    qweight = quantized(5, 8, bits, device) if bits <= 8 else weight.to(device)
-    dense = ops.dequantize(qweight, torch.float32) if bits <= 8 else qweight
-    x = torch.randn(*lead, 8).to(device).requires_grad_()
-    y = ops.quant_linear(x, qweight)
-    dy = torch.randn(y.shape).to(device)
-    (dx,) = torch.autograd.grad(y, x, dy)
-    torch.testing.assert_close(y, F.linear(x, dense))
-    torch.testing.assert_close(dx, dy @ dense)
-    assert y.is_contiguous() and dx.is_contiguous()
-
-
+@pytest.mark.backends("triton")
 @pytest.mark.parametrize(
     ("m", "bits", "names"),
     [
@@ -282,9 +251,9 @@ def test_leading_dimensions_and_no_rows(lead, bits, device):
         (16, 8, ["dequantize_kernel", "dequantize_kernel"]),
     ],
 )
-def test_forced_backend_runs_the_kernels(m, bits, names, device):
-    qweight = quantized(4, 8, bits, device)
-    x, dy = (torch.ones(m, size, device=device).half() for size in (8, 4))
+def test_forced_backend_runs_the_kernels(backend, m, bits, names):
+    qweight = quantized(4, 8, bits)
+    x, dy = (torch.ones(m, size).half() for size in (8, 4))
     with mock.patch.object(kernels, "launch", wraps=kernels.launch) as launch:
         torch.ops.glmkern.quant_linear_fwd(x, *qweight, None)
         torch.ops.glmkern.quant_linear_bwd(dy, *qweight)
@@ -340,9 +309,3 @@ def test_slab_size(length, each, l2):
     assert size == length or size % 2 == 0
     assert size * each <= max(l2 // 2, 2 * each)
     assert -(-length // size) <= -(-length * each // (l2 // 2)) * 2 or size <= 128
-
-
-def test_forced_backend_refuses_float64(device):
-    qweight = quantized(2, 8, 4, device)
-    with pytest.raises(RuntimeError, match="'triton' is forced, but cannot serve quant_linear_fwd"):
-        ops.quant_linear(torch.ones(2, 8, dtype=torch.float64, device=device), qweight)

@@ -68,17 +68,17 @@ def same(expected: torch.Tensor, result: torch.Tensor, dtype: torch.dtype) -> bo
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_equal_work(name, device, monkeypatch):
+def test_equal_work(name, triton_device, monkeypatch):
     module = importlib.import_module(f"bench.bench_{name}")
-    shrink(monkeypatch, module, name, device)
-    check_equal_work(module.works(device), "triton")
+    shrink(monkeypatch, module, name, triton_device)
+    check_equal_work(module.works(triton_device), "triton")
 
 
 @pytest.mark.parametrize("dtype", bench_quant_linear.GPU_SHAPES, ids=str)
-def test_quant_linear_equal_work(dtype, device, monkeypatch):
+def test_quant_linear_equal_work(dtype, triton_device, monkeypatch):
     monkeypatch.setattr(bench_quant_linear, "GPU_SHAPES", {dtype: ((24, 40),)})
     monkeypatch.setattr(bench_quant_linear, "GPU_TOKENS", (1, 3, 70))
-    works = bench_quant_linear.gpu_works(dtype, device)
+    works = bench_quant_linear.gpu_works(dtype, triton_device)
     check_equal_work(works, "chosen")
     assert {work.implementation.split(",")[0] for work in works} == {
         "triton gemv",
@@ -89,9 +89,9 @@ def test_quant_linear_equal_work(dtype, device, monkeypatch):
     }
 
 
-def test_probes(device, monkeypatch):
+def test_probes(triton_device, monkeypatch):
     for key, value in dict(COPY_SHAPE=(5, 32), COPIES=1, GEMM_SIZE=8).items():
-        monkeypatch.setattr(f"bench.roofline.{key}", {device: value})
-    copy_probe(device).call()
+        monkeypatch.setattr(f"bench.roofline.{key}", {triton_device: value})
+    copy_probe(triton_device).call()
     for dtype in TOLERANCE:
-        gemm_probe(device, dtype).call()
+        gemm_probe(triton_device, dtype).call()

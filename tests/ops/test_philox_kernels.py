@@ -1,4 +1,4 @@
-"""The dropout contract's helpers for Triton kernels, bit for bit."""
+"""The dropout contract's helpers for kernels, bit for bit."""
 
 import pytest
 import torch
@@ -42,29 +42,31 @@ def keep_of_one_kernel(seed, sequence_ids, threshold, mask, BN: tl.constexpr):
     tl.store(mask + o_i, philox.keep(seed, tl.load(sequence_ids), o_i, threshold))
 
 
+@pytest.mark.backends("triton")
 @pytest.mark.parametrize("seed", [(0, 0), (-1, -1), tuple(SEED), (2**31, -(2**31))], ids=str)
-def test_numbers(seed, device):
+def test_numbers(backend, seed):
     """Keys, offsets, ids and counters that need all their bits; counters beyond 32 wrap."""
-    seed = torch.tensor(seed, device=device)
-    ids = torch.tensor([0, 7, 2**31 + 5, 2**32 - 1], device=device)
-    groups = torch.tensor([0, 1, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**34 + 3, 5], device=device)
-    words = torch.full((4, 8, 4), -1, device=device)
+    seed = torch.tensor(seed)
+    ids = torch.tensor([0, 7, 2**31 + 5, 2**32 - 1])
+    groups = torch.tensor([0, 1, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**34 + 3, 5])
+    words = torch.full((4, 8, 4), -1)
     draw_kernel[(1,)](seed, ids, groups, words, BS=4, BG=8)
     assert torch.equal(words, philox4x32(seed, groups, ids.unsqueeze(1)))
 
 
+@pytest.mark.backends("triton")
 @pytest.mark.parametrize("p", [1e-12, 2**-32, 0.1, 0.5, 0.7, 1 - 2**-32, 1 - 1e-12])
-def test_masks(p, device):
+def test_masks(backend, p):
     """Thresholds of 0, of 1, on either side of 2^31, and those that nothing passes."""
-    seed = torch.tensor(SEED, device=device)
-    ids = torch.tensor([3, 2**32 - 1], device=device)
-    each, grouped = (torch.zeros(2, 64, dtype=torch.bool, device=device) for _ in range(2))
+    seed = torch.tensor(SEED)
+    ids = torch.tensor([3, 2**32 - 1])
+    each, grouped = (torch.zeros(2, 64, dtype=torch.bool) for _ in range(2))
     threshold, factor = philox.drop_constants(p)
     keep_kernel[(1,)](seed, ids, threshold, each, grouped, BS=2, BN=64)
     expected = keep_mask(seed, ids, 64, p)
     assert torch.equal(each, expected)
     assert torch.equal(grouped, expected)
-    one = torch.zeros(64, dtype=torch.bool, device=device)
+    one = torch.zeros(64, dtype=torch.bool)
     keep_of_one_kernel[(1,)](seed, ids, threshold, one, BN=64)
     assert torch.equal(one, expected[0])
     assert factor > 0 or not expected.any()
