@@ -32,17 +32,17 @@ OPTIONAL = {"CUDA C++: registration", "CUDA C++: kernels"}
 
 
 def files_of(op: str, folder: str, prefix: str) -> list[str]:
-    """Files `<prefix><op>.*`, `<prefix><op>_*` and `<op>/*`, relative to the repository."""
-    names = [f"{prefix}{op}.*", f"{prefix}{op}_*.*", f"{op}/*.*"]
-    found = {path for name in names for path in (REPOSITORY / folder).glob(name) if path.is_file()}
-    return [path.relative_to(REPOSITORY).as_posix() for path in sorted(found)]
+    """Files `<prefix><op>.*`, `<prefix><op>_*` and `<op>/*`, relative to the folder."""
+    names, root = [f"{prefix}{op}.*", f"{prefix}{op}_*.*", f"{op}/*.*"], REPOSITORY / folder
+    found = {path for name in names for path in root.glob(name) if path.is_file()}
+    return [path.relative_to(root).as_posix() for path in sorted(found)]
 
 
 def table(op: str) -> str:
-    lines = [f"### {op}", "", "| role | files |", "|---|---|"]
+    lines = [f"### {op}", "", "| role | folder | files |", "|---|---|---|"]
     for role, (folder, prefix) in ROLES.items():
         files = ", ".join(f"`{file}`" for file in files_of(op, folder, prefix))
-        lines.append(f"| {role} | {files or 'none yet'} |")
+        lines.append(f"| {role} | `{folder}/` | {files or 'none yet'} |")
     return "\n".join(lines) + "\n"
 
 
