@@ -1,6 +1,7 @@
 """P-tuning v2 of ChatGLM2-6B with fused kernels. Submodules load on first use (PEP 562)."""
 
 import importlib
+from typing import Any
 
 __version__ = "0.1.0"
 
@@ -15,7 +16,7 @@ _HOMES = {
 __all__ = ["__version__", *_HOMES]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'glmkern' has no attribute {name!r}")
     module = importlib.import_module(_HOMES[name])
