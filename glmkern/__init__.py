@@ -10,7 +10,7 @@ _HOMES = {
     "ChatGLMConfig": "glmkern.model.config",
     "ChatGLMTokenizer": "glmkern.tokenizer",
     "backend": "glmkern.dispatch",
-    "backends": "glmkern.backends",
+    "backends": "glmkern.backend_table",
     "ops": "glmkern.ops",
 }
 __all__ = ["__version__", *_HOMES]
