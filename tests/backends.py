@@ -104,6 +104,7 @@ def use(backend: Backend, op: str | None = None) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(available(backend))
         if backend.isa is not None:
+            every_backend()  # loads the library
             before = torch.ops.glmkern_cpu.isa()
             torch.ops.glmkern_cpu.set_isa(backend.isa)
             stack.callback(torch.ops.glmkern_cpu.set_isa, before)
