@@ -6,7 +6,7 @@
 #              that GPU, tests, checks memory accesses and benches; writes gpu.json, gpu.md and gpu.log
 #              to OUT (bench/results)
 # make oldest  the Triton kernels with the oldest Triton they serve, in a virtual environment of its
-#              own: the tests, then bench/results/triton_resources_3.6 anew
+#              own: the tests, then bench/results/triton_resources_3.6
 # make lint    ruff, clang-format and mypy; changes nothing
 # make sanitize   the ops' C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer
 #

@@ -6,10 +6,10 @@
 
 Needs no GPU: each launch is compiled as bench/triton_resources.py does it and disassembled by
 `cuobjdump`. A loop is what lies between a backward branch and its target, without the loops inside
-it. For one iteration of one block on a multiprocessor of its own it prints the cycles that each
-unit needs, and from them two predictions of the tensor cores' rate: as if everything overlapped,
-and as if products and the rest took turns. Products that warps make twice count twice; latencies,
-bank conflicts and waiting for memory are not in them.
+it. For one iteration of one block, alone on a multiprocessor, it prints the cycles that each unit
+needs. Two predictions of the tensor cores' rate follow: as if everything overlapped, and as if
+products and the rest took turns. Products that warps make twice count twice. Latencies, bank
+conflicts and waiting for memory are not in them.
 """
 
 import argparse

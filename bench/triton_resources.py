@@ -77,9 +77,12 @@ class Usage:
 
 
 def source_of(launch: Launch) -> ASTSource:
-    """The launch specialised as Triton's launcher does: None, 1 and constexpr arguments by value,
-    tensors as aligned to 16 bytes (torch's allocator gives more), numbers as run-time ones, of
-    which it notes whether 16 divides them, but for those under do_not_specialize."""
+    """The launch specialised as Triton's launcher does.
+
+    None, 1 and constexpr arguments go by value, and tensors as aligned to 16 bytes (torch's
+    allocator gives more). Other numbers are run-time ones; unless under do_not_specialize, the
+    launcher notes whether 16 divides them.
+    """
     signature, constants, attributes = {}, {}, {}
     for i, param in enumerate(launch.kernel.params):
         name, special = param.name, not param.do_not_specialize
@@ -146,9 +149,9 @@ def usage_of(launch: Launch, chip: Chip) -> Usage:
 
 
 def occupancy(chip: Chip, registers: int, shared: int, num_warps: int) -> float:
-    """Resident warps over the chip's limit. Each quarter of a multiprocessor holds whole warps,
-    registers are given out 8 a thread at a time, and a block takes 1 KiB of shared memory more
-    than it asks for."""
+    """Resident warps over the chip's limit. Each quarter of a multiprocessor holds whole warps, and
+    each thread gets registers in multiples of 8. A block takes 1 KiB of shared memory more than it
+    asks for."""
     warp_registers = -(-registers // 8) * 8 * 32
     by_registers = chip.registers // 4 // warp_registers * 4 // num_warps
     by_shared = chip.shared_kib * 1024 // (shared + 1024)

@@ -52,14 +52,14 @@ class Op:
 OPS: dict[str, Op] = {}
 # One Library object a namespace; the native libraries implement glmkern_cpu and glmkern_cuda.
 _libraries = {
-    ns: torch.library.Library(ns, "DEF")  # type: ignore[no-untyped-call]  # noqa: TOR901 (kept for the process's life)
+    ns: torch.library.Library(ns, "DEF")  # noqa: TOR901 (kept for the process's life)
     for ns in ("glmkern", "glmkern_cpu", "glmkern_cuda")
 }
 # The instruction set of the CPU kernels: the one in use, all that this chip runs (in one line),
 # and the choice of another for tests.
-_libraries["glmkern_cpu"].define("isa() -> str")  # type: ignore[no-untyped-call]
-_libraries["glmkern_cpu"].define("isas() -> str")  # type: ignore[no-untyped-call]
-_libraries["glmkern_cpu"].define("set_isa(str name) -> ()")  # type: ignore[no-untyped-call]
+_libraries["glmkern_cpu"].define("isa() -> str")
+_libraries["glmkern_cpu"].define("isas() -> str")
+_libraries["glmkern_cpu"].define("set_isa(str name) -> ()")
 
 
 def define_op(
@@ -98,7 +98,7 @@ def define_op(
     predicates = {**supports, "reference": _supports_everything}
     op = OPS[name] = Op(name, module, reference, predicates, check_values, reference_reads_values)
     for library in _libraries.values():
-        library.define(name + schema)  # type: ignore[no-untyped-call]
+        library.define(name + schema)
 
     def call(*args: Any) -> Any:
         device = args[0].device
@@ -114,7 +114,7 @@ def define_op(
         raise NotImplementedError(f"{name} has no derivative; detach its inputs")
 
     library, qualified = _libraries["glmkern"], f"glmkern::{name}"
-    library.impl(name, call, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    library.impl(name, call, "CompositeExplicitAutograd")
     torch.library.register_fake(qualified, fake, lib=library)
     torch.library.register_autograd(
         qualified, backward or no_derivative, setup_context=setup_context, lib=library

@@ -36,7 +36,7 @@ def load_file(path: Path) -> str | None:
     if _is_cut_short(path):  # loading it would kill the process
         return f"{path.name} could not be loaded: it is cut short, install glmkern again"
     try:
-        torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
+        torch.ops.load_library(str(path))
     except (OSError, RuntimeError) as error:
         return f"{path.name} could not be loaded: {str(error).splitlines()[0]}"
     return None

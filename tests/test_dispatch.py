@@ -185,15 +185,6 @@ def test_the_environment_forces_a_backend():
     assert rows and all((row[1] == "reference") == (row[-1] == "chosen") for row in rows)
 
 
-@pytest.mark.parametrize("first", ["import glmkern.backends", "glmkern.backends('cpu')"])
-def test_the_table_and_its_file_share_a_name(first):
-    child = run_python(
-        f"import glmkern; {first}; from glmkern.backends import BackendsTable; "
-        "assert isinstance(glmkern.backends('cpu'), BackendsTable)"
-    )
-    assert child.returncode == 0, child.stderr
-
-
 def test_cuda_kernels_on_the_host():
     """A library that registers glmkern_cuda's ops for CPU tensors; here, Python does in its place,
     and the native library is one that loads."""

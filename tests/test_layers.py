@@ -18,7 +18,7 @@ from tests.conftest import REPOSITORY
 # The lowest first. A module belongs to the entry that is its longest prefix.
 LAYERS = (
     ("errors", ("glmkern", "glmkern.errors", "glmkern.environment")),
-    ("ops", ("glmkern.dispatch", "glmkern.native", "glmkern.backends", "glmkern.ops")),
+    ("ops", ("glmkern.dispatch", "glmkern.native", "glmkern.backend_table", "glmkern.ops")),
     ("triton_kernels", ("glmkern.triton_kernels",)),
     ("files", ("glmkern.files",)),
     ("model", ("glmkern.model",)),

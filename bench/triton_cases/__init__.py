@@ -1,7 +1,7 @@
 """Which launches of the Triton kernels bench.triton_resources compiles: a file an op.
 
-`launches()` of a file yields them, `REASON` says why its tiles have the sizes they have, and
-`MEMORY_BOUND` whether two blocks should share a multiprocessor, so that one computes while the
+`launches()` of a file yields them, and `REASON` says why its tiles have the sizes they have.
+`MEMORY_BOUND` says whether two blocks should share a multiprocessor, so that one computes while the
 other waits for memory.
 """
 

@@ -1,9 +1,9 @@
 """One transformer block, forward and backward by hand, over packed tokens.
 
-The base is frozen, so a linear layer saves nothing and its backward is one product with the weight.
-Saved are the norms' inputs, rotated q and k, v, the attention's output and gate|up; `recompute`
-trades parts of them for time. Below the first layer nothing is trained, so its token gradients are
-never formed: only the prefix's are.
+The base is frozen: a linear saves nothing, and its backward pass is one product with the weight.
+Saved are the norms' inputs, rotated q and k, v, the attention's output and gate|up. `recompute`
+trades parts of them for time. Below the first layer nothing is trained, so only the gradients of
+its prefix are formed, not those of its tokens.
 """
 
 from collections.abc import Callable
@@ -46,8 +46,8 @@ class Pass:
 def dropout_seeds(seed: int, offset: int, layers: int, device: torch.device) -> Tensor:
     """(seed, offset) of every dropout of a forward pass, int64 [SITES, layers, 2].
 
-    A layer's offset is `offset` (step * layers) plus its index; its site stands in bits that this
-    sum never reaches.
+    A layer's offset is `offset` (step * layers) plus its index. Its site is in the bits from 48 on,
+    which this sum never reaches.
     """
     offsets = torch.arange(layers) + offset + (torch.arange(SITES).unsqueeze(1) << 48)
     return torch.stack([torch.full_like(offsets, seed), offsets], -1).to(device)
@@ -122,7 +122,12 @@ class Layer(nn.Module):
 
 
 class SavedActivations(NamedTuple):
-    """One forward pass through a block; what the backward pass reads."""
+    """What the backward pass of a block reads, in the order in which autograd keeps it.
+
+    stats1, stats2: the row statistics of the two norms; q, out: [T, N, C]; k, v: [T, G, C]; lse:
+    float32 [T, N], None in decoding; h: [T, H], the stream between attention and MLP; gate_up:
+    [T, 2 F], None where the backward pass computes it again.
+    """
 
     stats1: Tensor
     q: Tensor
@@ -136,6 +141,8 @@ class SavedActivations(NamedTuple):
 
 
 class _LayerFunction(torch.autograd.Function):
+    """A block over a packed batch; its arguments are those of Layer.forward."""
+
     @staticmethod
     def forward(
         ctx: Any,

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import NamedTuple, cast
+from typing import NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,8 @@ from glmkern.model.modules import FrozenLinear, FrozenNorm, frozen, kept_dtype
 from glmkern.model.packing import IGNORE_INDEX, PackedBatch, unpad
 from glmkern.model.prefix import PrefixEncoder
 from glmkern.model.rotary import rotary_table
+
+AnyModel = TypeVar("AnyModel", bound="ChatGLMModel")
 
 _LAYERS = "transformer.encoder.layers"
 
@@ -92,7 +94,7 @@ class ChatGLMModel(nn.Module):
             self.prefix_encoder.to(device)
         self.cos_sin = rotary_table(self.config, dtype, self.rope_precision, device)
 
-    def quantize(self, bits: int) -> "ChatGLMModel":
+    def quantize(self: AnyModel, bits: int) -> AnyModel:
         """Replaces the weights of every layer's four linears by codes of 4 or 8 bits.
 
         One linear at a time; the dense weights are dropped. Embedding, norms, output layer and

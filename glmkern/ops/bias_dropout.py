@@ -81,10 +81,9 @@ def bias_dropout_add(
         )
         rows = x.reshape(-1, x.shape[-1])
         cu_seqlens, sequence_ids = complete_sequences(op, rows, cu_seqlens, sequence_ids)
-    y: Tensor = torch.ops.glmkern.bias_dropout_add_fwd(
+    return torch.ops.glmkern.bias_dropout_add_fwd(
         x.contiguous(), bias, residual.contiguous(), p, seed, cu_seqlens, sequence_ids
     )
-    return y
 
 
 def _scale_of_kept(

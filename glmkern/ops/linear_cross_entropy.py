@@ -87,7 +87,7 @@ def linear_cross_entropy(
         check_device(op, "token_weight", token_weight, "hidden", hidden)
         token_weight = token_weight.contiguous()
     hidden_grad = hidden.requires_grad and torch.is_grad_enabled()
-    loss: Tensor = torch.ops.glmkern.linear_cross_entropy_fwd(
+    return torch.ops.glmkern.linear_cross_entropy_fwd(
         hidden.contiguous(),
         *stored_weight,
         labels.contiguous(),
@@ -96,7 +96,6 @@ def linear_cross_entropy(
         label_smoothing,
         hidden_grad,
     )[0]
-    return loss
 
 
 def linear_cross_entropy_fwd_reference(

@@ -40,7 +40,7 @@ def philox4x32(seed: Tensor, counter: Tensor, sequence_ids: Tensor) -> Tensor:
         int64 [their shape, 4]: four lanes of 32 random bits.
     """
     key_a, key_b = seed[0] & _LOW, (seed[0] >> 32) & _LOW
-    a, b = torch.broadcast_tensors(counter & _LOW, sequence_ids & _LOW)  # type: ignore[no-untyped-call]
+    a, b = torch.broadcast_tensors(counter & _LOW, sequence_ids & _LOW)
     c = (seed[1] & _LOW).expand_as(a)
     d = ((seed[1] >> 32) & _LOW).expand_as(a)
     for _ in range(10):

@@ -150,7 +150,7 @@ def prefix_attention_decode(
                 f"{op}: {name} must be int64 [{q.shape[0]}], one a row, not {lens.dtype} "
                 f"{list(lens.shape)}"
             )
-    out: Tensor = torch.ops.glmkern.prefix_attention_decode_fwd(
+    return torch.ops.glmkern.prefix_attention_decode_fwd(
         q.contiguous(),
         k_cache,
         v_cache,
@@ -160,7 +160,6 @@ def prefix_attention_decode(
         q_lens,
         _default_scale(q, scale),
     )
-    return out
 
 
 def _default_scale(q: Tensor, scale: float | None) -> float:

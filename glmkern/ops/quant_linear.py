@@ -167,10 +167,9 @@ def quant_linear(
             bias.shape == (rows,),
             lambda: f"{op}: bias must have shape [{rows}], not {list(bias.shape)}",
         )
-    y: Tensor = torch.ops.glmkern.quant_linear_fwd(
+    return torch.ops.glmkern.quant_linear_fwd(
         x.contiguous(), *weight, None if bias is None else bias.contiguous()
     )
-    return y
 
 
 def stored(op: str, weight: QuantizedWeight | Tensor, x_name: str, x: Tensor) -> StoredWeight:

@@ -37,8 +37,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
         ValueError: shapes, dtypes, devices or eps do not fit.
     """
     _check_norm("rms_norm", x, weight, eps)
-    y: Tensor = torch.ops.glmkern.rms_norm_fwd(x.contiguous(), weight.contiguous(), eps)[0]
-    return y
+    return torch.ops.glmkern.rms_norm_fwd(x.contiguous(), weight.contiguous(), eps)[0]
 
 
 def add_rms_norm(

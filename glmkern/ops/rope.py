@@ -57,8 +57,7 @@ def rope(x: Tensor, cos_sin: Tensor, positions: Tensor) -> Tensor:
             f"{list(positions.shape)}"
         ),
     )
-    y: Tensor = torch.ops.glmkern.rope_fwd(x, cos_sin, positions)
-    return y
+    return torch.ops.glmkern.rope_fwd(x, cos_sin, positions)
 
 
 def rope_fwd_reference(x: Tensor, cos_sin: Tensor, positions: Tensor) -> Tensor:

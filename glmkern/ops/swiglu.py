@@ -34,8 +34,7 @@ def swiglu(x: Tensor) -> Tensor:
             f"gate and up, two halves of one size, not {tuple(x.shape)}"
         ),
     )
-    y: Tensor = torch.ops.glmkern.swiglu_fwd(x.contiguous())
-    return y
+    return torch.ops.glmkern.swiglu_fwd(x.contiguous())
 
 
 def swiglu_fwd_reference(x: Tensor) -> Tensor:

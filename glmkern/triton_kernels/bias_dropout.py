@@ -1,8 +1,8 @@
 """dropout(x + bias) + residual and its backward; the formula is in glmkern/ops/bias_dropout.py.
 
-A program owns BM rows by BH channels and finds each row's sequence itself, for the mask's element
-index counts from the start of the sequence. Rows of a multiple of four channels draw four elements
-at a time; others draw every element's group, four times the work, by twice the warps.
+A program owns BM rows by BH channels. It finds each row's sequence itself, because the mask's
+element index counts from the start of the sequence. Rows of a multiple of four channels draw four
+elements at a time. Others draw every element's group: four times the work, by twice the warps.
 """
 
 import torch
@@ -15,11 +15,11 @@ from glmkern.triton_kernels.launch import contiguous, launch
 from glmkern.triton_kernels.tiles import RowTile, row_tile
 
 MAX_COLUMNS = 1024
-# Ends of sequences that are compared with the rows at a time, by how many there are; only two
-# numbers, each of which is a kernel to compile.
+# Ends of sequences that are compared with the rows at a time: the first number where it suffices,
+# else the second. Each number is a kernel to compile.
 FEW_ENDS, MAX_ENDS = 16, 128
-# Partial sums of dbias: programs along the rows, each for all tiles of its rows; a fixed number, so
-# that the order of the sum does not depend on the chip. Every block of columns has as many.
+# Partial sums of dbias: programs along the rows, each for all tiles of its rows, for every block of
+# columns. The number is fixed, so that the order of the sum does not depend on the chip.
 MAX_PARTIALS = 256
 # The arguments of a kernel that drops nothing: see _drop_arguments.
 _NOTHING = (None, None, None), (0, 0, 1.0), 1

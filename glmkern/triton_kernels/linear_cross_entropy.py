@@ -2,8 +2,8 @@
 
 A chunk of labelled rows at a time goes through three steps: cuBLAS forms the logits [L, V]; one
 kernel, a program a row, reads them, writes the row's loss and turns them in place into
-softmax - onehot; cuBLAS multiplies that with the weight. The kernel moves 3 of the chunk's logits
-while the products do 4 H flops each, so its time is small beside theirs.
+softmax - onehot; cuBLAS multiplies that with the weight. The kernel moves each logit three times
+while the products do 4 H flops for it, so its time is small beside theirs.
 
 Only labelled rows are computed. How many there are decides the shapes of everything that follows,
 so their number is read back from the device: one synchronisation a call, as in the reference.
@@ -30,7 +30,7 @@ LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 
 @triton.jit
 def load_logits(p_row, i_v, V: tl.constexpr, BV: tl.constexpr):
-    """Logits i_v to i_v + BV of a row in fp32; -inf behind its end."""
+    """Logits i_v to i_v + BV of a row in fp32; -inf from its end on."""
     o_v = i_v + tl.arange(0, BV)
     # [BV]
     return tl.load(p_row + o_v, mask=o_v < V, other=float("-inf")).to(tl.float32)

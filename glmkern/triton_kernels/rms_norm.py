@@ -1,8 +1,8 @@
 """RMSNorm forward and backward; the formulas are in glmkern/ops/rms_norm.py.
 
 A program owns BM whole rows [BM, H] and walks them in blocks of BH columns, twice: to reduce, then
-to write. The last block stays in registers in between, and up to 8192 columns it is the only one,
-so that each tensor passes through memory once.
+to write. The last block stays in registers in between. Up to 8192 columns it is the only block, so
+that each tensor passes through memory once.
 """
 
 import torch
@@ -14,7 +14,7 @@ from glmkern.triton_kernels.launch import contiguous, launch
 from glmkern.triton_kernels.tiles import row_tile
 
 # Partial sums of dweight: two programs for each of the 128 or 132 multiprocessors of the large
-# chips, and a fixed number, so that the order of the sum does not depend on the chip.
+# chips. The number is fixed, so that the order of the sum does not depend on the chip.
 MAX_PARTIALS = 256
 
 
@@ -37,7 +37,7 @@ def store_block(base, b_value, o_m, i_h, M, H: tl.constexpr, BH: tl.constexpr):
 
 @triton.jit
 def load_row(base, i_h, H: tl.constexpr, BH: tl.constexpr):
-    """Elements i_h to i_h + BH of a vector, as one row in fp32; zero behind its end."""
+    """Elements i_h to i_h + BH of a vector, as one row in fp32; zero from its end on."""
     o_h = i_h + tl.arange(0, BH)
     # [1, BH]
     return tl.load(base + o_h, mask=o_h < H, other=0.0).to(tl.float32)[None, :]
@@ -98,7 +98,7 @@ def store_dx(dx, dresidual, b_dx, o_m, i_h, M, H: tl.constexpr, BH: tl.constexpr
 def add_to_row(base, b_value, i_h, H: tl.constexpr, BH: tl.constexpr):
     """Adds b_value [BH] to elements i_h to i_h + BH of a vector that only this program touches."""
     o_h = i_h + tl.arange(0, BH)
-    # the thread that stored an element last time need not be the one that loads it
+    # another thread may load an element than the one that stored it
     tl.debug_barrier()
     # [BH]
     b_value += tl.load(base + o_h, mask=o_h < H, other=0.0)

@@ -60,7 +60,7 @@ def head_offsets(o_n, stride, C: tl.constexpr, BC: tl.constexpr):
 
 @triton.jit
 def part_of_heads(o_n, N: tl.constexpr, G: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """Of heads o_n in a row of qkv: their parts, 0 (q), 1 (k), 2 (v) or 3 (none: behind the row),
+    """Of heads o_n in a row of qkv: their parts, 0 (q), 1 (k), 2 (v) or 3 (none: past the row),
     and their places within these."""
     if INTERLEAVED:
         return tl.where(o_n < 3 * N, o_n % 3, 3), o_n // 3

@@ -1,5 +1,5 @@
-"""Tile sizes: small tables instead of an autotuner, which would need a driver to import and time
-to warm up, and could choose differently, so sum in another order, on every run.
+"""Tile sizes: small tables instead of an autotuner. That would need a driver to import and time to
+warm up. It could choose differently on every run, and so sum in another order.
 
 bench/results/triton_resources_*.md have the registers and shared memory each size takes on each
 chip, by version of Triton.
@@ -22,8 +22,8 @@ class RowTile(NamedTuple):
     num_warps: int
 
 
-# At most 16 elements a thread: four 16-byte loads a tensor in fp32, two in half precision, and the
-# four tensors of a backward in 64 of a thread's registers. Short rows share a program.
+# At most 16 elements a thread: four 16-byte loads a tensor in fp32, two in half precision. The four
+# tensors of a backward then take 64 of a thread's registers. Short rows share a program.
 _ROW_TILES = (
     RowTile(rows=8, columns=256, num_warps=4),
     RowTile(rows=2, columns=1024, num_warps=4),

@@ -119,7 +119,7 @@ def prefix_attention_bwd_dq_kernel(
     k += i_start.to(tl.int64) * K_STRIDE + i_g * C
     v += i_start.to(tl.int64) * V_STRIDE + i_g * C
     slope = exponent(scale, b_q.dtype)
-    # no row sees the keys behind the last row's
+    # no row sees later keys than the last row
     end = tl.minimum((i_r + BM - 1) // HEADS + 1, S)
     for i in range(tl.cdiv(P, BN) + tl.cdiv(end, BN)):
         i_n = i * BN

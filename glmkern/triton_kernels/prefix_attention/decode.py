@@ -2,9 +2,9 @@
 glmkern/ops/prefix_attention.py.
 
 Decoding has too few query rows to fill a GPU, so the keys, the prefix's first, are divided among
-programs (flash-decoding; Dao et al., 2023), and a second kernel combines their results. How they
-are divided depends on the cache's and the queries' size alone, so that a row's result is the same
-whatever else is in the batch.
+programs (flash-decoding; Dao et al., 2023). A second kernel combines their results. The division
+depends on the size of the cache and of the queries alone: a row's result is the same whatever else
+is in the batch.
 """
 
 import torch
@@ -39,8 +39,8 @@ TILES = {
     163: {2: AttentionTile(64, 64, 4, 2), 4: AttentionTile(32, 32, 4, 1)},
     227: {2: AttentionTile(64, 64, 4, 2), 4: AttentionTile(32, 32, 4, 1)},
 }
-# Keys of a program: enough that reading them outweighs writing its partial result (16 rows of 128
-# in float32, 8 KiB, beside 64 KiB of keys and values in half precision).
+# Keys of a program: enough that reading them outweighs writing its partial result. Keys and values
+# in half precision take 64 KiB; the result, 16 rows of 128 in float32, takes 8.
 KEYS_OF_A_SPLIT = 128
 # The most programs that share a row. Prompts have tiles enough of their own.
 SPLITS = 64
@@ -116,8 +116,8 @@ def prefix_attention_decode_kernel(
 ):
     """BM rows of a sequence over `span` of its keys, counted from the prefix's first.
 
-    With lse [splits, B, S, N], out [splits, B, S, N, C] is a partial result and lse the log of its
-    sum, -inf where a row saw no key. Without lse, out is the result. Rows without keys are zero.
+    With lse [splits, B, S, N], out [splits, B, S, N, C] is a partial result. lse is then the log of
+    its sum, -inf where a row saw no key. Without lse, out is the result. Rows without keys are 0.
     """
     N: tl.constexpr = G * HEADS
     i_r = tl.program_id(0) * BM

@@ -72,12 +72,12 @@ def add_dkv(
     i_start on. CAUSAL: the block's keys are those of tokens i_n to i_n + BN, and rows of earlier
     tokens do not see them."""
     slope = exponent(scale, b_k.dtype)
-    # Where a loop might not run, ptxas (of Triton 3.6, sm_90) no longer sees that products are
-    # issued by whole warps, and waits for each; a tile behind the last row adds zeros.
+    # Where a loop might not run, ptxas (of Triton 3.6, sm_90) does not see that whole warps issue
+    # the products, and waits for each. A tile past the last row adds zeros.
     end = tl.maximum(end, begin + 1)
     tl.assume(begin < end)
     for i_r in range(begin, end, BM):
-        # [BM, BC]; zeros behind the last row leave both sums as they are
+        # [BM, BC]; zeros past the last row leave both sums as they are
         b_q = load_rows(q, i_start, i_r, rows, Q_STRIDE, HEADS, C, BM, BC)
         b_do = load_rows(dout, i_start, i_r, rows, DO_STRIDE, HEADS, C, BM, BC)
         # [BM]

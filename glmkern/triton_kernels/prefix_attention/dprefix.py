@@ -53,8 +53,8 @@ def prefix_attention_bwd_dprefix_kernel(
     rows.
 
     Where nothing is dropped, the batch is one run of rows. With `kept`, each sequence has its own
-    prefix, a split has rows of one sequence, and its sums count `factor` times where that kept the
-    element.
+    prefix and a split has rows of one sequence. Its sums count `factor` times where the sequence
+    kept the element.
     """
     N: tl.constexpr = G * HEADS
     i_n = tl.program_id(0) * BN

@@ -89,8 +89,8 @@ def prefix_attention_fwd_kernel(
 ):
     """out = softmax(scale * q k^T) v over prefix and tokens, lse the natural log of the sum.
 
-    LATE: a block's product with the values is started after the scores of the next block, so that
-    tensor cores work during the softmax (Shah et al., FlashAttention-3, 2024).
+    LATE: a block's product with the values starts after the scores of the next block. Tensor cores
+    then work during the softmax (Shah et al., FlashAttention-3, 2024).
     """
     N: tl.constexpr = G * HEADS
     # A sequence's last tiles see the most keys; they start first.
@@ -120,7 +120,7 @@ def prefix_attention_fwd_kernel(
     k += i_start.to(tl.int64) * K_STRIDE + i_g * C
     v += i_start.to(tl.int64) * V_STRIDE + i_g * C
     slope = exponent(scale, b_q.dtype)
-    # no row sees the keys behind the last row's
+    # no row sees later keys than the last row
     end = tl.minimum((i_r + BM - 1) // HEADS + 1, S)
     blocks = tl.cdiv(P, BN) + tl.cdiv(end, BN)
     for i in range(blocks):
@@ -144,8 +144,8 @@ def prefix_attention_fwd_kernel(
                 C,
                 BC,
             )
-        # With a branch around it, mma.sync's scores are given a layout that the product with the
-        # values cannot use.
+        # A branch around it would give mma.sync's scores a layout that the product with the values
+        # cannot use.
         if not LATE:
             b_s = hide_unseen(b_s, float("-inf"), o_t, i_n, P)
         elif not all_seen(i_r // HEADS, i_n, P, BN):

@@ -1,7 +1,7 @@
 """What the forward, backward and decode kernels of prefix_attention share.
 
-The query heads of a group are packed: row r of a sequence and a group is head r % HEADS of token
-r // HEADS, so that a block of keys is read once for all of them. Blocks are BM rows, BN keys and BC
+The query heads of a group are packed, so that a block of keys is read once for all of them: row r
+of a sequence and a group is head r % HEADS of token r // HEADS. Blocks are BM rows, BN keys and BC
 channels, of which C are there.
 """
 
@@ -24,9 +24,9 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 def find_tile(cu_seqlens, i_slot, B, ROWS: tl.constexpr, BM):
     """The sequence, its start, its tokens and the tile of it that a slot stands for.
 
-    Sequence b, of ROWS rows a token, begins at slot start_b * ROWS // BM + b: at least as many
-    slots lie before the next one's as it has tiles of BM rows, and no other sequence need be known.
-    The slots behind its last tile are idle. In all there are T * ROWS // BM + B.
+    Sequence b, of ROWS rows a token, begins at slot start_b * ROWS // BM + b. Its slots suffice for
+    its tiles of BM rows, and no other sequence need be known. The slots after its last tile are
+    idle. In all there are T * ROWS // BM + B.
     """
     i_b = tl.full([], -1, dtype=tl.int32)
     for i in range(0, B, STARTS):
@@ -144,7 +144,7 @@ def load_seen(
     BC: tl.constexpr,
 ):
     """Block i_n (see segment_of) of keys or values: the prefix's, or those of the sequence up to
-    `end`, each with its stride; zeros behind them."""
+    `end`, each with its stride; zeros from there on."""
     i_x, stride = i_n, STRIDE
     if P > 0:
         in_prefix, i_x = segment_of(i_n, P, BN)
@@ -175,10 +175,10 @@ def all_seen(i_t, i_n, P: tl.constexpr, BN: tl.constexpr):
     return i_x + BN <= full
 
 
-# Exponents: a score or its log-sum-exp as `power` takes it. Half precision counts them in powers of
-# 2, whose factor goes into the scores' own, so that an exponential is one fma and one ex2; tl.exp
-# is five instructions more. float32 stays with nats: rounding lse to another base and back would
-# put the error of dq above 3 times PyTorch's.
+# Exponents: a score or its log-sum-exp as `power` takes it. Half precision uses powers of 2, whose
+# factor goes into that of the scores. An exponential is then one fma and one ex2; tl.exp is five
+# instructions more. float32 uses powers of e: rounding lse to another base and back would put the
+# error of dq above 3 times PyTorch's.
 @triton.jit
 def exponent(x, dtype: tl.constexpr):
     if dtype == tl.float32:
@@ -198,8 +198,9 @@ def update_softmax(b_s, b_max, b_sum, slope, dtype: tl.constexpr):
     """Takes scores b_s [BM, BN] into the softmax of their rows.
 
     b_max [BM] is the largest of the exponents `slope` * b_s so far, b_sum [BM] the sum of their
-    powers relative to it. Returns both anew, the powers of b_s, and the factor for what is relative
-    to the old b_max. One of the two b_max must be above -inf, or their difference is no number.
+    powers relative to it. Returns the new b_max and b_sum, the powers of b_s, and the factor for
+    what is relative to the old b_max. One of the two b_max must be above -inf, or their difference
+    is no number.
     """
     b_new = tl.maximum(b_max, tl.max(b_s, 1) * slope)
     b_shrink = power(b_max - b_new, dtype)
@@ -256,7 +257,7 @@ class Prefix(NamedTuple):
 
     keys: Tensor | None
     values: Tensor | None
-    kept: Tensor | None  # uint8, laid out as the keys and, behind them, the values of each sequence
+    kept: Tensor | None  # uint8, laid out as the keys and then the values of each sequence
     length: int
     STRIDE: int
 

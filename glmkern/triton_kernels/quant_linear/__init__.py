@@ -5,8 +5,8 @@ Three variants, and `choose` decides between them:
 
     gemv     up to eight tokens, without tensor cores (gemv.py)
     fused    weights of 4 bits, decoded on their way to the tensor cores (fused.py)
-    slab     as many dequantised rows or columns of the weight as half the L2 cache holds, then
-             torch's product with them; dense weights of another dtype go the same way
+    slab     dequantises as many rows or columns of the weight as half the L2 cache holds, and
+             multiplies with torch; dense weights of another dtype go the same way
 
 No variant keeps a dequantised weight, or rounds before the bias. None adds up in half precision;
 torch's product may, where torch.backends.cuda.matmul allows a reduced-precision reduction.
@@ -28,8 +28,8 @@ from glmkern.triton_kernels.tiles import by_shared_memory
 GEMV_TOKENS = {"fwd": 1, "bwd": 8}
 FUSED_TOKENS = 512
 FUSED_TOKENS_FP32 = 32
-# Programs that keep all multiprocessors of a large chip busy, two each; a fixed number, so that the
-# order of a sum does not depend on the chip. A split has at least four blocks to walk.
+# Programs that keep all multiprocessors of a large chip busy, two each. The number is fixed, so
+# that the order of a sum does not depend on the chip. A split has at least four blocks to walk.
 PROGRAMS = 256
 MIN_BLOCKS = 4
 GROUP = 8
@@ -58,8 +58,8 @@ def choose(direction: str, M: int, dtype: torch.dtype, bits: int) -> str:
     saves 2 M / F_fused - 2 M / F_torch: with 450 and 750e12 flops, 1.8e-3 M ps. They are equal near
     600 tokens; with the figures of an A100 and of an RTX 4090 near 450 and 370.
 
-    float32: both are bound by the FMA units; the slab costs 8 B in the L2 cache, 1.5 ps, an FMA a
-    token 0.03 ps, which our loop runs at about half the rate.
+    float32: both are bound by the FMA units. The slab costs 8 B in the L2 cache, 1.5 ps. An FMA a
+    token costs 0.03 ps; our loop runs it at about half the rate.
     """
     if bits > 8:
         return "slab"

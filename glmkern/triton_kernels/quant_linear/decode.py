@@ -30,9 +30,9 @@ def decode_field(b_words, SHIFT: tl.constexpr, BITS: tl.constexpr):
 
     A field n and the code q that it stands for have n ^ 2^(BITS-1) = q + 2^(BITS-1). In the
     mantissa of 2^23 that is the float 2^23 + 2^SHIFT (q + 2^(BITS-1)), of which one exact fma makes
-    q. So a code takes two or three instructions at the full rate; extracting and converting it
-    takes as many, but a conversion has a quarter of the rate or less on sm_80 to 89, and would set
-    the time there.
+    q. So a code takes two or three instructions at the full rate. Extracting and converting it
+    takes as many, but on sm_80 to 89 a conversion has at most a quarter of the rate, which would
+    set the time.
     """
     # such a field would reach into the exponent
     HIGH: tl.constexpr = SHIFT + BITS > 23

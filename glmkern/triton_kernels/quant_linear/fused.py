@@ -64,8 +64,8 @@ BWD_TILES_FP32 = {64: (FusedTile(16, 16, 64, 4, 3), FusedTile(32, 16, 64, 4, 3))
 
 @triton.jit
 def tile_indices(M, TILES: tl.constexpr, BM: tl.constexpr, GROUP: tl.constexpr):
-    """(token tile, weight tile) of this program: GROUP token tiles take each weight tile in turn,
-    so that programs that run together read few weights and few tokens, from the L2 cache."""
+    """(token tile, weight tile) of this program. GROUP token tiles take each weight tile in turn:
+    programs that run together then read few weights and few tokens, from the L2 cache."""
     i_p = tl.program_id(0)
     i_first = i_p // (GROUP * TILES) * GROUP
     group = tl.minimum(tl.cdiv(M, BM) - i_first, GROUP)
@@ -103,9 +103,9 @@ def fused_fwd_kernel(
 ):
     """y^T = (codes @ x^T) * scale + bias, or partial sums of codes @ x^T in y [splits, M, N].
 
-    The weights are the left factor: their rows are then the 64 that a Hopper instruction always
-    has, and the tokens the dimension that may be as small as 16. The codes are exact in half
-    precision, and a row's scale is multiplied to the sum.
+    The weights are the left factor: a Hopper instruction always has 64 rows of that one, while the
+    other dimension, here the tokens, may be as small as 16. The codes are exact in half precision,
+    and the sum is multiplied by the row's scale.
     """
     MASKED: tl.constexpr = K % (2 * BJ) != 0
     dtype: tl.constexpr = x.dtype.element_ty

@@ -89,8 +89,8 @@ def gemv_bwd_kernel(
     BN: tl.constexpr,
     BW: tl.constexpr,
 ):
-    """dx = (dy * scale) @ codes, as partial sums [splits, M, columns] over `blocks` blocks of rows
-    each, or whole where there is one split."""
+    """dx = (dy * scale) @ codes, or partial sums of it in dx [splits, M, columns], each over
+    `blocks` blocks of rows."""
     K: tl.constexpr = W * CODES
     i_w, i_s = tl.program_id(0), tl.program_id(1)
     # [BM], [BW], [CODES]

@@ -1,7 +1,5 @@
 """What `glmkern.backends()` shows: which backend serves each op on a device, or why not."""
 
-import sys
-import types
 from dataclasses import dataclass
 
 import torch
@@ -40,13 +38,3 @@ def backends(device: str | None = None) -> BackendsTable:
         for name in dispatch.NAMES:
             rows[op.name, name] = "chosen" if name == chosen else reasons.get(name, "available")
     return BackendsTable(where.type, rows)
-
-
-class _CallableModule(types.ModuleType):
-    """Importing this file binds `glmkern.backends` to it; the name stays a function to callers."""
-
-    def __call__(self, device: str | None = None) -> BackendsTable:
-        return backends(device)
-
-
-sys.modules[__name__].__class__ = _CallableModule
