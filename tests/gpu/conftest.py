@@ -1,5 +1,5 @@
-"""These tests run kernels on a GPU; `make gpu` calls them. Elsewhere they are not collected: the
-host's compiler runs the same kernels in tests/cuda_on_host."""
+"""These tests need a GPU; `make gpu` calls them. Elsewhere they are not collected: the tests of ops
+run the kernels for GPUs there too."""
 
 import torch
 
