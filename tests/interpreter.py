@@ -1,4 +1,4 @@
-"""Triton's interpreter, which runs the Triton kernels where no GPU is that Triton serves.
+"""Triton's interpreter, which runs the Triton kernels where there is no GPU that Triton serves.
 
 Importing this module before Triton switches it on for this process. Its children compile kernels
 as usual: TRITON_INTERPRET=1 is not left in the environment.
