@@ -85,7 +85,8 @@ void finish(const AttentionRows& a, const Panel& panel, const Softmax& state) {
   if (a.lse == nullptr) return;
   const HeadRows<float> lse{a.lse, a.groups * a.heads, a.heads, 1};
   for (int64_t i = 0; i < panel.count; i++) {
-    *lse[panel.first + i] = state.largest[i] * kLn2 + __builtin_logf(state.sum[i]);
+    const double natural = state.largest[i] / kExactLog2E + __builtin_logf(state.sum[i]);
+    *lse[panel.first + i] = static_cast<float>(natural);
   }
 }
 

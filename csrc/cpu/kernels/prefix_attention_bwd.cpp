@@ -15,7 +15,8 @@ struct PanelMemory {
   float *q, *dout;            // [channels, kTileCols], q times scale * log2(e)
   float *q_rows, *dout_rows;  // [padded_channels / kTileCols, kTileCols rows, kTileCols]
   float* dq;                  // [channels, kTileCols]
-  float *lse, *dot;           // [kTileCols], lse times log2(e), and D
+  float *lse, *lse_rest;      // [kTileCols], their sum is lse times log2(e)
+  float* dot;                 // [kTileCols], D
 
   PanelMemory(float* memory, int64_t channels, int64_t panel) {
     const int64_t columns = channels * kTileCols, rows = padded_channels(channels) * kTileCols;
@@ -25,11 +26,12 @@ struct PanelMemory {
     q_rows = dq + columns;
     dout_rows = q_rows + rows;
     lse = dout_rows + rows;
-    dot = lse + kTileCols;
+    lse_rest = lse + kTileCols;
+    dot = lse_rest + kTileCols;
   }
 
   static int64_t size(int64_t channels) {
-    return (3 * channels + 2 * padded_channels(channels) + 2) * kTileCols;
+    return (3 * channels + 2 * padded_channels(channels) + 3) * kTileCols;
   }
 };
 
@@ -61,7 +63,10 @@ void pack_panel(const AttentionGradient& a, const Panel& panel, const PanelMemor
   pack_strips(q, panel, memory.q_rows);
   pack_strips(dout, panel, memory.dout_rows);
   for (int64_t i = 0; i < kTileCols; i++) {
-    memory.lse[i] = i < panel.count ? *lse[panel.first + i] * kLog2E : 0.0f;
+    // Rounded to one float, it would put the weights of a whole row wrong by the same factor.
+    const double exponent = i < panel.count ? *lse[panel.first + i] * kExactLog2E : 0;
+    memory.lse[i] = static_cast<float>(exponent);
+    memory.lse_rest[i] = static_cast<float>(exponent - memory.lse[i]);
   }
   // Summed as multiply_channels does dO v^T: where out is v itself, the two are equal.
   float* columns = memory.dq;  // not in use yet
@@ -86,9 +91,10 @@ template <int kVecs>
 void differentiate(int64_t keys, const PanelMemory& panel, float* scores, float* dweights) {
   for (int j = 0; j < kVecs; j++) {
     const Vec lse = load(panel.lse + j * kLanes, Full{});
+    const Vec lse_rest = load(panel.lse_rest + j * kLanes, Full{});
     const Vec dot = load(panel.dot + j * kLanes, Full{});
     for (int64_t i = j * kLanes; i < keys * kTileCols; i += kTileCols) {
-      const Vec weight = exp2(load(scores + i, Full{}) - lse);
+      const Vec weight = exp2((load(scores + i, Full{}) - lse) - lse_rest);
       store(scores + i, weight, Full{});
       store(dweights + i, weight * (load(dweights + i, Full{}) - dot), Full{});
     }

@@ -19,7 +19,8 @@ namespace {
 constexpr int64_t kBlockKeys = 8 * 14;
 constexpr int64_t kPanels = kSetRows / kTileCols;
 constexpr int64_t kRun = 32;  // channels that a product sums at a time: short sums round less
-constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
+constexpr double kExactLog2E = 1.4426950408889634;
+constexpr float kLog2E = static_cast<float>(kExactLog2E);
 
 // The score of a key that a row does not see, and the largest score before the first key: finite,
 // so that a difference of two is a number, and so low that 2^(it - any score) is 0.
