@@ -25,9 +25,11 @@ if INTERPRETED and importlib.util.find_spec("triton"):
 
 @contextlib.contextmanager
 def interpreter_corrected() -> Iterator[None]:
-    """The interpreter cuts float32 off to bfloat16, where the hardware rounds to nearest even, and
-    takes the bits of a product's or a sum's bfloat16 operands for integers. Triton 3.6's has no
-    bfloat16 constants, and makes a loop's bound of an array of one element, which numpy refuses
+    """What differs from the hardware: the interpreter cuts float32 off to bfloat16, which rounds to
+    nearest even, and takes the bits of a sum's bfloat16 operands for integers. Its products come
+    from BLAS, which orders a sum by the matrices' shapes and the host's chip: a backward then gets
+    other scores than its forward. On a GPU both add along K in order. Triton 3.6's interpreter has
+    no bfloat16 constants, and makes a loop's bound of an array of one element, which numpy refuses
     since 2.4."""
     import numpy as np
     from triton import language as tl
@@ -42,11 +44,13 @@ def interpreter_corrected() -> Iterator[None]:
         bits = torch.from_numpy(source.data.copy()).to(torch.bfloat16).view(torch.uint16)
         return TensorHandle(bits.numpy(), tl.bfloat16)
 
-    dot = InterpreterBuilder.create_dot
-
-    def widening_dot(self, a, b, *args):
-        a, b = (cast(self, x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
-        return dot(self, a, b, *args)
+    def dot_in_order(self, a, b, d, *_):
+        """a [.., M, K] @ b [.., K, N] + d, in float32."""
+        a, b = (cast(self, x, tl.float32).data for x in (a, b))
+        result = d.data.astype(np.float32)
+        for k in range(a.shape[-1]):
+            result += a[..., :, k : k + 1] * b[..., k : k + 1, :]
+        return TensorHandle(result.astype(d.data.dtype), d.dtype.scalar)
 
     binary = InterpreterBuilder.binary_op
 
@@ -70,6 +74,6 @@ def interpreter_corrected() -> Iterator[None]:
         mock.patch.object(InterpreterBuilder, "get_bf16", bfloat16_constant, create=True),
         mock.patch.object(InterpreterBuilder, "cast_impl", rounding_cast),
         mock.patch.object(InterpreterBuilder, "binary_op", widening_binary),
-        mock.patch.object(InterpreterBuilder, "create_dot", widening_dot),
+        mock.patch.object(InterpreterBuilder, "create_dot", dot_in_order),
     ):
         yield
