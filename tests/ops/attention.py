@@ -30,13 +30,7 @@ def cumulative(lengths):
     return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
 
 
-def by_log_sum_exp(scores):
-    """The softmax as a backward recomputes it from the saved log-sum-exp, whose rounding counts
-    where scores are large."""
-    return (scores - scores.logsumexp(-1, keepdim=True)).exp()
-
-
-def dense(q, k, v, prefix_k, prefix_v, lengths, factor=None, softmax=lambda x: x.softmax(-1)):
+def dense(q, k, v, prefix_k, prefix_v, lengths, factor=None):
     """One explicit softmax a sequence over the concatenated keys; `factor` [B, 2, P, G, C] is what
     dropout multiplies the prefix by."""
     outputs, start = [], 0
@@ -54,7 +48,7 @@ def dense(q, k, v, prefix_k, prefix_v, lengths, factor=None, softmax=lambda x: x
         queries = q[tokens].unflatten(1, (k.shape[1], -1))  # [S, G, heads, C]
         scores = torch.einsum("sghc,tgc->ghst", queries, keys) * q.shape[-1] ** -0.5
         later = torch.ones(scores.shape[2:]).triu(len(keys) - length + 1).bool()
-        weights = softmax(scores.masked_fill(later, float("-inf")))
+        weights = scores.masked_fill(later, float("-inf")).softmax(-1)
         outputs.append(torch.einsum("ghst,tgc->sghc", weights, values).flatten(1, 2))
     return torch.cat(outputs)
 

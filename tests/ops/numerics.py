@@ -2,7 +2,9 @@
 
 The rule: a kernel may be off from a float64 computation by at most `factor` times the error of
 plain PyTorch in the kernel's own precision, plus one ulp of the largest exact value. The factor is
-2 for results and 3 for gradients. Both errors are max|a - b| over the tensor.
+2 for results and 3 for gradients. Both errors are max|a - b| over the tensor, and PyTorch's is the
+largest of all draws of inputs. In a few draws it is small by luck: where a kernel exceeds it, many
+more decide, all of which the kernel must pass.
 
     matches_fp64(kernel, formula, inputs)     forward and backward, the usual test of an op
     assert_close_to_fp64(result, exact, same_precision, factor)      one tensor
@@ -19,7 +21,9 @@ from torch import Tensor
 
 FORWARD = 2.0
 GRADIENT = 3.0
-SAMPLE = 100
+# Elements of the smallest tensor that are drawn: at first, and where the rule seems broken.
+SAMPLE, LARGE_SAMPLE = 100, 40_000
+MORE_DRAWS = range(20, 3000)  # as many as LARGE_SAMPLE needs, within these bounds
 HALF_AND_SINGLE = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -57,8 +61,7 @@ def matches_fp64(
     `inputs` are the ones whose gradients are compared. The kernel runs in poisoned memory.
 
     `inputs` may be a function that draws inputs. It is called until the smallest compared tensor
-    has met `sample` elements, and PyTorch's error is the largest of all draws: that of a single
-    element may be zero by luck.
+    has met `sample` elements, and many times more if the rule seems broken then.
     """
     if not callable(inputs):
         _check_all([_compare(kernel, formula, inputs)])
@@ -67,6 +70,9 @@ def matches_fp64(
     smallest = min((exact.numel() for _, exact, _, _ in draws[0].values()), default=0)
     if smallest > 0:
         draws += [_compare(kernel, formula, inputs()) for _ in range(sample // smallest)]
+    if _broken_rule(draws) is not None:
+        count = min(max(LARGE_SAMPLE // smallest, MORE_DRAWS.start), MORE_DRAWS.stop)
+        draws += [_compare(kernel, formula, inputs()) for _ in range(count)]
     _check_all(draws)
 
 
@@ -137,16 +143,24 @@ def _compare(kernel, formula, inputs) -> Comparison:
 
 
 def _check_all(draws: Sequence[Comparison]) -> None:
+    sentence = _broken_rule(draws)
+    assert sentence is None, sentence
+
+
+def _broken_rule(draws: Sequence[Comparison]) -> str | None:
+    """What the kernel exceeds, or None. AssertionError for a result that no draw can excuse."""
     for name in draws[0]:
         compared = [draw[name] for draw in draws]
         theirs = max(_checked_error(name, p, e, p) for _, e, p, _ in compared)
         for result, exact, same_precision, factor in compared:
             error = _checked_error(name, result, exact, same_precision)
             allowed = factor * theirs + ulp_of_max(exact, result.dtype)
-            assert error <= allowed, (
-                f"{name}: error {error:.3g} against float64, allowed "
-                f"{allowed:.3g} ({factor:g} x {theirs:.3g} of PyTorch in {result.dtype}, + ulp)"
-            )
+            if error > allowed:
+                return (
+                    f"{name}: error {error:.3g} against float64, allowed "
+                    f"{allowed:.3g} ({factor:g} x {theirs:.3g} of PyTorch in {result.dtype}, + ulp)"
+                )
+    return None
 
 
 def _checked_error(name: str, result: Tensor, exact: Tensor, same_precision: Tensor) -> float:
