@@ -1,5 +1,6 @@
 """What the tests of the loop train: a stand-in for the model, rows, flags, and a recorder."""
 
+from itertools import count
 from types import SimpleNamespace
 
 import torch
@@ -7,6 +8,7 @@ from torch import nn
 
 from glmkern.training.data.rows import Row
 from glmkern.training.flags.arguments import TrainingArguments
+from glmkern.training.loop import trainer as trainer_module
 from glmkern.training.loop.trainer import Trainer
 
 IGNORED = -100
@@ -44,6 +46,12 @@ class StandIn(nn.Module):
             # The derivative of sqrt at 0 is infinite, its value is not.
             nll = nll + (nll - nll.detach()).abs().sqrt()
         return (batch.token_weight[kept] * nll).sum()
+
+
+def make_runs_last(seconds: float, monkeypatch) -> None:
+    """Trainer's clock goes on by `seconds` between two looks; it looks before and after a run."""
+    clock = SimpleNamespace(monotonic=count(100.0, seconds).__next__)
+    monkeypatch.setattr(trainer_module, "time", clock)
 
 
 class Echo:

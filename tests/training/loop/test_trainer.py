@@ -13,7 +13,14 @@ from glmkern.training.data.rows import Row
 from glmkern.training.loop.trainer import Trainer
 from glmkern.training.output.run_folder import RunFolder
 from glmkern.training.output.trainer_state import metrics_table
-from tests.training.stand_in import IGNORED, Recorder, StandIn, arguments, simple_rows
+from tests.training.stand_in import (
+    IGNORED,
+    Recorder,
+    StandIn,
+    arguments,
+    make_runs_last,
+    simple_rows,
+)
 
 
 def test_the_seed_reaches_every_generator():
@@ -49,7 +56,8 @@ def test_dropout_offset_and_sequence_ids_follow_the_step():
     assert ids == [[0, 1], [2, 3]] * 3
 
 
-def test_log_lines_and_history(capsys):
+def test_log_lines_and_history(capsys, monkeypatch):
+    make_runs_last(3.5, monkeypatch)
     trainer = Recorder(
         StandIn(),
         simple_rows(12),
@@ -84,9 +92,9 @@ def test_log_lines_and_history(capsys):
     ]
     assert metrics["train_loss"] == pytest.approx(sum(trainer.losses) / 7)
     assert final.keys() == {*metrics, "step", "total_flos"}
-    assert metrics["train_samples_per_second"] == pytest.approx(
-        7 * 4 / metrics["train_runtime"], rel=0.01
-    )
+    assert metrics["train_runtime"] == 3.5
+    assert metrics["train_samples_per_second"] == 7 * 4 / 3.5
+    assert metrics["train_steps_per_second"] == 7 / 3.5
 
 
 @pytest.mark.parametrize(
