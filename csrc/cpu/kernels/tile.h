@@ -54,6 +54,8 @@ template <int kRows, int kVecs, int kTerms>
 void multiply_tile(Operand a, const float* b, int64_t b_stride, int64_t depth, float* c,
                    int64_t c_stride, bool add) {
   Vec sums[kRows][kVecs] = {};
+  // Twice a turn: a short loop's speed would depend on where in the file the linker puts it.
+#pragma GCC unroll 2
   for (int64_t p = 0; p < depth; p++) {
     Vec right[kVecs];
 #pragma GCC unroll 2
