@@ -8,7 +8,6 @@ from torch import nn
 
 from glmkern.training.data.rows import Row
 from glmkern.training.flags.arguments import TrainingArguments
-from glmkern.training.loop import trainer as trainer_module
 from glmkern.training.loop.trainer import Trainer
 
 IGNORED = -100
@@ -51,7 +50,7 @@ class StandIn(nn.Module):
 def make_runs_last(seconds: float, monkeypatch) -> None:
     """Trainer's clock goes on by `seconds` between two looks; it looks before and after a run."""
     clock = SimpleNamespace(monotonic=count(100.0, seconds).__next__)
-    monkeypatch.setattr(trainer_module, "time", clock)
+    monkeypatch.setattr("glmkern.training.loop.trainer.time", clock)
 
 
 class Echo:
