@@ -1,6 +1,7 @@
 """The native libraries: loading them, or saying why they are not there."""
 
 import json
+import os
 import struct
 from functools import cache
 from pathlib import Path
@@ -18,6 +19,8 @@ def load_library(backend: str) -> str | None:
         RuntimeError: GLMKERN_CPU_ISA names an instruction set that cannot be served.
     """
     path = Path(__file__).with_name(LIBRARIES[backend])
+    if backend == "cuda" and (family := os.environ.get("GLMKERN_CUDA_PATH")):
+        path = path.with_stem(f"{path.stem}_{family}")
     if not path.is_file():
         return f"{path.name} was not built: {_why_not_built(path.stem)}"
     if backend == "cuda" and not torch.cuda.is_available():
@@ -46,7 +49,7 @@ def _why_not_built(library: str) -> str:
     report = Path(__file__).with_name("_build.json")
     if not report.is_file():
         return "glmkern runs from a folder that was never installed (pip install -e .)"
-    reason: str | None = json.loads(report.read_text())[library]
+    reason: str | None = json.loads(report.read_text()).get(library)
     return reason or "its file is gone: install glmkern again"
 
 
