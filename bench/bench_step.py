@@ -22,7 +22,7 @@ Memory is what torch has allocated: the model, and at the peak of a step.
 import argparse
 import copy
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -110,6 +110,17 @@ def with_linears(model: ChatGLM, kind: type[DequantizedLinear]) -> ChatGLM:
 
 def make_model(config: ChatGLMConfig, dtype: torch.dtype, device: str) -> ChatGLM:
     """With random weights of 4 bits in the layers, in training mode."""
+    return _make_model(config, dtype, device, lambda dense: quantize_stream(dense, 4))
+
+
+def make_dense_model(config: ChatGLMConfig, dtype: torch.dtype, device: str) -> ChatGLM:
+    """With random dense weights, in training mode."""
+    return _make_model(config, dtype, device, lambda dense: dense)
+
+
+def _make_model(
+    config: ChatGLMConfig, dtype: torch.dtype, device: str, stored: Callable[[Iterable], Iterable]
+) -> ChatGLM:
     model = ChatGLM(config, pre_seq_len=PREFIX, computation=Computation(prefix_dropout=0.0))
     torch.manual_seed(0)
     dense = (
@@ -121,7 +132,7 @@ def make_model(config: ChatGLMConfig, dtype: torch.dtype, device: str) -> ChatGL
         )
         for name, shape in expected_shapes(config).items()
     )
-    model.load_base(quantize_stream(dense, 4), dtype, device)
+    model.load_base(stored(dense), dtype, device)
     return model.train()
 
 

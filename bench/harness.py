@@ -58,12 +58,15 @@ class Row:
 
 
 def available_backends(op: str, device: str) -> list[str]:
-    """The backends that can serve `op` ("rms_norm_fwd", say) here."""
+    """The backends that can serve `op` ("rms_norm_fwd", say) here; on a GPU without the reference,
+    which no user of one runs and which may take seconds."""
     states = glmkern.backends(device).rows
     return [
         name
         for (row_op, name), state in states.items()
-        if row_op == op and state in ("available", "chosen")
+        if row_op == op
+        and state in ("available", "chosen")
+        and (device, name) != ("cuda", "reference")
     ]
 
 
@@ -78,6 +81,9 @@ def forced(backend: str, function: Callable, *args) -> Callable:
 
 
 def measure(works: Sequence[Work], device: str, rounds: int = ROUNDS) -> list[Row]:
+    """A row for each work. On a GPU one that raises is left out and said: the others count."""
+    if device == "cuda":
+        works = [work for work in works if _runs(work)]
     probes = [copy_probe(device)]
     if any(work.flops for work in works):
         probes.append(gemm_probe(device, works[0].dtype))
@@ -87,6 +93,17 @@ def measure(works: Sequence[Work], device: str, rounds: int = ROUNDS) -> list[Ro
         _row(work, t, _roof_seconds(work, probes, roof), _fastest_peer(work, works, times))
         for work, t in zip(works, times, strict=True)
     ]
+
+
+def _runs(work: Work) -> bool:
+    try:
+        work.call()
+        torch.cuda.synchronize()
+    except Exception as error:
+        first = (str(error).splitlines() or [""])[0]
+        print(f"{work} {work.dtype} is left out: {type(error).__name__}: {first}", flush=True)
+        return False
+    return True
 
 
 def _fastest_peer(

@@ -79,7 +79,9 @@ def rotate_keys(rows: Tensor, positions: int, cos_sin: Tensor, config: ChatGLMCo
     segments = rows.view(len(rows), config.num_layers, 2, config.num_groups, config.kv_channels)
     keys, values = segments.unbind(2)  # [P, L, G, C]
     turned = ops.rope(
-        keys.flatten(1, 2), turn.unsqueeze(0), torch.zeros(len(rows), dtype=torch.int64)
+        keys.flatten(1, 2),
+        turn.unsqueeze(0),
+        torch.zeros(len(rows), dtype=torch.int64, device=rows.device),
     ).view_as(keys)
     return torch.stack([turned, values], 2).view_as(rows)
 

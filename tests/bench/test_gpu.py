@@ -1,17 +1,21 @@
-"""`make gpu`: what can be known of it without a GPU."""
+"""`make gpu`: what can be known of it without a GPU. It is rehearsed on the CPU at small sizes and
+with planted faults, each of which the report must name."""
 
-import io
+import contextlib
 import json
-import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
 
-from bench import gpu
+from bench.gpu import __main__ as gpu
+from bench.gpu import counters, jobs, stages
+from bench.gpu.jobs import Deadline, Job, Outcome, run_job
+from bench.gpu.report import as_markdown, is_good
 from tests.backends import EVERY_OP
 from tests.conftest import REPOSITORY
 
@@ -26,23 +30,28 @@ def test_says_so_without_a_gpu(capsys, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_every_step_finds_its_files(tmp_path):
-    steps = list(gpu.steps(tmp_path))
-    assert steps[-1].name == "memory check" or not gpu.find_sanitizer()
-    assert sum(step.seconds for step in steps if "bench" not in step.name) <= gpu.TOTAL_SECONDS
-    for step in steps:
-        for argument in step.command:
-            if argument.endswith(".py") or argument.startswith("tests/"):
-                assert (REPOSITORY / argument).exists(), argument
-            if argument.startswith("bench."):
-                assert (REPOSITORY / f"{argument.replace('.', '/')}.py").exists(), argument
+def test_every_job_finds_its_files(tmp_path):
+    context = stages.Context(tmp_path, tmp_path, "cuda")
+    names = []
+    for stage in stages.STAGES:
+        assert 0 < stage.job_seconds <= stage.seconds
+        for job in stage.jobs(context):
+            names.append(job.name)
+            for argument in job.command:
+                if argument.startswith("tests/"):
+                    assert (REPOSITORY / argument).exists(), argument
+            if job.command[1:2] == ["-m"] and job.command[2] != "pytest":
+                assert (REPOSITORY / f"{job.command[2].replace('.', '/')}.py").exists()
+    assert len(set(names)) == len(names)
+    for mode in ("judge", "time"):
+        assert {f"{mode} {op} triton" for op in EVERY_OP} <= set(names)
     benches = {path.stem.removeprefix("bench_") for path in REPOSITORY.glob("bench/bench_*.py")}
-    assert set(gpu.BENCHES) == benches - {"train", "full_size", "generate"}
+    assert set(stages.BENCHES) == benches - {"train", "full_size", "generate", "step"}
 
 
 def test_the_memory_check_covers_every_op():
     """And no kernel for CPUs, which takes time and is another check's."""
-    command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-k", gpu.SANITIZED]
+    command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-k", stages.SANITIZED]
     done = subprocess.run(
         [*command, "tests/ops"], cwd=REPOSITORY, capture_output=True, text=True, check=True
     )
@@ -73,61 +82,199 @@ while True:
         ("print('never')", 0, "no time was left"),
     ],
 )
-def test_a_step(program, seconds, outcome):
+def test_a_job(program, seconds, outcome):
     """One that is stopped hears of it first, and takes what it started along."""
-    log = io.StringIO()
-    step = gpu.Step("try", [sys.executable, "-c", program], 60)
-    result = gpu.run_step(step, log, seconds_left=seconds)
-    assert result["outcome"] == outcome
-    assert result["seconds"] < 30
+    result, text = run_job(Job("try", [sys.executable, "-c", program]), Deadline(seconds))
+    assert result.outcome == outcome
+    assert result.seconds < 30
     hello = "hello\n" if seconds else ""
-    assert result["last_line"] == hello.strip()
-    assert log.getvalue() == f"== try\n{hello}"
+    assert (result.last_line, text) == (hello.strip(), hello)
 
 
-def test_half_a_file(tmp_path):
-    report = {"benches": {}}
+def test_a_job_without_a_program():
+    result, _ = run_job(Job("try", ["/nowhere/ncu"]), Deadline(9))
+    assert result.outcome.startswith("did not start: [Errno 2]")
+
+
+def test_a_deadline_within_another():
+    assert Deadline(50, Deadline(5)).left() < 6
+    assert Deadline(5, Deadline(50)).left() < 6
+
+
+def rehearse(tmp_path: Path, only: str, stage_list: Sequence[stages.Stage]) -> tuple[int, dict]:
+    """The exit code and what gpu.json has."""
+    arguments = ["gpu", "--rehearse", "--out", str(tmp_path), "--only", only]
+    with (
+        mock.patch.object(gpu, "STAGES", stage_list),
+        mock.patch.object(sys, "argv", arguments),
+        mock.patch.dict("os.environ", TRITON_INTERPRET="1", OMP_NUM_THREADS="1"),
+    ):
+        code = gpu.main()
+    report = tmp_path / "gpu.json"
+    return code, json.loads(report.read_text()) if report.is_file() else {}
+
+
+def judges(*ops: str, faults: str = "", rows: str | None = None) -> stages.Stage:
+    """A stage that judges these ops with faults planted."""
+
+    def make(context: stages.Context) -> list[Job]:
+        found = []
+        for job in stages.smoke(context):
+            if job.name.split()[1] in ops and job.name.endswith("triton"):
+                command = list(job.command)
+                if faults:
+                    command[2:2] = ["tests.bench.planted", faults]
+                if rows:
+                    command[command.index(str(context.rows))] = rows
+                found.append(Job(job.name, command))
+        return found
+
+    seconds = 20 if "hangs" in faults else 120
+    return stages.Stage("smoke", 2, seconds, seconds, True, make)
+
+
+def test_a_rehearsal_without_faults(tmp_path):
+    code, report = rehearse(tmp_path, "smoke", [judges("swiglu")])
+    assert code == 0
+    assert {row["verdict"] for row in report["rows"]} == {"right"}
+    assert {row["dtype"] for row in report["rows"]} == {"float16", "bfloat16", "float32"}
+    assert {row["pass"] for row in report["rows"]} == {"forward", "backward"}
+    text = (tmp_path / "gpu.md").read_text()
+    assert "| swiglu | triton | backward | right |" in text
+    assert "**" not in text
+
+
+def test_planted_faults_are_named(tmp_path):
+    """An op that raises, one that is wrong in one element and one that hangs; another is right."""
+    stage_list = [
+        judges("swiglu", "rms_norm", "bias_dropout", faults="swiglu:raises,rms_norm:wrong"),
+        judges("rope", faults="rope:hangs"),
+    ]
+    code, report = rehearse(tmp_path, "smoke", stage_list)
+    assert code == 1
+    verdicts = {}
+    for row in report["rows"]:
+        verdicts.setdefault(row["op"], set()).add(row["verdict"])
+    assert verdicts["bias_dropout_add"] == {"right"}
+    assert verdicts["swiglu"] == {"crashed"}
+    assert "wrong" in verdicts["rms_norm"]
+    outcomes = {job["job"]: job for job in report["jobs"]}
+    assert outcomes["judge rope triton"]["outcome"] == "stopped after 20 s"
+    hung = next(row for row in report["rows"] if row["op"] == "rope")
+    assert (hung["verdict"], hung["shape"]) == ("crashed", "rope of 16 tokens")
+    text = (tmp_path / "gpu.md").read_text()
+    assert "RuntimeError: CUDA error: an illegal memory access" in text
+    assert "| rms_norm | triton | forward | **wrong** |" in text
+    assert "| judge rope triton |  |  | **stopped after 20 s** |" in text
+    assert "| float16 rope of 16 tokens | crashed | - | stopped: it hung, or took" in text
+
+
+def test_a_full_disk(tmp_path, capsys):
+    """In a job it fails that job; in the report's own files it is said, and the run goes on."""
+    code, report = rehearse(tmp_path, "smoke", [judges("swiglu", rows="/dev/full")])
+    assert code == 1
+    assert "No space left on device" in report["jobs"][0]["last_line"]
+    assert "No space left on device" in (tmp_path / "gpu.md").read_text()
+
+    def no_space(*_):
+        raise OSError(28, "No space left on device")
+
+    two = [Job(name, [sys.executable, "-c", "print(1)"]) for name in ("first", "second")]
+    stage = stages.Stage("smoke", 1, 60, 60, True, lambda context: two)
+    with mock.patch.object(Path, "write_text", no_space):
+        code, report = rehearse(tmp_path / "full", "smoke", [stage])
+    assert (code, report) == (0, {})
+    said = capsys.readouterr()
+    assert said.err.count("could not write to") == 2
+    assert "first: passed" in said.out
+    assert "second: passed" in said.out
+
+
+def test_half_a_line_and_half_a_file(tmp_path):
+    """What a killed job leaves."""
+    context = stages.Context(tmp_path, tmp_path, "cpu")
+    context.rows.write_text('{"part": "step", "what": "a"}\n{"part": "st')
     (tmp_path / "rope.json").write_text('{"cuda": {"machine"')
-    (tmp_path / "swiglu.json").write_text('{"cuda": {"rows": []}}')
-    gpu.add_benches(report, tmp_path)
-    assert report == {"benches": {"swiglu": {"rows": []}}}
+    (tmp_path / "swiglu.json").write_text('{"cuda": {"rows": [], "machine": {}, "rounds": 1}}')
+    run = gpu.Run(context)
+    run.done(Outcome("try", "failed with -9"))
+    assert run.report["rows"] == [{"part": "step", "what": "a"}]
+    assert list(run.report["benches"]) == ["swiglu"]
+    assert not is_good(run.report)
 
 
-def test_the_three_files(tmp_path, request):
-    """With a step that leaves a benchmark's rows, and hears interrupts although we do not."""
+def test_slower_than_a_peer_is_a_verdict():
     row = dict(
-        name="copy",
-        implementation="triton",
+        name="fwd",
+        implementation="triton fused, chosen",
         shape="1 x 2",
-        dtype="float32",
+        dtype="float16",
         median_ms=0.5,
         fastest_ms=0.4,
         gb_per_s=10.0,
         fraction=0.9,
-        vs_peer=None,
+        vs_peer=0.8,
     )
-    run = {"cuda": {"machine": {"gpu": "a chip"}, "rounds": 3, "rows": [row]}, "cpu": None}
+    run = {"machine": {"gpu": "a chip"}, "rounds": 3, "rows": [row, row | {"vs_peer": 1.2}]}
+    report = {"machine": {}, "jobs": [], "rows": [], "benches": {"quant_linear": run}}
+    text = as_markdown(report)
+    assert text.count("slower") == 1
+    assert "| quant_linear | triton fused, chosen | fwd, 1 x 2, float16 | slower |" in text
 
-    def steps(folder: Path):
-        write = (
-            "import signal; assert signal.getsignal(signal.SIGINT) is not signal.SIG_IGN;"
-            f"open({str(folder / 'rms_norm.json')!r}, 'w').write({json.dumps(run)!r})"
-        )
-        yield gpu.Step("bench rms_norm", [sys.executable, "-c", write], 60)
-        yield gpu.Step("not asked for", [sys.executable, "-c", "raise SystemExit(1)"], 60)
+
+NCU = """==PROF== Connected to process 1
+swiglu, triton: 2068 tokens
+"ID","Process ID","Kernel Name","Section Name","Metric Name","Metric Unit","Metric Value"
+"0","1","swiglu_fwd_kernel","GPU Speed Of Light Throughput","Duration","us","41.2"
+"0","1","swiglu_fwd_kernel","GPU Speed Of Light Throughput","DRAM Throughput","%","88.1"
+"0","1","swiglu_fwd_kernel","Warp State Statistics","Stall Long Scoreboard","inst","9.5"
+"0","1","swiglu_fwd_kernel","Warp State Statistics","Stall Barrier","inst","0.1"
+"0","1","swiglu_fwd_kernel","Warp State Statistics","Stall Wait","inst","1,200"
+"0","1","swiglu_fwd_kernel","Warp State Statistics","Stall MIO","inst","2"
+"1","1","swiglu_bwd_kernel","GPU Speed Of Light Throughput","Duration","us","61.9"
+"""
+
+
+def test_counters_are_read_from_the_report_of_ncu():
+    first, second = counters.kernels("swiglu", NCU)
+    assert first["kernel"] == "swiglu_fwd_kernel"
+    assert first["counters"] == {
+        "Duration": "41.2 us",
+        "DRAM Throughput": "88.1 %",
+        "Stall Wait": 1200.0,
+        "Stall Long Scoreboard": 9.5,
+        "Stall MIO": 2.0,
+    }
+    assert second["counters"] == {"Duration": "61.9 us"}
+    assert list(counters.kernels("swiglu", "==ERROR== no permission")) == []
+
+
+def test_an_interrupt_reaches_the_jobs(tmp_path):
+    """Also where the shell that started the run ignores it."""
+    program = "import signal; assert signal.getsignal(signal.SIGINT) is not signal.SIG_IGN"
+    job = Job("try", [sys.executable, "-c", program])
+    stage = stages.Stage("smoke", 1, 60, 60, True, lambda context: [job])
+    with ignored_interrupts():
+        code, _ = rehearse(tmp_path, "smoke", [stage])
+    assert code == 0
+
+
+@contextlib.contextmanager
+def ignored_interrupts():
+    import signal
 
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
-    with (
-        mock.patch.object(gpu, "why_no_gpu", lambda: None),
-        mock.patch.object(gpu, "steps", steps),
-        mock.patch("bench.roofline.machine", lambda device: {"gpu": "a chip"}),
-        mock.patch.object(sys, "argv", ["gpu", "--out", str(tmp_path), "--only", "bench rms_norm"]),
-    ):
-        assert gpu.main() == 0
-    assert {path.name for path in tmp_path.iterdir()} == {"gpu.json", "gpu.md", "gpu.log"}
-    report = json.loads((tmp_path / "gpu.json").read_text())
-    assert report["benches"]["rms_norm"]["rows"] == [row]
-    table = (tmp_path / "gpu.md").read_text()
-    assert "| bench rms_norm | passed |" in table
-    assert "| copy | triton | 1 x 2 | float32 | 0.500 | 10.0 | 0.90 | - |" in table
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_jobs_run_side_by_side():
+    """As many as there are workers."""
+    done = []
+    sleep = [Job(str(i), [sys.executable, "-c", "import time; time.sleep(1)"]) for i in range(4)]
+    deadline = Deadline(60)
+    jobs.run_all(sleep, 4, 60, deadline, lambda text: None, done.append)
+    assert {outcome.outcome for outcome in done} == {"passed"}
+    assert 60 - deadline.left() < 3.5

@@ -57,6 +57,21 @@ def test_fastest_peer_of_the_same_work_counts(monkeypatch, probes):
     assert rows[0].vs_peer == 1.5
 
 
+def test_on_a_gpu_a_work_that_raises_is_left_out(monkeypatch, probes, capsys):
+    def raises():
+        raise ValueError("out of resources\nmore")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(
+        harness, "seconds_per_round", lambda calls, device, rounds: [[1.0]] * len(calls)
+    )
+    rows = harness.measure([work(call=raises), work("other", bytes=1)], "cuda")
+    assert [row.name for row in rows] == ["other"]
+    assert capsys.readouterr().out == (
+        "op-cpu torch.float32 is left out: ValueError: out of resources\n"
+    )
+
+
 def test_no_gpu_is_said():
     text = harness.as_markdown("op", {"cpu": None, "cuda": None})
     assert "not measured on a GPU" in text

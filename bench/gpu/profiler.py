@@ -1,0 +1,82 @@
+"""Where the time of a piece of work goes on a GPU: kernels by their time, launches, gaps, host."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity
+
+NAME_COLUMNS, HOST_ROWS = 90, 25
+
+
+@dataclass
+class Profile:
+    """Microseconds of every launch by the kernel's name, and of the whole from end to end."""
+
+    kernels: dict[str, list[float]] = field(default_factory=dict)
+    wall_ms: float = 0.0
+    host_table: str = ""
+
+    @property
+    def copies(self) -> int:
+        return sum(len(v) for k, v in self.kernels.items() if k.startswith(("Memcpy", "Memset")))
+
+    @property
+    def launches(self) -> int:
+        """Of kernels, copies left out."""
+        return sum(map(len, self.kernels.values())) - self.copies
+
+    @property
+    def busy_ms(self) -> float:
+        return sum(map(sum, self.kernels.values())) / 1e3
+
+    def as_row(self) -> dict:
+        return {
+            "launches": self.launches,
+            "copies": self.copies,
+            "busy_ms": round(self.busy_ms, 3),
+            "wall_ms_profiled": round(self.wall_ms, 2),
+        }
+
+    def write(self, path: Path) -> None:
+        """The kernels, the most expensive first, and the host's functions."""
+        lines = [
+            f"{sum(times) / 1e3:9.3f} ms {len(times):6d} x {median(times):9.1f} us  "
+            f"{name[:NAME_COLUMNS]}"
+            for name, times in sorted(self.kernels.items(), key=lambda item: -sum(item[1]))
+        ]
+        path.write_text("\n".join([*lines, "", self.host_table]))
+
+
+def profile(call: Callable[[], object], device: str) -> Profile:
+    activities = [ProfilerActivity.CPU]
+    if device == "cuda":
+        activities.append(ProfilerActivity.CUDA)
+    found = Profile()
+    with torch.profiler.profile(activities=activities) as profiler:
+        found.wall_ms = seconds_of(call, device) * 1e3
+    for event in profiler.events():
+        if event.device_type == DeviceType.CUDA:
+            found.kernels.setdefault(event.name, []).append(event.device_time_total)
+    found.host_table = profiler.key_averages().table(
+        sort_by="self_cpu_time_total", row_limit=HOST_ROWS
+    )
+    return found
+
+
+def seconds_of(call: Callable[[], object], device: str) -> float:
+    """From an idle GPU to an idle GPU."""
+    synchronize(device)
+    start = time.perf_counter()
+    call()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()

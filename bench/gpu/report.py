@@ -1,0 +1,119 @@
+"""gpu.md from what gpu.json holds: the verdicts first, then the numbers."""
+
+from collections.abc import Iterable, Iterator, Sequence
+
+from bench.gpu.rows import RIGHT
+from bench.harness import run_as_markdown
+
+PASSED = "passed"
+LAST_LINE = 90
+Lines = Iterable[Sequence[str]]
+
+
+def is_good(report: dict) -> bool:
+    """Whether every job passed and nothing was found wrong."""
+    jobs = all(job["outcome"] == PASSED for job in report["jobs"])
+    return jobs and all(row.get("verdict", RIGHT) == RIGHT for row in report["rows"])
+
+
+def as_markdown(report: dict) -> str:
+    machine = ", ".join(f"{key} {value}" for key, value in report["machine"].items())
+    rows, benches = report["rows"], report["benches"]
+    sections = [
+        f"# On a GPU\n\nMade by `make gpu`. {machine}\n",
+        _section(
+            "Verdicts",
+            ("op", "backend", "pass", "verdict", "largest error", ""),
+            [
+                *verdicts([row for row in rows if "pass" in row and "verdict" in row]),
+                *unfinished(report["jobs"]),
+                *slower(benches),
+            ],
+            "The largest error is in units of what tests/ops/numerics.py allows.",
+        ),
+        _section("The model", ("part", "what", "found"), model_lines(rows)),
+        _section(
+            "Times",
+            ("op", "backend", "pass", "shape", "type", "ms", "GB/s", "TFLOP/s"),
+            times([row for row in rows if "ms" in row and "pass" in row]),
+            "Of cold calls; bytes are those of all arguments and results.",
+        ),
+        _section("Counters", ("op", "kernel", "by Nsight Compute"), counters(rows)),
+        _section("Jobs", ("job", "outcome", "seconds", "last line"), jobs(report["jobs"])),
+    ]
+    sections += [f"## {name}\n\n{run_as_markdown(run)}" for name, run in benches.items()]
+    return "\n".join(section for section in sections if section)
+
+
+def verdicts(rows: Sequence[dict]) -> Iterator[Sequence[str]]:
+    """One line for each op, backend and pass, and one more for each case that is not right."""
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows:
+        groups.setdefault((row["op"], row["backend"], row["pass"]), []).append(row)
+    for key, group in groups.items():
+        bad = [row for row in group if row["verdict"] != RIGHT]
+        kinds = "**" + ", ".join(sorted({row["verdict"] for row in bad})) + "**" if bad else RIGHT
+        worst = max((row.get("ratio") or 0 for row in group), default=0)
+        cases = f"{len(bad)} of {len(group)} cases" if bad else f"{len(group)} cases"
+        yield *key, kinds, f"{worst:.2f}", cases
+        for row in bad:
+            ratio = "-" if row.get("ratio") is None else f"{row['ratio']:.2f}"
+            case = f"{row['dtype']} {row['shape']}"
+            yield "", "", case, row["verdict"], ratio, row.get("note", "")
+
+
+def unfinished(jobs: Sequence[dict]) -> Iterator[Sequence[str]]:
+    """What did not run to its end; a job that found something wrong has rows of its own."""
+    for job in jobs:
+        if job["outcome"] not in (PASSED, "failed with 1") or "Error" in job["last_line"]:
+            yield job["job"], "", "", f"**{job['outcome']}**", "", job["last_line"][:LAST_LINE]
+
+
+def slower(benches: dict) -> Iterator[Sequence[str]]:
+    """Our choice among a bench's implementations where a peer is faster."""
+    for name, run in benches.items():
+        for row in run["rows"]:
+            chosen = row["implementation"] == "triton" or "chosen" in row["implementation"]
+            if chosen and row["vs_peer"] is not None and row["vs_peer"] < 1:
+                what = f"{row['name']}, {row['shape']}, {row['dtype']}"
+                yield name, row["implementation"], what, "slower", "", f"{row['vs_peer']} of a peer"
+
+
+def model_lines(rows: Sequence[dict]) -> Iterator[Sequence[str]]:
+    for row in rows:
+        if "part" in row:
+            found = ", ".join(f"{k} {v}" for k, v in row.items() if k not in ("part", "what"))
+            yield row["part"], row["what"], found
+
+
+def times(rows: Sequence[dict]) -> Iterator[Sequence[str]]:
+    for row in rows:
+        yield (
+            *(row[key] for key in ("op", "backend", "pass", "shape", "dtype")),
+            f"{row['ms']:.4f}",
+            f"{row['gb_per_s']:.0f}",
+            f"{row['tflops']:.1f}" if row["tflops"] else "-",
+        )
+
+
+def counters(rows: Sequence[dict]) -> Iterator[Sequence[str]]:
+    for row in rows:
+        if "counters" in row:
+            found = ", ".join(f"{name} {value}" for name, value in row["counters"].items())
+            yield row["op"], row["kernel"], found
+
+
+def jobs(jobs: Sequence[dict]) -> Iterator[Sequence[str]]:
+    for job in jobs:
+        yield job["job"], job["outcome"], f"{job['seconds']:.1f}", job["last_line"][:LAST_LINE]
+
+
+def _section(title: str, head: Sequence[str], lines: Lines, text: str = "") -> str:
+    """Nothing where there are no lines."""
+    lines = list(lines)
+    if not lines:
+        return ""
+    cells = [head, ["---"] * len(head), *lines]
+    clean = ([str(cell).replace("|", "/") for cell in line] for line in cells)
+    table = "".join(f"| {' | '.join(line)} |\n" for line in clean)
+    return f"## {title}\n\n" + (f"{text}\n\n" if text else "") + table

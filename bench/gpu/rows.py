@@ -1,0 +1,47 @@
+"""The results of `make gpu`'s programs: one JSON object a line, each written as it comes."""
+
+import json
+import traceback
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+RIGHT, WRONG, CRASHED = "right", "wrong", "crashed"
+
+
+def write_rows(path: Path, rows: Iterable[dict]) -> int:
+    """Appends every row as soon as it is there; how many were not right."""
+    bad = 0
+    with path.open("a") as file:
+        for row in rows:
+            print(json.dumps(row), file=file, flush=True)
+            bad += row.get("verdict", RIGHT) != RIGHT
+    return bad
+
+
+def read_rows(path: Path) -> list[dict]:
+    """What the programs have written; one that was killed may have left half a line."""
+    rows = []
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        with suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return rows
+
+
+def in_a_line(error: Exception) -> str:
+    """Its type, its first line, and where in this repository it was raised."""
+    own = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if any(top in frame.filename for top in ("glmkern", "bench", "tests"))
+    ]
+    where = f" ({Path(own[-1].filename).name}:{own[-1].lineno})" if own else ""
+    lines = [line for line in str(error).splitlines() if line.strip()] or [""]
+    return f"{type(error).__name__}: {lines[0][:300]}{where}"
+
+
+def plain(dtype: torch.dtype) -> str:
+    """float16 for torch.float16."""
+    return str(dtype).removeprefix("torch.")

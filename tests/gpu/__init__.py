@@ -1,0 +1,1 @@
+"""What needs a GPU: test_model.py for pytest, and the programs that `make gpu` runs."""

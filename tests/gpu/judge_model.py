@@ -1,0 +1,99 @@
+"""Are a training step and a text of ChatGLM2-6B over 4-bit weights right on this GPU?
+
+    python -m tests.gpu.judge_model --rows rows.jsonl
+
+Loss and prefix gradient of four rows, and ten greedy tokens: our kernels and plain PyTorch over
+dequantised weights, each in float16 and float32, against float64. One JSON object a line.
+"""
+
+import argparse
+import copy
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import glmkern
+from bench.bench_step import make_model, make_steps
+from bench.gpu.model import config_for, generate, rows_of
+from bench.gpu.rows import CRASHED, RIGHT, WRONG, in_a_line, plain, write_rows
+from bench.oracles import relative_error
+from bench.train_models import OURS
+from glmkern import ChatGLM
+from tests.backends import Backend, available
+from tests.ops.numerics import GRADIENT
+
+PRECISIONS = (torch.float16, torch.float32)
+BACKENDS = ("triton", "reference")
+PROMPTS, PROMPT, GREEDY = 2, 64, 10
+
+
+def verdicts(device: str) -> Iterator[dict]:
+    model = make_model(config_for(device), torch.float16, device)
+    for judge in (judge_step, judge_text):
+        try:
+            yield judge(model)
+        except Exception as error:
+            yield {"what": judge.__name__, "verdict": CRASHED, "note": in_a_line(error)}
+
+
+def judge_step(model: ChatGLM) -> dict:
+    """By the rule of a kernel's gradient: three times PyTorch's error in the same precision."""
+    exact = loss_and_gradient(model, torch.float64, "reference")
+    found, ratios = {}, []
+    for dtype in PRECISIONS:
+        errors = {}
+        for backend in BACKENDS:
+            ours = loss_and_gradient(model, dtype, backend)
+            errors[backend] = [relative_error(a, b) for a, b in zip(ours, exact, strict=True)]
+            found[f"{plain(dtype)} {backend}"] = [f"{e:.2e}" for e in errors[backend]]
+        ratios.append(errors["triton"][1] / (GRADIENT * errors["reference"][1]))
+    verdict = RIGHT if max(ratios) <= 1 else WRONG
+    return {"what": "step", "verdict": verdict, "ratio": round(max(ratios), 3), **found}
+
+
+def loss_and_gradient(model: ChatGLM, dtype: torch.dtype, backend: str) -> tuple[Tensor, Tensor]:
+    """In float64, from a step of four rows in `dtype`."""
+    twin = in_precision(model, dtype).train()
+    (step,) = make_steps(twin, rows_of(model), [OURS]).values()
+    with glmkern.backend(backend):
+        return step.run().double(), step.gradient().double()
+
+
+def judge_text(model: ChatGLM) -> dict:
+    """Equal in float32, where no two tokens are as likely as each other; counted in float16."""
+    generator = torch.Generator().manual_seed(2)
+    ids = torch.randint(model.config.padded_vocab_size, (PROMPTS, PROMPT), generator=generator)
+    same = {}
+    for dtype in PRECISIONS:
+        twin, texts = in_precision(model, dtype), []
+        for backend in BACKENDS:
+            with glmkern.backend(backend):
+                texts.append(generate(twin, ids.to(model.device), GREEDY)[:, -GREEDY:])
+        same[plain(dtype)] = int((texts[0] == texts[1]).sum())
+    most = PROMPTS * GREEDY
+    found = {f"same tokens of {most}, {name}": count for name, count in same.items()}
+    verdict = RIGHT if same["float32"] == most else WRONG
+    return {"what": "greedy text", "verdict": verdict, **found}
+
+
+def in_precision(model: ChatGLM, dtype: torch.dtype) -> ChatGLM:
+    """The model, or a copy whose floating numbers are in `dtype`; the codes stay."""
+    return model if dtype == model.dtype else copy.deepcopy(model).to(dtype)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=Path, required=True, help="the file that lines go to")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    args = parser.parse_args()
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+    with available(Backend("triton", args.device)):
+        rows = ({"part": "right"} | row for row in verdicts(args.device))
+        return int(write_rows(args.rows, rows) > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
