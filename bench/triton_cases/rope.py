@@ -24,4 +24,7 @@ def launches() -> Iterator[Launch]:
             yield from record("rope_fwd", x, cos_sin, positions)
             yield from record("rope_bwd", x, cos_sin, positions, note=" backward")
             yield from record("qkv_rope_fwd", qkv, qkv[0], cos_sin, positions, N, G, False)
+            caches = torch.empty(2, T, G, C, dtype=dtype, device="meta")
+            into = (qkv, qkv[0], cos_sin, positions, N, G, False, *caches, positions)
+            yield from record("qkv_rope_cache_fwd", *into, note=", cache")
             yield from record("qkv_rope_bwd", q, k, k, cos_sin, positions, False)

@@ -18,6 +18,14 @@ struct RopeCpu {
                                                   std::to_string(table - 1));
   }
 
+  static void check_slots(const int64_t* slots, int64_t tokens, int64_t entries) {
+    if (tokens == 0) return;
+    const auto [low, high] = std::minmax_element(slots, slots + tokens);
+    require_value(*low >= 0 && *high < entries,
+                  "rope: slots run from " + std::to_string(*low) + " to " + std::to_string(*high) +
+                      ", but the cache has 0 to " + std::to_string(entries - 1));
+  }
+
   static void run(const Rope& a, const Tensor&) {
     const auto kernel = GLMKERN_PICK_KERNEL(rope);
     int64_t heads = 0;
@@ -35,5 +43,6 @@ STABLE_TORCH_LIBRARY_IMPL(glmkern_cpu, CPU, m) {
   m.impl("rope_fwd", TORCH_BOX(&glmkern::rope_fwd<RopeCpu>));
   m.impl("rope_bwd", TORCH_BOX(&glmkern::rope_bwd<RopeCpu>));
   m.impl("qkv_rope_fwd", TORCH_BOX(&glmkern::qkv_rope_fwd<RopeCpu>));
+  m.impl("qkv_rope_cache_fwd", TORCH_BOX(&glmkern::qkv_rope_cache_fwd<RopeCpu>));
   m.impl("qkv_rope_bwd", TORCH_BOX(&glmkern::qkv_rope_bwd<RopeCpu>));
 }

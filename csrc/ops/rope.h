@@ -18,7 +18,8 @@ struct RopeHeads {
   bool rotated;    // false: copied
   StridedHeads x;  // only read
   StridedHeads y;
-  const void* bias;  // added to x before the rotation; laid out as one token of x, or null
+  const void* bias;      // added to x before the rotation; laid out as one token of x, or null
+  const int64_t* slots;  // [tokens], where in y each token goes, or null: in order
 };
 
 // Rotates the first 2 * pairs channels of every head by its token's angles, or by the negative

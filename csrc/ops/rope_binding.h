@@ -1,5 +1,6 @@
 // Tensors in, tensors out: the schemas of glmkern/ops/rope.py, once for every device. A Device has
-// `check_positions(positions, tokens, table)`, for where reading them is free, and `run`.
+// `check_positions(positions, tokens, table)` and `check_slots(slots, tokens, entries)`, for where
+// reading them is free, and `run`.
 #pragma once
 
 #include <optional>
@@ -54,7 +55,8 @@ Tensor rope_one_tensor(const char* op, const Tensor& any_strides, const Tensor& 
   Tensor y = torch::stable::new_empty(x, {x.size(0), x.size(1), x.size(2)});
   a.rope.inverse = inverse;
   a.rope.groups = 1;
-  a.rope.heads[0] = {x.size(1), true, rope_strided_heads(x), rope_strided_heads(y), nullptr};
+  a.rope.heads[0] = {x.size(1), true,   rope_strided_heads(x), rope_strided_heads(y),
+                     nullptr,   nullptr};
   Device::run(a.rope, x);
   return y;
 }
@@ -98,38 +100,92 @@ struct QkvLayout {
   bool interleaved;
 };
 
+// The rows of qkv with contiguous channels, and how they are split.
+struct QkvRows {
+  QkvRows(const std::string& op, const Tensor& any_strides, int64_t heads, int64_t groups,
+          bool interleaved)
+      : rows(contiguous_channels(op, any_strides)),
+        layout(op, heads, groups, rows.size(1) / (heads + 2 * groups), interleaved) {
+    require(layout.width() == rows.size(1),
+            op + ": a row of qkv must hold heads + 2 groups heads of one size");
+  }
+
+  static Tensor contiguous_channels(const std::string& op, const Tensor& qkv) {
+    require(qkv.dim() == 2, op + ": qkv must be [T, (heads + 2 groups) * C]");
+    return qkv.stride(1) == 1 ? qkv : torch::stable::contiguous(qkv);
+  }
+
+  Tensor rows;
+  QkvLayout layout;
+};
+
+// Writes q, k and v, `parts`; those of k and v at `slots`, or in order.
+template <class Device>
+void rotate_qkv(const char* op, const QkvRows& qkv, const std::optional<Tensor>& bias,
+                const Tensor& cos_sin, const Tensor& positions, const Tensor (&parts)[3],
+                const int64_t* slots) {
+  const QkvLayout& layout = qkv.layout;
+  RopeArguments a =
+      rope_arguments<Device>(op, qkv.rows, qkv.rows.size(0), layout.channels, cos_sin, positions);
+  const int64_t bytes = bytes_of(a.rope.dtype);
+  std::optional<Tensor> bias_row;
+  if (bias.has_value()) {
+    bias_row = torch::stable::contiguous(*bias);
+    require_like(op, "bias", *bias_row, qkv.rows, qkv.rows.scalar_type(), layout.width());
+  }
+  a.rope.groups = 3;
+  for (int part = 0; part < 3; part++) {
+    a.rope.heads[part] = {
+        layout.count(part),
+        part < 2,
+        layout.part_of(qkv.rows, part, bytes),
+        rope_strided_heads(parts[part]),
+        bias_row.has_value() ? layout.start(part, bias_row->const_data_ptr(), bytes) : nullptr,
+        part == 0 ? nullptr : slots};
+  }
+  Device::run(a.rope, qkv.rows);
+}
+
 template <class Device>
 std::tuple<Tensor, Tensor, Tensor> qkv_rope_fwd(const Tensor& any_strides,
                                                 const std::optional<Tensor>& bias,
                                                 const Tensor& cos_sin, const Tensor& positions,
                                                 int64_t heads, int64_t groups, bool interleaved) {
   const char* op = "qkv_rope_fwd";
-  require(any_strides.dim() == 2, std::string(op) + ": qkv must be [T, (heads + 2 groups) * C]");
-  const Tensor qkv =
-      any_strides.stride(1) == 1 ? any_strides : torch::stable::contiguous(any_strides);
-  const int64_t tokens = qkv.size(0), channels = qkv.size(1) / (heads + 2 * groups);
-  const QkvLayout layout(op, heads, groups, channels, interleaved);
-  require(layout.width() == qkv.size(1),
-          std::string(op) + ": a row of qkv must hold heads + 2 groups heads of one size");
-  RopeArguments a = rope_arguments<Device>(op, qkv, tokens, channels, cos_sin, positions);
-  const int64_t bytes = bytes_of(a.rope.dtype);
-  std::optional<Tensor> bias_row;
-  if (bias.has_value()) {
-    bias_row = torch::stable::contiguous(*bias);
-    require_like(op, "bias", *bias_row, qkv, qkv.scalar_type(), layout.width());
-  }
-  Tensor parts[3] = {torch::stable::new_empty(qkv, {tokens, heads, channels}),
-                     torch::stable::new_empty(qkv, {tokens, groups, channels}),
-                     torch::stable::new_empty(qkv, {tokens, groups, channels})};
-  a.rope.groups = 3;
-  for (int part = 0; part < 3; part++) {
-    a.rope.heads[part] = {
-        layout.count(part), part < 2, layout.part_of(qkv, part, bytes),
-        rope_strided_heads(parts[part]),
-        bias_row.has_value() ? layout.start(part, bias_row->const_data_ptr(), bytes) : nullptr};
-  }
-  Device::run(a.rope, qkv);
+  const QkvRows qkv(op, any_strides, heads, groups, interleaved);
+  const int64_t tokens = qkv.rows.size(0), channels = qkv.layout.channels;
+  const Tensor parts[3] = {torch::stable::new_empty(qkv.rows, {tokens, heads, channels}),
+                           torch::stable::new_empty(qkv.rows, {tokens, groups, channels}),
+                           torch::stable::new_empty(qkv.rows, {tokens, groups, channels})};
+  rotate_qkv<Device>(op, qkv, bias, cos_sin, positions, parts, nullptr);
   return {parts[0], parts[1], parts[2]};
+}
+
+template <class Device>
+Tensor qkv_rope_cache_fwd(const Tensor& any_strides, const std::optional<Tensor>& bias,
+                          const Tensor& cos_sin, const Tensor& positions, int64_t heads,
+                          int64_t groups, bool interleaved, const Tensor& keys,
+                          const Tensor& values, const Tensor& slots) {
+  const char* op = "qkv_rope_cache_fwd";
+  const QkvRows qkv(op, any_strides, heads, groups, interleaved);
+  const int64_t tokens = qkv.rows.size(0), channels = qkv.layout.channels;
+  for (const Tensor& entries : {keys, values}) {
+    require(entries.dim() == 3 && entries.size(0) == keys.size(0) && entries.size(1) == groups &&
+                entries.size(2) == channels && entries.scalar_type() == qkv.rows.scalar_type() &&
+                entries.device() == qkv.rows.device(),
+            std::string(op) +
+                ": keys and values must be [entries, groups, C] of qkv's dtype and device");
+    require(entries.stride(2) == 1 && entries.stride(1) == channels,
+            std::string(op) + ": an entry of keys or values is not contiguous");
+  }
+  const Tensor places = torch::stable::contiguous(slots);
+  require_like(op, "slots", places, qkv.rows, ScalarType::Long, tokens);
+  const auto* slot_of = static_cast<const int64_t*>(places.const_data_ptr());
+  Device::check_slots(slot_of, tokens, keys.size(0));
+  const Tensor parts[3] = {torch::stable::new_empty(qkv.rows, {tokens, heads, channels}), keys,
+                           values};
+  rotate_qkv<Device>(op, qkv, bias, cos_sin, positions, parts, slot_of);
+  return parts[0];
 }
 
 template <class Device>
@@ -152,8 +208,12 @@ Tensor qkv_rope_bwd(const Tensor& dq, const Tensor& dk, const Tensor& dv, const 
             std::string(op) +
                 ": dq must be [T, heads, C], and dk and dv [T, groups, C] of dq's "
                 "dtype and device");
-    a.rope.heads[part] = {layout.count(part), part < 2, rope_strided_heads(x),
-                          layout.part_of(dqkv, part, bytes_of(a.rope.dtype)), nullptr};
+    a.rope.heads[part] = {layout.count(part),
+                          part < 2,
+                          rope_strided_heads(x),
+                          layout.part_of(dqkv, part, bytes_of(a.rope.dtype)),
+                          nullptr,
+                          nullptr};
   }
   Device::run(a.rope, dq);
   return dqkv;

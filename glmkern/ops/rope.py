@@ -87,6 +87,24 @@ def qkv_rope_fwd_reference(
     return q, k, v.to(qkv.dtype, copy=True, memory_format=torch.contiguous_format)
 
 
+def qkv_rope_cache_fwd_reference(
+    qkv: Tensor,
+    bias: Tensor | None,
+    cos_sin: Tensor,
+    positions: Tensor,
+    heads: int,
+    groups: int,
+    interleaved: bool,
+    keys: Tensor,
+    values: Tensor,
+    slots: Tensor,
+) -> Tensor:
+    q, k, v = qkv_rope_fwd_reference(qkv, bias, cos_sin, positions, heads, groups, interleaved)
+    keys.index_copy_(0, slots, k)
+    values.index_copy_(0, slots, v)
+    return q
+
+
 def qkv_rope_bwd_reference(
     dq: Tensor, dk: Tensor, dv: Tensor, cos_sin: Tensor, positions: Tensor, interleaved: bool
 ) -> Tensor:
@@ -168,6 +186,18 @@ def _qkv_fwd_fake(
     return tuple(qkv.new_empty(qkv.shape[0], n, channels) for n in (heads, groups, groups))
 
 
+def _qkv_cache_fwd_fake(
+    qkv: Tensor,
+    bias: Tensor | None,
+    cos_sin: Tensor,
+    positions: Tensor,
+    heads: int,
+    groups: int,
+    *_: object,
+) -> Tensor:
+    return qkv.new_empty(qkv.shape[0], heads, qkv.shape[1] // (heads + 2 * groups))
+
+
 def _qkv_bwd_fake(
     dq: Tensor, dk: Tensor, dv: Tensor, cos_sin: Tensor, positions: Tensor, interleaved: bool
 ) -> Tensor:
@@ -182,6 +212,28 @@ def _qkv_fwd_supports(qkv: Tensor, bias: Tensor | None, cos_sin: Tensor, *_: obj
     return _supports(qkv, cos_sin)
 
 
+def _qkv_cache_fwd_supports(
+    qkv: Tensor,
+    bias: Tensor | None,
+    cos_sin: Tensor,
+    positions: Tensor,
+    heads: int,
+    groups: int,
+    interleaved: bool,
+    keys: Tensor,
+    values: Tensor,
+    slots: Tensor,
+) -> str | None:
+    if not (_is_of_rows(keys) and _is_of_rows(values)):
+        return "an entry of keys or values is not contiguous"
+    return _supports(qkv, cos_sin)
+
+
+def _is_of_rows(entries: Tensor) -> bool:
+    """Whether each entry of [entries, G, C] lies in one piece."""
+    return entries.stride(2) == 1 and entries.stride(1) == entries.shape[2]
+
+
 def _qkv_bwd_supports(
     dq: Tensor, dk: Tensor, dv: Tensor, cos_sin: Tensor, *_: object
 ) -> str | None:
@@ -192,6 +244,28 @@ def _check_qkv_fwd_values(
     qkv: Tensor, bias: Tensor | None, cos_sin: Tensor, positions: Tensor, *_: object
 ) -> None:
     _check_positions(cos_sin, positions)
+
+
+def _check_qkv_cache_fwd_values(
+    qkv: Tensor,
+    bias: Tensor | None,
+    cos_sin: Tensor,
+    positions: Tensor,
+    heads: int,
+    groups: int,
+    interleaved: bool,
+    keys: Tensor,
+    values: Tensor,
+    slots: Tensor,
+) -> None:
+    _check_positions(cos_sin, positions)
+    if slots.numel() == 0:
+        return
+    low, high = int(slots.min()), int(slots.max())
+    check(
+        0 <= low and high < keys.shape[0],
+        lambda: f"rope: slots run from {low} to {high}, but the cache has 0 to {len(keys) - 1}",
+    )
 
 
 def _check_qkv_bwd_values(
@@ -255,4 +329,16 @@ define_op(
     fake=_qkv_fwd_fake,
     supports=supports_of_kernels(_qkv_fwd_supports),
     check_values=_check_qkv_fwd_values,
+)
+# The same for decoding: rotated k, and v, go to the entries `slots`, int64 [T] and distinct, of
+# keys and values [entries, groups, C], whose other entries stay.
+define_op(
+    "qkv_rope_cache_fwd",
+    "(Tensor qkv, Tensor? bias, Tensor cos_sin, Tensor positions, int heads,"
+    " int groups, bool interleaved, Tensor(a!) keys, Tensor(b!) values, Tensor slots) -> Tensor q",
+    module="rope",
+    reference=qkv_rope_cache_fwd_reference,
+    fake=_qkv_cache_fwd_fake,
+    supports=supports_of_kernels(_qkv_cache_fwd_supports) | {"triton": _qkv_fwd_supports},
+    check_values=_check_qkv_cache_fwd_values,
 )

@@ -106,7 +106,10 @@ def qkv_rope_fwd_kernel(
     q,
     k,
     v,
+    slots,
     s_qkv,
+    s_k,
+    s_v,
     N: tl.constexpr,
     G: tl.constexpr,
     C: tl.constexpr,
@@ -115,8 +118,12 @@ def qkv_rope_fwd_kernel(
     BN: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """q [T, N, C], k and v [T, G, C] of rows of qkv plus bias; q and k are rotated."""
+    """q [T, N, C] and the rows `slots` of k and v [entries, G, C], or theirs in order, of rows of
+    qkv plus bias; q and k are rotated."""
     i_t = tl.program_id(0).to(tl.int64)
+    i_s = i_t
+    if slots is not None:
+        i_s = tl.load(slots + i_t)
     # [BN]
     o_n = tl.program_id(1) * BN + tl.arange(0, BN)
     b_part, o_p = part_of_heads(o_n, N, G, INTERLEAVED)
@@ -130,8 +137,8 @@ def qkv_rope_fwd_kernel(
     b_y = rotate(b_x, b_cos, b_sin, b_part < 2, R, BN, BC, False)
     o_y, _ = head_offsets(o_p, C, C, BC)
     tl.store(q + i_t * (N * C) + o_y, b_y, mask=(b_part == 0)[:, None] & m_c)
-    tl.store(k + i_t * (G * C) + o_y, b_y, mask=(b_part == 1)[:, None] & m_c)
-    tl.store(v + i_t * (G * C) + o_y, b_y, mask=(b_part == 2)[:, None] & m_c)
+    tl.store(k + i_s * s_k + o_y, b_y, mask=(b_part == 1)[:, None] & m_c)
+    tl.store(v + i_s * s_v + o_y, b_y, mask=(b_part == 2)[:, None] & m_c)
 
 
 @triton.jit
@@ -219,14 +226,53 @@ def qkv_rope_fwd(
     groups: int,
     interleaved: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    C = qkv.shape[1] // (heads + 2 * groups)
+    q, k, v = (qkv.new_empty(len(qkv), n, C) for n in (heads, groups, groups))
+    _rotate_qkv(qkv, bias, cos_sin, positions, interleaved, q, k, v, None)
+    return q, k, v
+
+
+def qkv_rope_cache_fwd(
+    qkv: Tensor,
+    bias: Tensor | None,
+    cos_sin: Tensor,
+    positions: Tensor,
+    heads: int,
+    groups: int,
+    interleaved: bool,
+    keys: Tensor,
+    values: Tensor,
+    slots: Tensor,
+) -> Tensor:
+    if not keys[:1].is_contiguous() or not values[:1].is_contiguous():
+        rotation = (bias, cos_sin, positions, heads, groups, interleaved)
+        q, k, v = qkv_rope_fwd(qkv, *rotation)
+        keys.index_copy_(0, slots, k)
+        values.index_copy_(0, slots, v)
+        return q
+    q = qkv.new_empty(len(qkv), heads, qkv.shape[1] // (heads + 2 * groups))
+    _rotate_qkv(qkv, bias, cos_sin, positions, interleaved, q, keys, values, slots.contiguous())
+    return q
+
+
+def _rotate_qkv(
+    qkv: Tensor,
+    bias: Tensor | None,
+    cos_sin: Tensor,
+    positions: Tensor,
+    interleaved: bool,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slots: Tensor | None,
+) -> None:
+    """Writes q [T, N, C], and k and v [entries, G, C] at `slots`, or all of them."""
     qkv, cos_sin, positions = _contiguous_channels(qkv), *_angles(cos_sin, positions)
     (bias,) = contiguous(bias)
-    T, in_row = qkv.shape[0], heads + 2 * groups
-    C = qkv.shape[1] // in_row
-    q, k, v = (qkv.new_empty(T, n, C) for n in (heads, groups, groups))
+    (T, N, C), G = q.shape, k.shape[1]
     _launch(
         qkv_rope_fwd_kernel,
-        (T, in_row, C),
+        (T, N + 2 * G, C),
         qkv,
         bias,
         cos_sin,
@@ -234,14 +280,16 @@ def qkv_rope_fwd(
         q,
         k,
         v,
+        slots,
         qkv.stride(0),
-        N=heads,
-        G=groups,
+        k.stride(0),
+        v.stride(0),
+        N=N,
+        G=G,
         C=C,
         R=cos_sin.shape[1],
         INTERLEAVED=interleaved,
     )
-    return q, k, v
 
 
 def qkv_rope_bwd(

@@ -78,6 +78,12 @@ def qkv_rope_fwd(device: str) -> Iterator[tuple]:
         yield random(device, 3, 24), bias, angles(device), integers(device, 8, 0, 3), 2, 1, False
 
 
+def qkv_rope_cache_fwd(device: str) -> Iterator[tuple]:
+    caches = [random(device, 7, 1, 6) for _ in range(2)]
+    arguments = (random(device, 3, 24), random(device, 24), angles(device))
+    yield *arguments, integers(device, 8, 0, 3), 2, 1, False, *caches, integers(device, 6, 1, 2)
+
+
 def qkv_rope_bwd(device: str) -> Iterator[tuple]:
     x, table, positions = random(device, 3, 2, 6), angles(device), integers(device, 8, 0, 3)
     yield x, x[:, :1], x[:, 1:], table, positions, False
@@ -187,6 +193,7 @@ ARGUMENTS: dict[str, Callable[[str], Iterator[tuple]]] = {
         rope_fwd,
         rope_bwd,
         qkv_rope_fwd,
+        qkv_rope_cache_fwd,
         qkv_rope_bwd,
         swiglu_fwd,
         swiglu_bwd,

@@ -156,6 +156,43 @@ def test_qkv_rope_against_fp64(backend, shape, dtype, with_bias):
 
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
 @pytest.mark.parametrize("shape", QKV_SHAPES, ids=str)
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_qkv_rope_into_a_cache(backend, shape, dtype, with_bias):
+    """The bits of qkv_rope_fwd, at the slots; all other entries stay."""
+    *sizes, interleaved = shape
+    tokens, heads, groups, channels, _ = sizes
+    qkv, bias, *angles = qkv_inputs(*sizes, dtype)
+    arguments = (qkv, bias if with_bias else None, *angles, heads, groups, interleaved)
+    caches = torch.randn(2, 3 * tokens, groups + 1, channels).to(dtype)[:, :, :groups]
+    slots = torch.randperm(3 * tokens)[:tokens]
+    q, k, v = library.qkv_rope_fwd(*arguments)
+    expected = caches.clone()
+    expected[0, slots], expected[1, slots] = k, v
+    with poisoned_memory():
+        assert same_bits(library.qkv_rope_cache_fwd(*arguments, *caches, slots), q)
+    assert same_bits(caches.contiguous(), expected.contiguous())
+
+
+def test_qkv_rope_into_no_entries(backend):
+    qkv, bias, *angles = qkv_inputs(1, 2, 1, 6, 2, torch.float32)
+    angles = angles[0], angles[1][:0]
+    caches = torch.randn(2, 4, 1, 6)
+    before, slots = caches.clone(), torch.zeros(0, dtype=torch.int64)
+    q = library.qkv_rope_cache_fwd(qkv[:0], bias, *angles, 2, 1, False, *caches, slots)
+    assert q.shape == (0, 2, 6)
+    assert same_bits(caches, before)
+
+
+@pytest.mark.parametrize(("slots", "range_"), [([0, 4], "0 to 4"), ([-1, 2], "-1 to 2")])
+def test_slots_outside_the_cache(backend, checked_values, slots, range_):
+    qkv, bias, *angles = qkv_inputs(2, 2, 1, 6, 2, torch.float32)
+    caches = torch.randn(2, 4, 1, 6)
+    with pytest.raises(ValueError, match=f"^rope: slots run from {range_}, but the cache has 0 to"):
+        library.qkv_rope_cache_fwd(qkv, bias, *angles, 2, 1, False, *caches, torch.tensor(slots))
+
+
+@pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
+@pytest.mark.parametrize("shape", QKV_SHAPES, ids=str)
 def test_qkv_rope_backward_against_fp64(backend, shape, dtype):
     *sizes, interleaved = shape
     tokens, heads, groups, channels, _ = sizes
@@ -254,12 +291,16 @@ def test_errors(backend, checked_values, arguments, sentence):
         ops.rope(**call | backend.on_device(arguments))
 
 
-@pytest.mark.parametrize("op", ["rope_fwd", "rope_bwd", "qkv_rope_fwd", "qkv_rope_bwd"])
+@pytest.mark.parametrize(
+    "op", ["rope_fwd", "rope_bwd", "qkv_rope_fwd", "qkv_rope_cache_fwd", "qkv_rope_bwd"]
+)
 def test_every_form_checks_positions(backend, checked_values, op):
     x = torch.zeros(3, 2, 8)
     angles = torch.zeros(9, 2, 2), torch.tensor([0, 9, 1])
+    qkv = (x.flatten(1).repeat(1, 3), None, *angles, 2, 2, False)
     arguments = {
-        "qkv_rope_fwd": (x.flatten(1).repeat(1, 3), None, *angles, 2, 2, False),
+        "qkv_rope_fwd": qkv,
+        "qkv_rope_cache_fwd": (*qkv, x.clone(), x.clone(), torch.arange(3)),
         "qkv_rope_bwd": (x, x, x, *angles, False),
     }.get(op, (x, *angles))
     with pytest.raises(ValueError, match="^rope: positions run from 0 to 9, but the table holds"):

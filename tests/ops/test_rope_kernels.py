@@ -75,6 +75,27 @@ def test_the_kernels_guard_direct_calls(backend, position, wrong, sentence):
         backend.kernels.qkv_rope_fwd(*arguments)
 
 
+@pytest.mark.backends("cpu", "cuda")
+@pytest.mark.parametrize(
+    ("position", "wrong", "sentence"),
+    [
+        (7, torch.zeros(5, 2, 8), r"keys and values must be \[entries, groups, C\] of qkv's dtype"),
+        (8, torch.zeros(4, 1, 8), r"keys and values must be \[entries, groups, C\] of qkv's dtype"),
+        (8, torch.zeros(5, 8, 1).mT, r"an entry of keys or values is not contiguous"),
+        (7, torch.zeros(5, 1, 8).half(), "keys and values must be"),
+        (9, torch.arange(4), "slots must have 3 elements, not 4"),
+        (9, torch.zeros(3), "slots has another dtype"),
+    ],
+)
+def test_the_kernels_guard_caches(backend, position, wrong, sentence):
+    angles = torch.zeros(9, 2, 2), torch.arange(3)
+    caches = torch.zeros(2, 5, 1, 8)
+    arguments = [torch.zeros(3, 32), None, *angles, 2, 1, False, *caches, torch.arange(3)]
+    arguments[position] = wrong.to(backend.device)
+    with pytest.raises(RuntimeError, match=f"^qkv_rope_cache_fwd: {sentence}"):
+        backend.kernels.qkv_rope_cache_fwd(*arguments)
+
+
 @pytest.mark.backends("triton")
 @pytest.mark.parametrize("shape", [(1, 1, 1, 2, 1), (3, 5, 5, 3, 1), (2, 9, 2, 20, 7)], ids=str)
 def test_touches_nothing_outside(backend, shape, monkeypatch):
@@ -103,6 +124,9 @@ def test_touches_nothing_outside(backend, shape, monkeypatch):
     for interleaved in (False, True) if heads == groups else (False,):
         parts = kernels.qkv_rope_fwd(x.flatten(1), bias, *angles, heads, groups, interleaved)
         results += [*parts, kernels.qkv_rope_bwd(*parts, *angles, interleaved)]
+        caches = [surrounded(7.0, tokens, groups, channels) for _ in range(2)]
+        qkv = (x.flatten(1), bias, *angles, heads, groups, interleaved)
+        results += [*caches, kernels.qkv_rope_cache_fwd(*qkv, *caches, torch.arange(tokens))]
     assert all(t.isfinite().all() for t in results)
     assert len(buffers) == 3 + len(results)
     for buffer in buffers[3:]:
@@ -116,11 +140,14 @@ def test_forced_backend_runs_the_kernels(backend):
     angles = table(50, 2).float(), torch.randint(50, (2,))
     with mock.patch.object(kernels, "launch", wraps=kernels.launch) as launch:
         ops.rope(x, *angles).sum().backward()
-        parts = library.qkv_rope_fwd(x.detach().flatten(1), None, *angles, 1, 1, False)
+        qkv = (x.detach().flatten(1), None, *angles, 1, 1, False)
+        parts = library.qkv_rope_fwd(*qkv)
+        library.qkv_rope_cache_fwd(*qkv, *torch.zeros(2, 3, 1, 8), torch.arange(2))
         library.qkv_rope_bwd(*parts, *angles, False)
     assert [call.args[0] for call in launch.call_args_list] == [
         kernels.rope_kernel,
         kernels.rope_kernel,
+        kernels.qkv_rope_fwd_kernel,
         kernels.qkv_rope_fwd_kernel,
         kernels.qkv_rope_bwd_kernel,
     ]

@@ -33,12 +33,12 @@ void rotate_token(const Rope& a, const RopeHeads& heads, int64_t token) {
   const Table* angles = static_cast<const Table*>(a.cos_sin) + a.positions[token] * 2 * a.pairs;
   const int64_t width = heads.rotated ? 2 * a.pairs : 0;
   const float direction = a.inverse ? -1.0f : 1.0f;
+  const int64_t slot = heads.slots != nullptr ? heads.slots[token] : token;
   for (int64_t head = 0; head < heads.count; head++) {
     const int64_t head_start = head * heads.x.head_stride;
     const T* x = static_cast<const T*>(heads.x.data) + token * heads.x.token_stride + head_start;
     const T* bias = static_cast<const T*>(heads.bias) + (kBias ? head_start : 0);
-    T* y =
-        static_cast<T*>(heads.y.data) + token * heads.y.token_stride + head * heads.y.head_stride;
+    T* y = static_cast<T*>(heads.y.data) + slot * heads.y.token_stride + head * heads.y.head_stride;
     const auto biased = [&](int64_t i, auto lanes) {
       Vec v = load(x + i, lanes);
       if constexpr (kBias) v += load(bias + i, lanes);
