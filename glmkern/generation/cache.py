@@ -34,6 +34,7 @@ class KeyValueCache:
             for segment in model.prefix()
         ]
         self._layers: list[Tensor] = []  # [2, rows, room, G, C], keys and values
+        self._first_slots = self.lens  # [rows], where each row's entries begin, all laid end to end
 
     def belongs_to(self, model: ChatGLMModel) -> bool:
         """Whether it was filled by this model under the prefix that is in use."""
@@ -47,10 +48,15 @@ class KeyValueCache:
         row = torch.arange(rows, device=lens.device).repeat_interleave(lens)
         place = torch.arange(len(row), device=lens.device) - batch.cu_seqlens[row]
         self._make_room(rows, longest)
-        slots = row * self._room + place
+        slots = self._first_slots[row] + place
 
-        def attend(layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return kernels.prefix_attention_fwd(
+        run = Pass(self.model.cos_sin, batch.positions)
+
+        def attend(layer: Layer, qkv: Tensor) -> Tensor:
+            q, k, v = layer.rotated(qkv, run)
+            for entries, new in zip(self._entries(layer), (k, v), strict=True):
+                entries.index_copy_(0, slots, new)
+            out, _ = kernels.prefix_attention_fwd(
                 q,
                 k,
                 v,
@@ -60,23 +66,36 @@ class KeyValueCache:
                 None,
                 layer.scale,
                 0.0,
-            )[0]
+            )
+            return out
 
-        hidden = self._run(batch.input_ids, batch.positions, slots, attend)
+        hidden = self.model.decode(batch.input_ids, attend)
         self.lens, self.longest = lens, longest
         return hidden[batch.cu_seqlens[1:].long() - 1]
 
     @torch.inference_mode()
     def read(self, input_ids: Tensor) -> Tensor:
         """Appends tokens [rows, S] to every row; returns the last one's hidden state [rows, H]."""
-        rows, new = input_ids.shape
-        self._make_room(rows, self.longest + new)
-        positions = (self.lens.unsqueeze(1) + torch.arange(new, device=self.lens.device)).flatten()
-        first_slots = torch.arange(rows, device=self.lens.device) * self._room
-        slots = first_slots.repeat_interleave(new) + positions
-        lens, queries = self.lens + new, torch.full_like(self.lens, new)
+        self.make_room(self.longest + input_ids.shape[1])
+        hidden = self.append(input_ids)
+        self.longest += input_ids.shape[1]
+        return hidden
 
-        def attend(layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    @torch.inference_mode()
+    def append(self, input_ids: Tensor) -> Tensor:
+        """`read` without what the host has to do, to make room before and to count `longest`
+        after: it changes the tensors of this cache in place, and a CUDA graph can hold it."""
+        rows, new = input_ids.shape
+        positions, first_slots = self.lens, self._first_slots
+        if new > 1:
+            positions = positions.unsqueeze(1) + torch.arange(new, device=positions.device)
+            positions, first_slots = positions.flatten(), first_slots.repeat_interleave(new)
+        slots = first_slots + positions
+        lens, queries = self.lens + new, torch.full_like(self.lens, new)
+        run = Pass(self.model.cos_sin, positions)
+
+        def attend(layer: Layer, qkv: Tensor) -> Tensor:
+            q = layer.rotated_into(*self._entries(layer), slots, qkv, run)
             out = kernels.prefix_attention_decode_fwd(
                 q.unflatten(0, (rows, new)),
                 *self._layers[layer.index],
@@ -87,8 +106,8 @@ class KeyValueCache:
             )
             return out.flatten(0, 1)
 
-        hidden = self._run(input_ids.flatten(), positions, slots, attend)
-        self.lens, self.longest = lens, self.longest + new
+        hidden = self.model.decode(input_ids.flatten(), attend)
+        self.lens.copy_(lens)
         return hidden.unflatten(0, (rows, new))[:, -1]
 
     @torch.inference_mode()
@@ -97,16 +116,25 @@ class KeyValueCache:
         self.lens = self.lens[rows]
         for i, layer in enumerate(self._layers):  # one at a time: there is never a second copy
             self._layers[i] = layer.index_select(1, rows)
+        self._first_slots = self._first_slots[: len(rows)]
+        if len(self._first_slots) < len(rows):
+            self._first_slots = torch.arange(len(rows), device=rows.device) * self._room
 
     @property
     def _room(self) -> int:
         return self._layers[0].shape[2]
 
-    def _make_room(self, rows: int, entries: int) -> None:
-        """Room for `entries` tokens a row. It grows by a quarter at least: all copies for one text
-        then cost no more than a few copies of its final size."""
+    @torch.inference_mode()
+    def make_room(self, entries: int, growth: int = 0) -> bool:
+        """Room for `entries` tokens a row; whether that took new tensors. If so it grows by a
+        quarter at least, or by `growth`: all copies for one text then cost no more than a few
+        copies of its final size."""
         if self._layers and entries <= self._room:
-            return
+            return False
+        self._make_room(len(self.lens), max(entries, self.longest + growth))
+        return True
+
+    def _make_room(self, rows: int, entries: int) -> None:
         config = self.model.config
         room = -(-max(entries, self.longest * 5 // 4) // BLOCK) * BLOCK
         shape = (2, rows, room, config.num_groups, config.kv_channels)
@@ -116,20 +144,9 @@ class KeyValueCache:
             if old:
                 grown[:, :, : self.longest] = old.pop(0)[:, :, : self.longest]
             self._layers.append(grown)
+        self._first_slots = torch.arange(rows, device=grown.device) * room
 
-    def _run(self, input_ids: Tensor, positions: Tensor, slots: Tensor, attend) -> Tensor:
-        """Takes new tokens [T] through the model; keys and values go to `slots` [T] of the rows
-        laid end to end. Returns hidden states [T, H] after the final norm."""
-        run = Pass(self.model.cos_sin, positions)
-
-        def run_layer(layer: Layer, x: Tensor) -> Tensor:
-            keys, values = self._layers[layer.index].flatten(1, 2)  # [rows * room, G, C]
-
-            def store_and_attend(q, k, v):
-                keys.index_copy_(0, slots, k)
-                values.index_copy_(0, slots, v)
-                return attend(layer, q, k, v), None
-
-            return layer.decode(x, run, store_and_attend)
-
-        return self.model.encode(input_ids, run_layer)
+    def _entries(self, layer: Layer) -> tuple[Tensor, Tensor]:
+        """A layer's keys and values, each [rows * room, G, C]: the rows laid end to end."""
+        keys, values = self._layers[layer.index].flatten(1, 2)
+        return keys, values

@@ -8,7 +8,13 @@ import torch
 from torch import Tensor
 
 from glmkern.generation.cache import KeyValueCache
-from glmkern.generation.sampling import LogitsProcessor, Sampling, penalize_repetition
+from glmkern.generation.sampling import (
+    InvalidScores,
+    LogitsProcessor,
+    Sampling,
+    can_draw,
+    penalize_repetition,
+)
 from glmkern.model.model import ChatGLMModel
 
 
@@ -29,6 +35,7 @@ class Decoder:
     repetition_penalty, processors: applied to the scores before that choice.
     ends: end tokens; pad: fills a row after its end token.
     drops_rows: rows that have ended leave the running batch.
+    in_place: steps are those of in_place.py, which a CUDA graph can repeat.
     """
 
     model: ChatGLMModel
@@ -39,6 +46,7 @@ class Decoder:
     ends: Sequence[int]
     pad: int
     drops_rows: bool
+    in_place: bool
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
@@ -70,6 +78,8 @@ class Decoder:
         ended = torch.zeros_like(rows, dtype=torch.bool)
         while True:
             scores = self.process(self.logits(hidden), sequences[rows, :length], starts[rows])
+            if self.sampling.do_sample and not can_draw(scores):
+                raise InvalidScores
             tokens = self.sampling.choose(scores, rows, total).masked_fill(ended, self.pad)
             sequences[rows, length] = tokens
             length += 1

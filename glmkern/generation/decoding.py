@@ -10,7 +10,8 @@ from torch import Tensor
 from glmkern.generation.beams import BeamSearch
 from glmkern.generation.cache import KeyValueCache
 from glmkern.generation.decoder import Decoder, Prompts
-from glmkern.generation.sampling import LogitsProcessor, Sampling
+from glmkern.generation.in_place import InPlaceDecoding
+from glmkern.generation.sampling import STATIC_PROCESSORS, LogitsProcessor, Sampling
 from glmkern.model.model import ChatGLMModel
 from glmkern.model.packing import unpad
 
@@ -57,6 +58,8 @@ def generate(
     prompts = read_prompts(decoder.cache, input_ids, attention_mask, max_length)
     if num_beams > 1:
         return BeamSearch(decoder, num_beams, length_penalty).run(prompts, max_length).sequences
+    if decoder.in_place:
+        return InPlaceDecoding(decoder, prompts, max_length).finish()
     *_, sequences = decoder.run(prompts, max_length)
     return sequences
 
@@ -93,7 +96,12 @@ def stream_generate(
         decoder = replace(decoder, drops_rows=False)  # its rows stay those of the caller
     max_length = _limit(model, input_ids, max_length, max_new_tokens)
     prompts = read_prompts(cache, input_ids, attention_mask, max_length)
-    for sequences in decoder.run(prompts, max_length):
+    steps = (
+        InPlaceDecoding(decoder, prompts, max_length).steps()
+        if decoder.in_place
+        else decoder.run(prompts, max_length)
+    )
+    for sequences in steps:
         yield sequences.clone()
 
 
@@ -110,6 +118,7 @@ def make_decoder(
     eos_token_id: int | Sequence[int] | None = None,
     pad_token_id: int | None = None,
     generator: torch.Generator | None = None,
+    cuda_graphs: bool | None = None,
 ) -> Decoder:
     """How tokens are chosen.
 
@@ -127,9 +136,12 @@ def make_decoder(
         pad_token_id: fills ended rows; None: config.pad_token_id, or 0.
         generator: where samples are drawn from; None: PyTorch's. What a row draws does not depend
             on when others end.
+        cuda_graphs: on a GPU, a step is one CUDA graph, replayed, and whether rows have ended is
+            read a few steps late; on a CPU the same steps run without a graph. None: on a GPU,
+            but where a logits_processor has to see every step. With beams it has no effect.
 
     Raises:
-        ValueError: an option is out of range.
+        ValueError: an option is out of range, or a logits_processor forbids cuda_graphs.
     """
     sampling = Sampling(do_sample, top_p, top_k, temperature, generator)
     sampling.check()
@@ -138,6 +150,13 @@ def make_decoder(
     ends = model.config.eos_token_id if eos_token_id is None else eos_token_id
     ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
     pad = next(x for x in (pad_token_id, model.config.pad_token_id, 0) if x is not None)
+    static = all(processor in STATIC_PROCESSORS for processor in logits_processor or ())
+    if cuda_graphs and not static:
+        raise ValueError(
+            "cuda_graphs cannot be True beside a logits_processor of your own, which has to see "
+            "every step; leave one of them out"
+        )
+    on_gpu = model.device.type == "cuda"
     return Decoder(
         model,
         cache,
@@ -147,6 +166,7 @@ def make_decoder(
         ends,
         pad,
         drops_rows=not logits_processor,
+        in_place=static and on_gpu if cuda_graphs is None else cuda_graphs,
     )
 
 

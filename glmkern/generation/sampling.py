@@ -14,6 +14,16 @@ from torch import Tensor
 LogitsProcessor = Callable[[Tensor, Tensor], Tensor]
 
 
+class InvalidScores(RuntimeError):
+    """Scores hold NaN or infinity, so that no token can be drawn from them."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "no token can be drawn: a row's scores hold NaN or infinity; compute in bfloat16 or "
+            "float32, or check the weights of the base and of the prefix"
+        )
+
+
 @dataclass(frozen=True)
 class Sampling:
     """The choice among a step's tokens; see make_decoder for the fields."""
@@ -51,19 +61,24 @@ class Sampling:
         """int64 [R, tokens], different tokens drawn from the softmax of scores [R, V].
 
         scores are those of the rows `rows` [R] out of `total`. As many random numbers are used as
-        for all rows: what a row draws does not depend on which others have ended.
+        for all rows: what a row draws does not depend on which others have ended. The draw is that
+        of torch.multinomial, the largest of probability / noise with exponential noise, without
+        its look at the values, for which the host would wait for a GPU; see can_draw.
         """
-        probabilities = scores.softmax(-1)
-        if len(rows) < total:
-            anything = torch.ones_like(probabilities[:1]).expand(total, -1)
-            probabilities = anything.index_copy(0, rows, probabilities)
-        return torch.multinomial(probabilities, tokens, generator=self.generator)[rows]
+        noise = scores.new_empty(total, scores.shape[-1]).exponential_(generator=self.generator)
+        ratios = scores.softmax(-1).div_(noise.index_select(0, rows))
+        return ratios.topk(tokens).indices if tokens > 1 else ratios.argmax(-1, keepdim=True)
 
     def choose(self, scores: Tensor, rows: Tensor, total: int) -> Tensor:
         """int64 [R], one token for each of scores [R, V]: the likeliest, or a draw."""
         if not self.do_sample:
             return scores.argmax(-1)
         return self.draw(self.warp(scores), 1, rows, total).squeeze(1)
+
+
+def can_draw(scores: Tensor) -> Tensor:
+    """bool scalar on the device of scores [R, V]: whether a token can be drawn for every row."""
+    return scores.amax(-1).isfinite().all()
 
 
 def penalize_repetition(
@@ -77,15 +92,21 @@ def penalize_repetition(
     first = input_ids.gather(1, starts.unsqueeze(1))
     columns = torch.arange(input_ids.shape[1], device=starts.device)
     tokens = torch.where(columns < starts.unsqueeze(1), first, input_ids)
-    seen = scores.gather(1, tokens)
-    return scores.scatter(1, tokens, torch.where(seen < 0, seen * penalty, seen / penalty))
+    return scores.scatter(1, tokens, penalized(scores.gather(1, tokens), penalty))
+
+
+def penalized(scores: Tensor, penalty: float) -> Tensor:
+    """Scores of tokens that a row already has."""
+    return torch.where(scores < 0, scores * penalty, scores / penalty)
 
 
 def replace_invalid_scores(input_ids: Tensor, scores: Tensor) -> Tensor:
     """The official InvalidScoreLogitsProcessor: one NaN or infinity among the scores [B, V], and
     token 5 is certain in every row."""
-    if scores.isfinite().all():
-        return scores
-    replaced = torch.zeros_like(scores)
-    replaced[:, 5] = 5e4
-    return replaced
+    token_5 = torch.zeros_like(scores)
+    token_5[:, 5] = 5e4
+    return torch.where(scores.isfinite().all(), scores, token_5)
+
+
+# Those that do the same to every step's scores whatever its ids, without asking for their values.
+STATIC_PROCESSORS: frozenset[LogitsProcessor] = frozenset({replace_invalid_scores})

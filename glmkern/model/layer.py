@@ -20,13 +20,15 @@ from glmkern.model.modules import FrozenLinear, FrozenNorm
 # Where a layer drops: elements of the prefix, of the attention's output, of the MLP's output.
 PREFIX_SITE, ATTENTION_SITE, MLP_SITE = range(SITES := 3)
 
-# Of q [T, N, C], k and v [T, G, C]: the output [T, N, C] and the log-sum-exp, None in decoding.
-Attend = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
+
+# In inference: of what query_key_value projects, [T, (N + 2 G) C] without its bias, the output
+# [T, N, C] over cached keys and values, which it extends.
+Attend = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Pass:
-    """What all layers of one forward pass share. Decoding needs only cos_sin and positions.
+    """What all layers of one forward pass share. Inference needs only cos_sin and positions.
 
     cos_sin: [positions, C / 4, 2]; positions: int64 [T]; cu_seqlens: int32 [B+1]; sequence_ids:
     int64 [B]; seeds: int64 [SITES, layers, 2], see dropout_seeds; prefix_dropout, hidden_dropout:
@@ -99,22 +101,40 @@ class Layer(nn.Module):
         """x [T, H] -> [T, H]; prefix_k, prefix_v: float32 [P, G, C] or None."""
         return _layer_function(x, prefix_k, prefix_v, self, run)
 
-    def decode(self, x: Tensor, run: Pass, attend: Attend) -> Tensor:
-        """Inference over cached keys and values, which `attend` extends: x [T, H] -> [T, H]."""
-        return _run_block(self, x, run, attend)[0]
+    def decode(self, x: Tensor, delta: Tensor | None, attend: Attend) -> tuple[Tensor, Tensor]:
+        """Inference over cached keys and values, which `attend` extends.
 
-    def _rotated(self, normalised: Tensor, run: Pass) -> tuple[Tensor, Tensor, Tensor]:
-        """q [T, N, C] and k [T, G, C], rotated, and v [T, G, C]."""
-        linear = self.self_attention.query_key_value
-        return kernels.qkv_rope_fwd(
-            linear.project(normalised, with_bias=False),
-            linear.bias,
-            run.cos_sin,
-            run.positions,
-            self.heads,
-            self.groups,
-            self.interleaved,
+        The stream is x + delta, both [T, H], or x where delta is None. The same of the result: the
+        sum is the next norm's to make, in one pass.
+        """
+        if delta is None:
+            normalised, _ = self.input_layernorm.normalize(x)
+        else:
+            normalised, x, _ = self.input_layernorm.add_and_normalize(delta, x)
+        out = attend(self.self_attention.query_key_value.project(normalised, with_bias=False))
+        normalised, h, _ = self.post_attention_layernorm.add_and_normalize(
+            self.self_attention.dense.project(out.flatten(1)),
+            normalised if self.residual_after_norm else x,
         )
+        activated = kernels.swiglu_fwd(self.mlp.dense_h_to_4h.project(normalised))
+        delta = self.mlp.dense_4h_to_h.project(activated)
+        return (normalised if self.residual_after_norm else h), delta
+
+    def rotated(self, qkv: Tensor, run: Pass) -> tuple[Tensor, Tensor, Tensor]:
+        """q [T, N, C] and k [T, G, C], rotated, and v [T, G, C] of qkv [T, (N + 2 G) C], to which
+        the bias is added."""
+        return kernels.qkv_rope_fwd(qkv, *self._rotation(run))
+
+    def rotated_into(
+        self, keys: Tensor, values: Tensor, slots: Tensor, qkv: Tensor, run: Pass
+    ) -> Tensor:
+        """q alone; k and v go to the entries `slots`, int64 [T], of keys and values
+        [entries, G, C]."""
+        return kernels.qkv_rope_cache_fwd(qkv, *self._rotation(run), keys, values, slots)
+
+    def _rotation(self, run: Pass) -> tuple[Any, ...]:
+        bias = self.self_attention.query_key_value.bias
+        return bias, run.cos_sin, run.positions, self.heads, self.groups, self.interleaved
 
     def _qkv_gradient(self, dq: Tensor, dk: Tensor, dv: Tensor, run: Pass) -> Tensor:
         """The gradient of query_key_value's output from those of the rotated q, k and of v."""
@@ -125,8 +145,8 @@ class SavedActivations(NamedTuple):
     """What the backward pass of a block reads, in the order in which autograd keeps it.
 
     stats1, stats2: the row statistics of the two norms; q, out: [T, N, C]; k, v: [T, G, C]; lse:
-    float32 [T, N], None in decoding; h: [T, H], the stream between attention and MLP; gate_up:
-    [T, 2 F], None where the backward pass computes it again.
+    float32 [T, N]; h: [T, H], the stream between attention and MLP; gate_up: [T, 2 F], None where
+    the backward pass computes it again.
     """
 
     stats1: Tensor
@@ -134,7 +154,7 @@ class SavedActivations(NamedTuple):
     k: Tensor
     v: Tensor
     out: Tensor
-    lse: Tensor | None
+    lse: Tensor
     h: Tensor
     stats2: Tensor
     gate_up: Tensor | None
@@ -153,7 +173,7 @@ class _LayerFunction(torch.autograd.Function):
         run: Pass,
     ) -> Tensor:
         ctx.layer, ctx.run = layer, run
-        y, saved = _run_block(layer, x, run, _packed_attention(layer, prefix_k, prefix_v, run))
+        y, saved = _run_block(layer, x, prefix_k, prefix_v, run)
         kept: tuple[Tensor | None, ...] = saved
         if run.recompute == "layer":
             kept = ()
@@ -179,14 +199,12 @@ def _run_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     if kept:
         saved = SavedActivations(*kept)
     else:
-        attend = _packed_attention(layer, prefix_k, prefix_v, run)
-        saved = _run_until_gate_up(layer, x, run, attend)[0]
+        saved, _ = _run_until_gate_up(layer, x, prefix_k, prefix_v, run)
     token_grad, prefix_grad = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:3])
 
     dh = _mlp_backward(layer, dy.contiguous(), saved, run)
     da = _dropout_backward(layer, dh, run, site=ATTENTION_SITE)
     dout = layer.self_attention.dense.project_back(da).view_as(saved.out)
-    assert saved.lse is not None  # it is None in decoding alone
     dq, dk, dv, *dprefix = kernels.prefix_attention_bwd(
         dout,
         saved.q,
@@ -212,32 +230,11 @@ def _run_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     return dx, dprefix_k, dprefix_v, None, None
 
 
-def _packed_attention(
-    layer: Layer, prefix_k: Tensor | None, prefix_v: Tensor | None, run: Pass
-) -> Attend:
-    """Attention within the sequences of a packed batch, and to the prefix."""
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        return kernels.prefix_attention_fwd(
-            q,
-            k,
-            v,
-            prefix_k,
-            prefix_v,
-            *_sequences(run),
-            _seed(layer, run, PREFIX_SITE),
-            layer.scale,
-            run.prefix_dropout,
-        )
-
-    return attend
-
-
 def _run_block(
-    layer: Layer, x: Tensor, run: Pass, attend: Attend
+    layer: Layer, x: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None, run: Pass
 ) -> tuple[Tensor, SavedActivations]:
     """The block's output [T, H], and what its backward pass reads."""
-    saved, normalised = _run_until_gate_up(layer, x, run, attend)
+    saved, normalised = _run_until_gate_up(layer, x, prefix_k, prefix_v, run)
     assert saved.gate_up is not None
     y = _add_projected(
         layer,
@@ -251,12 +248,23 @@ def _run_block(
 
 
 def _run_until_gate_up(
-    layer: Layer, x: Tensor, run: Pass, attend: Attend
+    layer: Layer, x: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None, run: Pass
 ) -> tuple[SavedActivations, Tensor]:
     """The block up to the first linear of the MLP; also that linear's input [T, H]."""
     normalised, stats1 = layer.input_layernorm.normalize(x)
-    q, k, v = layer._rotated(normalised, run)
-    out, lse = attend(q, k, v)
+    qkv = layer.self_attention.query_key_value.project(normalised, with_bias=False)
+    q, k, v = layer.rotated(qkv, run)
+    out, lse = kernels.prefix_attention_fwd(
+        q,
+        k,
+        v,
+        prefix_k,
+        prefix_v,
+        *_sequences(run),
+        _seed(layer, run, PREFIX_SITE),
+        layer.scale,
+        run.prefix_dropout,
+    )
     dense, norm = layer.self_attention.dense, layer.post_attention_layernorm
     residual = normalised if layer.residual_after_norm else x
     if run.hidden_dropout == 0:
@@ -318,7 +326,7 @@ def _dropout_backward(layer: Layer, dy: Tensor, run: Pass, site: int) -> Tensor:
 
 def _sequences(run: Pass) -> tuple[Tensor, Tensor]:
     """cu_seqlens [B+1] and sequence_ids [B] of a packed batch."""
-    assert run.cu_seqlens is not None and run.sequence_ids is not None  # None in decoding alone
+    assert run.cu_seqlens is not None and run.sequence_ids is not None  # None in inference alone
     return run.cu_seqlens, run.sequence_ids
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple, TypeVar, cast
 
 import torch
@@ -244,14 +245,27 @@ class ChatGLMModel(nn.Module):
     def encode(self, input_ids: Tensor, run_layer: Callable[[Layer, Tensor], Tensor]) -> Tensor:
         """Embeds tokens [T], takes them through `run_layer(layer, x)` for every layer, and
         normalises: [T, H]."""
-        embedding = self.transformer.embedding.word_embeddings
-        x: Tensor = embedding(input_ids.to(embedding.weight.device)).to(self.device, self.dtype)
+        x = self.embed(input_ids)
         for layer in self.layers:
             x = run_layer(layer, x)
         norm = self.transformer.encoder.final_layernorm
-        if norm is not None:
-            x = norm(x)
-        return x
+        return x if norm is None else cast("Tensor", norm(x))
+
+    def decode(self, input_ids: Tensor, attend: Callable[[Layer, Tensor], Tensor]) -> Tensor:
+        """`encode` for inference: every layer attends by `attend(layer, qkv)`; see Layer.decode."""
+        x = self.embed(input_ids)
+        delta: Tensor | None = None
+        for layer in self.layers:
+            x, delta = layer.decode(x, delta, partial(attend, layer))
+        assert delta is not None
+        norm = self.transformer.encoder.final_layernorm
+        return x + delta if norm is None else norm.add_and_normalize(delta, x)[0]
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """[T] -> [T, H] on the model's device, wherever the embedding is."""
+        embedding = self.transformer.embedding.word_embeddings
+        x: Tensor = embedding(input_ids.to(embedding.weight.device))
+        return x.to(self.device, self.dtype)
 
     def prefix(self) -> Sequence[tuple[Tensor | None, Tensor | None]]:
         """Every layer's prefix keys and values, float32 [P, G, C], or None, None without one."""

@@ -11,6 +11,7 @@ import torch
 
 from glmkern.chatglm import ChatGLM
 from glmkern.errors import InputError, TrainingError
+from glmkern.generation.sampling import InvalidScores
 from glmkern.model.config import ChatGLMConfig
 from glmkern.tokenizer import ChatGLMTokenizer
 from glmkern.training.data.rows import EvaluationRows
@@ -100,9 +101,7 @@ def answer(model: ChatGLM, rows: EvaluationRows, decoding: Decoding) -> Iterator
                 f"{_span(batch)}: ran out of GPU memory; lower --per_device_eval_batch_size (now "
                 f"{decoding.batch_size}) or --num_beams (now {decoding.num_beams})"
             ) from error
-        except RuntimeError as error:
-            if "probability tensor" not in str(error):
-                raise
+        except InvalidScores as error:
             raise TrainingError(
                 f"{_span(batch)}: the model's scores are not finite; compute with --model_dtype "
                 "bfloat16 or float32, or check the weights of the base and of the prefix"

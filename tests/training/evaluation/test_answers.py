@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
 from glmkern.errors import InputError, TrainingError
+from glmkern.generation.sampling import InvalidScores
 from glmkern.tokenizer import ChatGLMTokenizer
 from glmkern.training.data.examples import Example, Examples
 from glmkern.training.data.rows import build_evaluation_rows
@@ -86,10 +87,7 @@ def test_no_room_is_an_empty_answer(tokenizer):
             torch.OutOfMemoryError("2 GiB"),
             "prompts 1 to 2: ran out of GPU memory; lower --per_device",
         ),
-        (
-            RuntimeError("probability tensor contains either `inf`, `nan` or element < 0"),
-            "prompts 1 to 2: the model's scores are not finite",
-        ),
+        (InvalidScores(), "prompts 1 to 2: the model's scores are not finite"),
     ],
 )
 def test_failed_generation(tokenizer, monkeypatch, error, words):

@@ -1,0 +1,216 @@
+"""Decoding in place: every step reads and writes the same tensors and asks no value back, so that a
+CUDA graph can replay it. On a CPU the same steps run without a graph.
+
+A token of ChatGLM2-6B is some 300 launches, which take Python longer than a large GPU needs to
+read the weights; a graph is one. It is captured again where a tensor is replaced: when the cache
+grows, which doubles its room, and when half of the rows have ended, which then leave. Whether rows
+have ended is read a few steps late, without waiting; the surplus is cut.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from glmkern.generation.decoder import Decoder, Prompts
+from glmkern.generation.sampling import InvalidScores, can_draw, penalized
+
+# Steps between two looks at which rows have ended. A GPU that has all of a look's answer when the
+# next one is due never waits; twice as many steps may be surplus.
+LOOK_EVERY = 8
+# Entries of the cache that are added at least: a capture takes as long as a few steps.
+LEAST_GROWTH = 256
+
+
+class InPlaceDecoding:
+    """One generation: a batch of prompts that the cache has read, continued step by step.
+
+    Attributes:
+        sequences: int64 [B, max_length], the prompts, what follows them, and padding.
+        length: columns of `sequences` that are filled.
+    """
+
+    @torch.inference_mode()
+    def __init__(
+        self, decoder: Decoder, prompts: Prompts, max_length: int, look_every: int = LOOK_EVERY
+    ):
+        input_ids, starts, hidden = prompts
+        self.decoder, self.cache = decoder, decoder.cache
+        self.max_length, self.look_every = max_length, look_every
+        device = input_ids.device
+        self.total, self.length = input_ids.shape
+        self.sequences = input_ids.new_full((self.total, max_length), decoder.pad)
+        self.sequences[:, : self.length] = input_ids
+        self._ends = torch.tensor(decoder.ends, dtype=torch.int64, device=device)
+        # Of the R running rows: their places in the batch, the token that each reads next, where in
+        # `sequences` the next one goes, whether it has ended, and which tokens it has had.
+        self._rows = torch.arange(self.total, device=device)
+        self._tokens = torch.zeros_like(self._rows)
+        self._places = self._rows * max_length + self.length
+        self._ended = torch.zeros_like(self._rows, dtype=torch.bool)
+        self._broken = torch.zeros((), dtype=torch.bool, device=device)  # no token could be drawn
+        self._seen = self._tokens_of(input_ids, starts) if decoder.repetition_penalty != 1 else None
+        self._replay = Replay(self._step, device, decoder.sampling.generator)
+        self._choose(hidden)
+        self.length += 1
+
+    def steps(self) -> Iterator[Tensor]:
+        """The prompts and what follows them so far, [B, S'], after every step."""
+        while True:
+            *ended, broken = self._flags().tolist()
+            if broken:
+                raise InvalidScores
+            yield self.sequences[:, : self.length]
+            if self.length == self.max_length or all(ended):
+                return
+            self.step()
+
+    def finish(self) -> Tensor:
+        """The prompts and all that follows them, [B, S']: up to the last row's end token."""
+        start, look = self.length, Look(self._flags())
+        for count in range(self.max_length - start):
+            if count % self.look_every == 0:
+                *ended, broken = look.at(self._flags())  # as of the look before
+                if broken or all(ended):
+                    break
+                if self.decoder.drops_rows and 2 * ended.count(False) <= len(ended):
+                    self._let_go(ended)
+                    look = Look(self._flags())
+            self.step()
+        if self.decoder.sampling.do_sample and bool(self._broken):
+            raise InvalidScores
+        return self._without_surplus(start - 1)
+
+    @torch.inference_mode()
+    def _flags(self) -> Tensor:
+        """bool [R + 1]: which running rows have ended, and whether a draw has failed."""
+        return torch.cat([self._ended, self._broken.unsqueeze(0)])
+
+    def step(self) -> None:
+        """One more token for each running row."""
+        if self.cache.make_room(self.cache.longest + 1, max(self.cache.longest, LEAST_GROWTH)):
+            self._replay.forget()
+        self._replay()
+        self.cache.longest += 1
+        self.length += 1
+
+    @torch.inference_mode()
+    def _step(self) -> None:
+        """What a graph holds: from the last tokens to the next."""
+        self._choose(self.cache.append(self._tokens.unsqueeze(1)))
+
+    def _choose(self, hidden: Tensor) -> None:
+        """The next token of each row from the hidden states [R, H] of its last."""
+        decoder = self.decoder
+        scores = decoder.logits(hidden)
+        if self._seen is not None:
+            had = penalized(scores, decoder.repetition_penalty)
+            scores = torch.where(self._seen, had, scores)
+        for processor in decoder.processors:
+            scores = processor(self.sequences, scores)
+        if decoder.sampling.do_sample:
+            self._broken.logical_or_(can_draw(scores).logical_not())
+        tokens = decoder.sampling.choose(scores, self._rows, self.total)
+        self._tokens.copy_(tokens.masked_fill_(self._ended, decoder.pad))
+        self.sequences.view(-1).scatter_(0, self._places, self._tokens)
+        self._places.add_(1)
+        self._ended.logical_or_((self._tokens.unsqueeze(1) == self._ends).any(1))
+        if self._seen is not None:
+            self._seen.scatter_(1, self._tokens.unsqueeze(1), True)
+
+    @torch.inference_mode()
+    def _let_go(self, ended: list[bool]) -> None:
+        """Rows that have ended leave the running batch, and the cache."""
+        staying = torch.tensor([i for i, end in enumerate(ended) if not end])
+        staying = staying.to(self._rows.device)
+        self.cache.select(staying)
+        self._rows, self._tokens, self._places, self._ended = (
+            x.index_select(0, staying)
+            for x in (self._rows, self._tokens, self._places, self._ended)
+        )
+        if self._seen is not None:
+            self._seen = self._seen.index_select(0, staying)
+        self._replay.forget()
+
+    def _tokens_of(self, input_ids: Tensor, starts: Tensor) -> Tensor:
+        """bool [B, V]: which tokens each prompt [B, S] has, from its column `starts` on."""
+        vocabulary = self.decoder.model.config.padded_vocab_size
+        columns = torch.arange(input_ids.shape[1], device=input_ids.device)
+        first = input_ids.gather(1, starts.unsqueeze(1))
+        tokens = torch.where(columns < starts.unsqueeze(1), first, input_ids)
+        seen = torch.zeros(len(input_ids), vocabulary, dtype=torch.bool, device=input_ids.device)
+        return seen.scatter_(1, tokens, True)
+
+    def _without_surplus(self, start: int) -> Tensor:
+        """`sequences` up to the last row's first end token from the column `start` on."""
+        new = self.sequences[:, start : self.length]
+        is_end = (new.unsqueeze(2) == self._ends).any(2)
+        lengths = torch.where(is_end.any(1), is_end.int().argmax(1) + 1, new.shape[1])
+        return self.sequences[:, : start + int(lengths.max())]
+
+
+class Look:
+    """Copies of flags bool [R], fetched from a GPU while it works on; each is read a look late."""
+
+    def __init__(self, flags: Tensor):
+        self._copy = torch.zeros(len(flags), dtype=torch.bool, pin_memory=flags.is_cuda)
+        self._arrived = torch.cuda.Event() if flags.is_cuda else None
+
+    def at(self, flags: Tensor) -> list[bool]:
+        """What the flags were at the look before, on a CPU what they are; asks for them anew."""
+        if self._arrived is None:
+            return flags.tolist()
+        self._arrived.synchronize()
+        found = self._copy.tolist()
+        self._copy.copy_(flags, non_blocking=True)
+        self._arrived.record()
+        return found
+
+
+class Replay:
+    """A step that a CUDA graph repeats: the first call runs it, the second captures it. On other
+    devices, and where a capture fails, every call runs it."""
+
+    def __init__(
+        self, step: Callable[[], None], device: torch.device, generator: torch.Generator | None
+    ):
+        self._step, self._device, self._generator = step, device, generator
+        self._graph: torch.cuda.CUDAGraph | None = None
+        # The first run compiles kernels and makes the handles of libraries, which no graph can.
+        self._warm = False
+
+    def __call__(self) -> None:
+        if self._device.type != "cuda" or not self._warm:
+            self._step()
+            self._warm = True
+            return
+        with torch.cuda.device(self._device):
+            if self._graph is None:
+                try:
+                    self._graph = self._captured()
+                except torch.OutOfMemoryError:
+                    raise
+                except RuntimeError as error:
+                    self._device = torch.device("cpu")  # run every step from here on
+                    warnings.warn(
+                        f"decoding goes on without CUDA graphs, as a capture failed: {error}",
+                        RuntimeWarning,
+                        stacklevel=2,
+                    )
+                    self._step()
+                    return
+            self._graph.replay()
+
+    def forget(self) -> None:
+        """The step has new tensors: the next call captures it again."""
+        self._graph = None
+
+    def _captured(self) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        if self._generator is not None:
+            graph.register_generator_state(self._generator)
+        # other threads may call the driver meanwhile
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            self._step()
+        return graph
