@@ -27,9 +27,10 @@ LabelledRows labelled_rows(const LinearCrossEntropyForward& a) {
     result.rows.push_back(row);
     result.labels.push_back(a.labels[row]);
   }
-  require_value(!result.rows.empty(), "linear_cross_entropy: no row carries a label (all are " +
-                                          std::to_string(a.ignore_index) +
-                                          "), so there is no loss; leave such rows out");
+  const std::string ignored =
+      a.ignore_index ? " (all are " + std::to_string(*a.ignore_index) + ")" : "";
+  require_value(!result.rows.empty(), "linear_cross_entropy: no row carries a label" + ignored +
+                                          ", so there is no loss; leave such rows out");
   const auto [low, high] = std::minmax_element(result.labels.begin(), result.labels.end());
   require_value(0 <= *low && *high < a.classes,
                 "linear_cross_entropy: labels run from " + std::to_string(*low) + " to " +

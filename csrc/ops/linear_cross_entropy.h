@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 
 #include "ops/dtype.h"
 #include "ops/quant_linear.h"
@@ -14,11 +15,11 @@ namespace glmkern {
 struct LinearCrossEntropyForward {
   DType dtype;  // of hidden
   int64_t tokens, hidden_size, classes;
-  const void* hidden;         // [tokens, hidden_size]
-  QuantLinear weight;         // [classes, hidden_size] alone, without x and y
-  const int64_t* labels;      // [tokens]
-  const float* token_weight;  // [tokens]; null: 1 / the number of labelled rows
-  int64_t ignore_index;
+  const void* hidden;                   // [tokens, hidden_size]
+  QuantLinear weight;                   // [classes, hidden_size] alone, without x and y
+  const int64_t* labels;                // [tokens]
+  const float* token_weight;            // [tokens]; null: 1 / the number of labelled rows
+  std::optional<int64_t> ignore_index;  // none: every row is labelled
   float label_smoothing;
   float* loss;     // one number
   float* dhidden;  // [tokens, hidden_size], zeros are there already; null: not wanted

@@ -18,8 +18,8 @@ std::tuple<Tensor, Tensor> linear_cross_entropy_fwd(const Tensor& hidden, const 
                                                     const std::optional<Tensor>& scale,
                                                     int64_t bits, const Tensor& labels,
                                                     const std::optional<Tensor>& token_weight,
-                                                    int64_t ignore_index, double label_smoothing,
-                                                    bool hidden_grad) {
+                                                    std::optional<int64_t> ignore_index,
+                                                    double label_smoothing, bool hidden_grad) {
   const char* op = "linear_cross_entropy_fwd";
   require(hidden.dim() == 2, std::string(op) + ": hidden must be [T, H]");
   LinearCrossEntropyForward a{};

@@ -45,14 +45,14 @@ class Pass:
     recompute: str = "none"
 
 
-def dropout_seeds(seed: int, offset: int, layers: int, device: torch.device) -> Tensor:
-    """(seed, offset) of every dropout of a forward pass, int64 [SITES, layers, 2].
+def dropout_seeds(seed: int, offset: int, layers: int) -> Tensor:
+    """(seed, offset) of every dropout of a forward pass, int64 [SITES, layers, 2], on the host.
 
     A layer's offset is `offset` (step * layers) plus its index. Its site is in the bits from 48 on,
     which this sum never reaches.
     """
     offsets = torch.arange(layers) + offset + (torch.arange(SITES).unsqueeze(1) << 48)
-    return torch.stack([torch.full_like(offsets, seed), offsets], -1).to(device)
+    return torch.stack([torch.full_like(offsets, seed), offsets], -1)
 
 
 class Attention(nn.Module):

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from glmkern.model.computation import Computation
 from glmkern.model.config import ChatGLMConfig
 from glmkern.model.layer import Layer, Pass, dropout_seeds
 from glmkern.model.modules import FrozenLinear, FrozenNorm, frozen, kept_dtype
-from glmkern.model.packing import IGNORE_INDEX, PackedBatch, unpad
+from glmkern.model.packing import IGNORE_INDEX, PackedBatch, move_together, unpad
 from glmkern.model.prefix import PrefixEncoder
 from glmkern.model.rotary import rotary_table
 
@@ -27,6 +27,15 @@ class ModelOutput(NamedTuple):
 
     loss: Tensor | None
     logits: Tensor
+
+
+class _Placed(NamedTuple):
+    """A batch on the model's device; labelled: int64 [L], the places of its labelled tokens; seeds:
+    int64 [SITES, layers, 2], those of its dropouts, None outside training."""
+
+    batch: PackedBatch
+    labelled: Tensor
+    seeds: Tensor | None
 
 
 class ChatGLMModel(nn.Module):
@@ -179,11 +188,11 @@ class ChatGLMModel(nn.Module):
         self._check_batch(batch, labels is not None)
         seed = int(torch.randint(2**62, ())) if self.training else 0
         with torch.autocast(self.device.type, enabled=False):
-            batch = self._placed(batch)
-            hidden = self._hidden(batch, 0, seed)
+            placed = self._placed(batch, 0, seed)
+            hidden = self._hidden(placed)
             output_layer, loss = self.transformer.output_layer, None
             if labels is not None:
-                loss = ops.linear_cross_entropy(hidden, output_layer.matrix, batch.labels)
+                loss = ops.linear_cross_entropy(hidden, output_layer.matrix, placed.batch.labels)
             logits = output_layer.project(hidden)
             padded = logits.new_zeros(input_ids.numel(), logits.shape[1])
             padded = padded.index_copy(0, places.to(self.device), logits)
@@ -206,35 +215,47 @@ class ChatGLMModel(nn.Module):
             ValueError: ids, positions or labels are out of range, or nothing is labelled.
         """
         self._check_batch(batch, labelled=True)
-        batch = self._placed(batch)
+        placed = self._placed(batch, dropout_offset, seed)
+        labels, token_weight = placed.batch.labels, placed.batch.token_weight
+        if token_weight is not None:
+            token_weight = token_weight[placed.labelled]
         with torch.autocast(self.device.type, enabled=False):
-            hidden = self._hidden(batch, dropout_offset, seed)
+            hidden = self._hidden(placed)
             return ops.linear_cross_entropy(
-                hidden,
+                hidden.index_select(0, placed.labelled),
                 self.transformer.output_layer.matrix,
-                batch.labels,
-                token_weight=batch.token_weight,
-                ignore_index=IGNORE_INDEX,
+                labels[placed.labelled],
+                token_weight=token_weight,
+                ignore_index=None,
                 label_smoothing=self.computation.label_smoothing,
             )
 
-    def _placed(self, batch: PackedBatch) -> PackedBatch:
-        """The batch on the model's device, token ids where the embedding is."""
-        place = self.transformer.embedding.word_embeddings.weight.device
-        return replace(batch.to(self.device), input_ids=batch.input_ids.to(place))
-
-    def _hidden(self, batch: PackedBatch, dropout_offset: int, seed: int) -> Tensor:
-        """Hidden states [T, H] after the final norm, in training mode with dropout."""
-        drops_prefix = self.training and self.prefix_encoder is not None
+    def _placed(self, batch: PackedBatch, dropout_offset: int, seed: int) -> _Placed:
+        """The batch and what follows from it on the model's device, token ids where the embedding
+        is. All that the host has to know is decided here: a pass asks a GPU for nothing."""
+        labelled = (batch.labels != IGNORE_INDEX).nonzero().squeeze(1)
         seeds = None
         if self.training:
-            seeds = dropout_seeds(seed, dropout_offset, self.config.num_layers, self.device)
+            seeds = dropout_seeds(seed, dropout_offset, self.config.num_layers)
+        moved: dict[str, Any] = move_together(
+            vars(batch) | {"labelled": labelled, "seeds": seeds}, self.device
+        )
+        place = self.transformer.embedding.word_embeddings.weight.device
+        if place != self.device:
+            moved["input_ids"] = batch.input_ids.to(place)
+        labelled, seeds = moved.pop("labelled"), moved.pop("seeds")
+        return _Placed(PackedBatch(**moved), labelled, seeds)
+
+    def _hidden(self, placed: _Placed) -> Tensor:
+        """Hidden states [T, H] after the final norm, in training mode with dropout."""
+        batch = placed.batch
+        drops_prefix = self.training and self.prefix_encoder is not None
         run = Pass(
             self.cos_sin,
             batch.positions,
             batch.cu_seqlens,
             batch.sequence_ids,
-            seeds,
+            placed.seeds,
             recompute=self.computation.recompute,
             prefix_dropout=self.computation.prefix_dropout if drops_prefix else 0.0,
             hidden_dropout=self.config.hidden_dropout if self.training else 0.0,

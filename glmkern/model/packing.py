@@ -3,14 +3,16 @@
 `unpad` turns a padded batch into a PackedBatch, `pack_rows` builds one from rows.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 IGNORE_INDEX = -100
+ALIGNMENT = 16  # bytes: kernels load up to so many at once from where a tensor begins
 
 
 class Row(Protocol):
@@ -44,6 +46,44 @@ class PackedBatch:
             name: None if x is None else x.to(device) for name, x in vars(self).items()
         }
         return PackedBatch(**moved)
+
+
+def move_together(
+    tensors: Mapping[str, Tensor | None], device: torch.device
+) -> dict[str, Tensor | None]:
+    """The same tensors on `device`. Those of the host reach a GPU in one copy, for which the host
+    does not wait."""
+    moved = dict(tensors)
+    on_host = {k: x for k, x in tensors.items() if x is not None and x.device.type == "cpu"}
+    if device.type == "cpu" or not on_host:
+        return moved | {k: None if x is None else x.to(device) for k, x in tensors.items()}
+    # only from pinned memory does the copy not wait
+    buffer = joined(list(on_host.values()), pin_memory=device.type == "cuda")
+    there = buffer.to(device, non_blocking=True)
+    return moved | dict(zip(on_host, split_again(there, list(on_host.values())), strict=True))
+
+
+def joined(tensors: Sequence[Tensor], pin_memory: bool = False) -> Tensor:
+    """The tensors' bytes in one buffer, uint8; split_again is the inverse."""
+    starts = _starts(tensors)
+    buffer = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=pin_memory)
+    for x, start in zip(tensors, starts, strict=False):
+        buffer[start : start + x.nbytes].view(x.dtype).copy_(x.flatten())
+    return buffer
+
+
+def split_again(buffer: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """Views of a `joined` buffer with the dtypes and shapes of `like`."""
+    return [
+        buffer[start : start + x.nbytes].view(x.dtype).view(x.shape)
+        for x, start in zip(like, _starts(like), strict=False)
+    ]
+
+
+def _starts(tensors: Sequence[Tensor]) -> list[int]:
+    """Where each tensor's bytes start, and where the last one's end, each at an ALIGNMENT."""
+    sizes = (-(-x.nbytes // ALIGNMENT) * ALIGNMENT for x in tensors)
+    return list(accumulate(sizes, initial=0))
 
 
 def pack_rows(

@@ -33,7 +33,7 @@ def linear_cross_entropy(
     labels: Tensor,
     *,
     token_weight: Tensor | None = None,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     label_smoothing: float = 0.0,
 ) -> Tensor:
     """Weighted sum of the labelled rows' negative log-likelihoods.
@@ -47,7 +47,8 @@ def linear_cross_entropy(
             below V: ValueError on the CPU, a precondition on a GPU (checked under
             GLMKERN_CHECK=1).
         token_weight: float32 [T], the weight of each row's loss; None: 1 / labelled rows, the mean.
-        ignore_index: the label of rows without loss.
+        ignore_index: the label of rows without loss. None: every row is labelled; a GPU then need
+            not tell the host how many are.
         label_smoothing: s above, in [0, 1], as torch.nn.functional.cross_entropy has it.
 
     Returns:
@@ -105,12 +106,15 @@ def linear_cross_entropy_fwd_reference(
     bits: int,
     labels: Tensor,
     token_weight: Tensor | None,
-    ignore_index: int,
+    ignore_index: int | None,
     label_smoothing: float,
     hidden_grad: bool,
 ) -> tuple[Tensor, Tensor]:
     acc, weight = accumulate_dtype(hidden), dense_weight(packed, scale, bits, hidden.dtype)
-    labelled = (labels != ignore_index).nonzero().squeeze(1)  # [L]
+    if ignore_index is None:
+        labelled = torch.arange(len(labels), device=labels.device)
+    else:
+        labelled = (labels != ignore_index).nonzero().squeeze(1)  # [L]
     if token_weight is None:
         row_weight = torch.full(
             (len(labelled),), 1 / max(len(labelled), 1), dtype=acc, device=hidden.device
@@ -149,16 +153,19 @@ def _check_values(
     bits: int,
     labels: Tensor,
     token_weight: Tensor | None,
-    ignore_index: int,
+    ignore_index: int | None,
     *_: object,
 ) -> None:
     """Raises ValueError for labels of no class, or none at all; reads them from the device."""
-    labels, classes = labels[labels != ignore_index], packed.shape[0]
+    classes = packed.shape[0]
+    if ignore_index is not None:
+        labels = labels[labels != ignore_index]
     check(
         len(labels) > 0,
         lambda: (
-            "linear_cross_entropy: no row carries a label (all are "
-            f"{ignore_index}), so there is no loss; leave such rows out"
+            "linear_cross_entropy: no row carries a label"
+            + (f" (all are {ignore_index})" if ignore_index is not None else "")
+            + ", so there is no loss; leave such rows out"
         ),
     )
     low, high = int(labels.min()), int(labels.max())
@@ -178,7 +185,7 @@ def _fwd_fake(
     bits: int,
     labels: Tensor,
     token_weight: Tensor | None,
-    ignore_index: int,
+    ignore_index: int | None,
     label_smoothing: float,
     hidden_grad: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -219,7 +226,7 @@ def _backward(ctx: Any, dloss: Tensor, _ddhidden: Tensor) -> tuple[Tensor | None
 define_op(
     "linear_cross_entropy_fwd",
     "(Tensor hidden, Tensor packed, Tensor? scale, int bits,"
-    " Tensor labels, Tensor? token_weight, int ignore_index, float label_smoothing,"
+    " Tensor labels, Tensor? token_weight, int? ignore_index, float label_smoothing,"
     " bool hidden_grad) -> (Tensor loss, Tensor dhidden)",
     module="linear_cross_entropy",
     reference=linear_cross_entropy_fwd_reference,

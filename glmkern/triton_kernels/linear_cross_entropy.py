@@ -5,8 +5,9 @@ kernel, a program a row, reads them, writes the row's loss and turns them in pla
 softmax - onehot; cuBLAS multiplies that with the weight. The kernel moves each logit three times
 while the products do 4 H flops for it, so its time is small beside theirs.
 
-Only labelled rows are computed. How many there are decides the shapes of everything that follows,
-so their number is read back from the device: one synchronisation a call, as in the reference.
+Only labelled rows are computed. How many there are decides the shapes of everything that follows.
+Where the caller has not left the others out (ignore_index None), the number is read back from the
+device: one synchronisation a call, as in the reference.
 """
 
 import torch
@@ -107,17 +108,20 @@ def linear_cross_entropy_fwd(
     bits: int,
     labels: Tensor,
     token_weight: Tensor | None,
-    ignore_index: int,
+    ignore_index: int | None,
     label_smoothing: float,
     hidden_grad: bool,
 ) -> tuple[Tensor, Tensor]:
-    labelled = (labels != ignore_index).nonzero().squeeze(1)  # [L]
+    labelled = None  # int64 [L]; None: all rows, in order
+    if ignore_index is not None:
+        labelled = (labels != ignore_index).nonzero().squeeze(1)
+    labels = _rows_of(labels, labelled)
     weight = packed.to(hidden.dtype) if scale is None else None
-    labels, L, V = labels[labelled], len(labelled), packed.shape[0]
+    L, V = len(labels), packed.shape[0]
     row_weight = (
         hidden.new_full((L,), 1 / max(L, 1), dtype=torch.float32)
         if token_weight is None
-        else token_weight[labelled]
+        else _rows_of(token_weight, labelled)
     )
     loss = hidden.new_empty(L, dtype=torch.float32)
     dhidden = hidden.new_zeros(hidden.shape if hidden_grad else 0, dtype=torch.float32)
@@ -125,7 +129,7 @@ def linear_cross_entropy_fwd(
     chunks = triton.cdiv(L, max(CHUNK_ELEMENTS // V, LEAST_CHUNK_ROWS))
     for i in range(chunks):
         chunk = slice(i * L // chunks, (i + 1) * L // chunks)
-        rows = labelled[chunk]
+        rows = chunk if labelled is None else labelled[chunk]
         logits = (
             quant_linear_fwd(hidden[rows], packed, scale, bits, None)
             if weight is None
@@ -141,6 +145,10 @@ def linear_cross_entropy_fwd(
             )
             dhidden[rows] = back.float() * row_weight[chunk].unsqueeze(1)
     return loss.sum(), dhidden
+
+
+def _rows_of(x: Tensor, rows: Tensor | None) -> Tensor:
+    return x if rows is None else x[rows]
 
 
 def cross_entropy(

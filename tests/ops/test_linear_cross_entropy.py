@@ -128,6 +128,34 @@ def test_only_labelled_rows_matter(backend):
     assert ops.linear_cross_entropy(row, weight, labels[1:2], ignore_index=-1).isnan()
 
 
+@pytest.mark.parametrize("stored", [None, 8])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_every_row_is_labelled(backend, weighted, stored):
+    """ignore_index None gives the bits of rows that happen to be labelled all."""
+    hidden, labels = torch.randn(7, 6, requires_grad=True), torch.randint(9, (7,))
+    weight = torch.randn(9, 6)
+    weight = ops.quantize(weight, stored) if stored else weight
+    options = dict(token_weight=torch.rand(7) if weighted else None, label_smoothing=0.1)
+    results = []
+    for ignore_index in (-100, None):
+        loss = ops.linear_cross_entropy(
+            hidden, weight, labels, ignore_index=ignore_index, **options
+        )
+        results.append([loss, *torch.autograd.grad(loss, hidden)])
+    assert all(map(same_bits, *results))
+
+
+def test_no_rows_to_ignore_and_no_rows(backend, checked_values):
+    sentence = "^linear_cross_entropy: no row carries a label, so there is no loss; leave such rows"
+    with pytest.raises(ValueError, match=sentence):
+        ops.linear_cross_entropy(
+            torch.zeros(0, 6), torch.zeros(9, 6), torch.zeros(0).long(), ignore_index=None
+        )
+    with pytest.raises(ValueError, match="labels run from -100 to -100, but the classes"):
+        labels = torch.tensor([-100])
+        ops.linear_cross_entropy(torch.zeros(1, 6), torch.zeros(9, 6), labels, ignore_index=None)
+
+
 @pytest.mark.parametrize("size", [1e3, 1e-3])
 def test_logits_far_from_and_near_zero(backend, size):
     weight, labels = torch.randn(30, 8) * size, labelled(9, 30)
