@@ -11,6 +11,7 @@ One JSON object a line, as it comes; the profiler's tables go to files of their 
 """
 
 import argparse
+import itertools
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -36,7 +37,7 @@ ROUNDS, OFFICIAL_ROUNDS = 5, 2
 SETS = 4  # of four rows in a step, as officially
 PROMPT = 64
 DECODED = (8, 40)  # tokens; the difference of two texts leaves the prompt out
-COUNTED = (2, 6)  # likewise, where launches are counted
+COUNTED = (4, 12)  # likewise, where launches are counted; the first steps are warm-up and capture
 SMALL = ChatGLMConfig(
     num_layers=2,
     padded_vocab_size=150,
@@ -86,9 +87,10 @@ class Bench:
 
     def decode(self) -> Iterator[Callable[[], Row]]:
         self.model.eval()
-        for rows in (1, 16):
-            yield lambda rows=rows: self.time_decode(rows)
-            yield lambda rows=rows: self.profile_decode(rows)
+        for rows, graphs in itertools.product((1, 16), (True, False)):
+            yield lambda rows=rows, graphs=graphs: self.time_decode(rows, graphs)
+        for rows, graphs in ((1, True), (1, False), (16, False)):
+            yield lambda rows=rows, graphs=graphs: self.profile_decode(rows, graphs)
 
     def time_step(self, sets: int, name: str) -> Row:
         lengths = rows_of(self.model) * sets
@@ -125,23 +127,25 @@ class Bench:
             found.write(self.tables / f"{file}.txt")
         return {"what": f"profile of a step: {name}"} | found.as_row()
 
-    def time_decode(self, rows: int) -> Row:
+    def time_decode(self, rows: int, graphs: bool) -> Row:
         prompts = self.prompts(rows)
-        return {"what": f"decoding of {rows} rows"} | decode_speed(
-            lambda tokens: generate(self.model, prompts, tokens), rows, self.device
+        return {"what": decoding(rows, graphs)} | decode_speed(
+            lambda tokens: generate(self.model, prompts, tokens, graphs), rows, self.device
         )
 
-    def profile_decode(self, rows: int) -> Row:
+    def profile_decode(self, rows: int, graphs: bool) -> Row:
         prompts = self.prompts(rows)
         few, many = (
-            profile(lambda tokens=tokens: generate(self.model, prompts, tokens), self.device)
+            profile(
+                lambda tokens=tokens: generate(self.model, prompts, tokens, graphs), self.device
+            )
             for tokens in COUNTED
         )
         if self.tables is not None:
-            many.write(self.tables / f"decode_{rows}.txt")
+            many.write(self.tables / f"decode_{rows}{'_graph' * graphs}.txt")
         tokens = COUNTED[1] - COUNTED[0]
         return {
-            "what": f"profile of decoding {rows} rows",
+            "what": f"profile of {decoding(rows, graphs)}",
             "launches_per_token": (many.launches - few.launches) / tokens,
             "copies_per_token": (many.copies - few.copies) / tokens,
             "busy_ms_per_token": round((many.busy_ms - few.busy_ms) / tokens, 3),
@@ -208,9 +212,14 @@ def decode_speed(generate_tokens: Callable[[int], object], rows: int, device: st
     }
 
 
-def generate(model: ChatGLM, prompts: Tensor, tokens: int) -> Tensor:
+def decoding(rows: int, graphs: bool) -> str:
+    return f"decoding {rows} rows" + (", CUDA graphs" if graphs else "")
+
+
+def generate(model: ChatGLM, prompts: Tensor, tokens: int, graphs: bool | None = None) -> Tensor:
     """Greedy, to the last token asked for."""
-    return model.eval().generate(prompts, max_new_tokens=tokens, eos_token_id=[])
+    options = dict(max_new_tokens=tokens, eos_token_id=[], cuda_graphs=graphs)
+    return model.eval().generate(prompts, **options)
 
 
 def rows_as_they_come(bench: Bench, part: str) -> Iterator[Row]:

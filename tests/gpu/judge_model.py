@@ -3,11 +3,13 @@
     python -m tests.gpu.judge_model --rows rows.jsonl
 
 Loss and prefix gradient of four rows, and ten greedy tokens: our kernels and plain PyTorch over
-dequantised weights, each in float16 and float32, against float64. One JSON object a line.
+dequantised weights, each in float16 and float32, against float64; and texts by CUDA graphs beside
+those step by step. One JSON object a line.
 """
 
 import argparse
 import copy
+import itertools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,7 +34,7 @@ PROMPTS, PROMPT, GREEDY = 2, 64, 10
 
 def verdicts(device: str) -> Iterator[dict]:
     model = make_model(config_for(device), torch.float16, device)
-    for judge in (judge_step, judge_text):
+    for judge in (judge_step, judge_text, judge_graphs):
         try:
             yield judge(model)
         except Exception as error:
@@ -62,21 +64,45 @@ def loss_and_gradient(model: ChatGLM, dtype: torch.dtype, backend: str) -> tuple
         return step.run().double(), step.gradient().double()
 
 
+def prompts_for(model: ChatGLM, rows: int) -> Tensor:
+    generator = torch.Generator().manual_seed(2)
+    ids = torch.randint(model.config.padded_vocab_size, (rows, PROMPT), generator=generator)
+    return ids.to(model.device)
+
+
 def judge_text(model: ChatGLM) -> dict:
     """Equal in float32, where no two tokens are as likely as each other; counted in float16."""
-    generator = torch.Generator().manual_seed(2)
-    ids = torch.randint(model.config.padded_vocab_size, (PROMPTS, PROMPT), generator=generator)
+    ids = prompts_for(model, PROMPTS)
     same = {}
     for dtype in PRECISIONS:
         twin, texts = in_precision(model, dtype), []
         for backend in BACKENDS:
             with glmkern.backend(backend):
-                texts.append(generate(twin, ids.to(model.device), GREEDY)[:, -GREEDY:])
+                texts.append(generate(twin, ids, GREEDY)[:, -GREEDY:])
         same[plain(dtype)] = int((texts[0] == texts[1]).sum())
     most = PROMPTS * GREEDY
     found = {f"same tokens of {most}, {name}": count for name, count in same.items()}
     verdict = RIGHT if same["float32"] == most else WRONG
     return {"what": "greedy text", "verdict": verdict, **found}
+
+
+def judge_graphs(model: ChatGLM) -> dict:
+    """A CUDA graph's text is that of its steps one by one: greedy and drawn, across bounds of the
+    cache's room, where rows end early. In float32: alone, a row has another kernel than beside
+    others, and step by step the last one is alone."""
+    model, same = in_precision(model, torch.float32), {}
+    for rows, sampled in itertools.product((1, 5), (False, True)):
+        ids, texts = prompts_for(model, rows), []
+        first = generate(model, ids, 4 * GREEDY, graphs=False)[:, -2 * GREEDY :]
+        options = dict(max_new_tokens=300 if model.device.type == "cuda" else 40)
+        options |= dict(eos_token_id=first[:, 0].tolist(), do_sample=sampled)
+        for graphs in (True, False):
+            generator = torch.Generator(model.device).manual_seed(4)
+            texts.append(model.generate(ids, generator=generator, cuda_graphs=graphs, **options))
+        name = f"{rows} rows, {'drawn' if sampled else 'greedy'}, {texts[0].shape[1]} tokens"
+        same[name] = torch.equal(*texts)
+    verdict = RIGHT if all(same.values()) else WRONG
+    return {"what": "CUDA graphs beside single steps", "verdict": verdict, **same}
 
 
 def in_precision(model: ChatGLM, dtype: torch.dtype) -> ChatGLM:
