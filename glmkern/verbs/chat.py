@@ -58,6 +58,7 @@ def run(argv: Sequence[str]) -> int:
         "do_sample": not args.greedy,
         "top_p": args.top_p,
         "temperature": args.temperature,
+        "cuda_graphs": False if args.cuda_graphs == "off" else None,
     }
     Conversation(model, tokenizer, list(prefixes), options).run()
     return 0
@@ -191,6 +192,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--temperature", type=float, default=0.8, help="default: %(default)s")
     parser.add_argument(
         "--greedy", action="store_true", help="always the likeliest token, instead of drawing"
+    )
+    parser.add_argument(
+        "--cuda_graphs",
+        choices=("auto", "off"),
+        default="auto",
+        help="on a GPU replay a CUDA graph a token, or off, op by op (default: %(default)s)",
     )
     return parser
 

@@ -45,6 +45,7 @@ class Decoding:
         num_beams: beams of the search; 1 is none.
         do_sample: draw from the official distribution instead of taking the likeliest token.
         seed: of the draws, which have a generator of their own.
+        cuda_graphs: as generate() has it.
     """
 
     max_length: int
@@ -52,6 +53,7 @@ class Decoding:
     num_beams: int = 1
     do_sample: bool = False
     seed: int = 0
+    cuda_graphs: bool | None = None
 
     @classmethod
     def of(cls, arguments: Arguments, config: ChatGLMConfig) -> "Decoding":
@@ -64,6 +66,7 @@ class Decoding:
             num_beams=data.num_beams or training.generation_num_beams or 1,
             do_sample=not training.greedy,
             seed=training.seed,
+            cuda_graphs=False if training.cuda_graphs == "off" else None,
         )
 
 
@@ -94,6 +97,7 @@ def answer(model: ChatGLM, rows: EvaluationRows, decoding: Decoding) -> Iterator
                 top_k=TOP_K,
                 temperature=TEMPERATURE,
                 generator=generator,
+                cuda_graphs=decoding.cuda_graphs,
                 **options,
             )
         except torch.OutOfMemoryError as error:

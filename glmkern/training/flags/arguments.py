@@ -108,6 +108,9 @@ class DataTrainingArguments:
         )
 
 
+CUDA_GRAPHS = ("auto", "off")
+
+
 @dataclass
 class TrainingArguments:
     """How the prefix is trained and evaluated; names and defaults of transformers 4.30.2."""
@@ -125,6 +128,13 @@ class TrainingArguments:
     greedy: bool = _flag(
         False,
         "take the likeliest token instead of drawing with top_p 0.7 and temperature 0.95",
+        own=True,
+    )
+    cuda_graphs: str = _flag(
+        "auto",
+        "answer prompts on a GPU by replaying a CUDA graph a token, or off, op by op; the answers"
+        " are the same",
+        CUDA_GRAPHS,
         own=True,
     )
     generation_max_length: int | None = _flag(
