@@ -84,10 +84,11 @@ def saved_bytes_per_token(config: ChatGLMConfig, dtype: str, recompute: str) -> 
 
 
 def saved_bytes(config: ChatGLMConfig, pack: RowLength, dtype: str, recompute: str) -> int:
-    """What a pack keeps for its backward pass: all layers, the last stream and its norm."""
-    last = 2 * DTYPE_BYTES[dtype] * config.hidden_size
+    """What a pack keeps for its backward pass: all layers, the last stream, and of the labelled
+    tokens the output layer's gradient in float32."""
+    last = DTYPE_BYTES[dtype] * config.hidden_size
     each = config.num_layers * saved_bytes_per_token(config, dtype, recompute) + last
-    return pack.tokens * each
+    return pack.tokens * each + pack.labelled * 4 * config.hidden_size
 
 
 def work_bytes(config: ChatGLMConfig, pack: RowLength, dtype: str, recompute: str) -> int:
@@ -101,5 +102,6 @@ def work_bytes(config: ChatGLMConfig, pack: RowLength, dtype: str, recompute: st
         layer += saved_bytes_per_token(config, dtype, "mlp")
     rows = min(pack.labelled, max(CHUNK_ELEMENTS // config.padded_vocab_size, LEAST_CHUNK_ROWS))
     logits = rows * config.padded_vocab_size * 4
-    # The final norm's output, and its gradient in float32.
-    return max(pack.tokens * layer, logits + pack.tokens * hidden * (size + 4))
+    # The final norm's output, and its labelled rows; the kept gradient of these once more.
+    output = pack.tokens * hidden * size + pack.labelled * hidden * (size + 4)
+    return max(pack.tokens * layer, logits + output)

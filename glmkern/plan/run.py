@@ -49,7 +49,15 @@ def forecast_run(setup: Setup, rows: Sequence[Row]) -> Forecast:
     processes = int(os.environ.get("WORLD_SIZE", 1))
     prediction = predict_setup(setup, precision, machine, rows, processes)
     lines = [*precision.lines(prediction.job.config.quantization_bit), *prediction.summary()]
-    return Forecast(lines, prediction.job.budget, FirstSteps(prediction, device, write_line))
+    on_step = FirstSteps(prediction, device, write_line)
+    return Forecast(lines, prediction.job.budget, on_step, expected_memory(prediction))
+
+
+def expected_memory(prediction: Prediction) -> str:
+    """For a run that is out of memory."""
+    memory = prediction.machine.memory
+    free = f" of the {memory / GIB:.2f} GiB that were free" if memory else ""
+    return f"{prediction.total / GIB:.2f} GiB were predicted{free}: {prediction.cure()}"
 
 
 class FirstSteps:

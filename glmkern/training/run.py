@@ -1,7 +1,8 @@
 """The official main.py from its arguments to its files: data, model, training, results."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -9,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from glmkern.chatglm import ChatGLM
-from glmkern.errors import InputError
+from glmkern.errors import InputError, TrainingError
 from glmkern.model.config import ChatGLMConfig
 from glmkern.model.packing import Row
 from glmkern.tokenizer import ChatGLMTokenizer
@@ -42,12 +43,14 @@ class Forecast(NamedTuple):
     """What a run is expected to take, told before the weights of the base are read.
 
     lines: printed then. tokens_per_pack: what --tokens_per_pack comes to. on_step: called with the
-    number of every step taken.
+    number of every step taken. memory: what was expected, and what would need less, for a run that
+    is out of memory.
     """
 
     lines: Sequence[str]
     tokens_per_pack: int
     on_step: Callable[[int], None]
+    memory: str
 
 
 Forecaster = Callable[[Setup, Sequence[Row]], Forecast]
@@ -127,14 +130,15 @@ def _run(
     if data.train is None and not world.is_first:
         return {}
     setup.check_quantization()
-    on_step = do_nothing
+    on_step, expected = do_nothing, ""
     try:
         if data.train is not None and forecast is not None:
-            lines, tokens_per_pack, on_step = forecast(setup, data.train.rows.rows)
+            lines, tokens_per_pack, on_step, expected = forecast(setup, data.train.rows.rows)
             print(*lines, sep="\n")
             budgets = world.gather("tokens of a pack", str(tokens_per_pack))
             setup = setup.with_tokens_per_pack(min(budgets, key=int))
-        model = setup.load_model(mapped=world.size > 1)
+        with _told_what_was_expected(expected):
+            model = setup.load_model(mapped=world.size > 1)
     except ValueError as error:  # a configuration or combination of flags that is not supported
         raise InputError(str(error)) from error
 
@@ -143,7 +147,8 @@ def _run(
     tasks = _Tasks(setup.arguments, model, tokenizer, data, folder)
     results, epoch = {}, {}
     if data.train is not None:
-        metrics = tasks.train(world, checkpoint, on_step, setup.tuned_config)
+        with _told_what_was_expected(expected):
+            metrics = tasks.train(world, checkpoint, on_step, setup.tuned_config)
         if world.is_first:
             results |= tasks.write("train", metrics)
         epoch = {"epoch": metrics["epoch"]}
@@ -159,6 +164,26 @@ def _run(
             metrics = tasks.evaluation(data.test).predict(file)
         results |= tasks.write("predict", metrics)
     return results
+
+
+@contextmanager
+def _told_what_was_expected(memory: str) -> Iterator[None]:
+    """Of a GPU that ran out of memory: TrainingError, with what was expected."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        words = "ran out of GPU memory while the base was loaded"
+        raise TrainingError("; ".join(filter(None, [words, memory]))) from error
+    except TrainingError as error:
+        if not memory or not _is_out_of_memory(error):
+            raise
+        raise TrainingError(f"{error}; {memory}") from error
+
+
+def _is_out_of_memory(error: BaseException | None) -> bool:
+    while error is not None and not isinstance(error, torch.OutOfMemoryError):
+        error = error.__cause__
+    return error is not None
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,10 @@
 
 import re
 
-from glmkern import cli
+import pytest
+import torch
+
+from glmkern import ChatGLM, cli
 from tests.official import command
 
 
@@ -31,3 +34,18 @@ def test_a_run_tells_what_it_expects_and_what_came(flags, monkeypatch, capsys):
     # After the third step and before the log of the fourth.
     assert after.index("in the first 3 steps") < after.index("{'loss'", after.index("{'loss'") + 1)
     assert after.count("in the first 3 steps") == 1
+
+
+@pytest.mark.parametrize("method", ["loss", "load_base"])
+def test_out_of_memory_is_told_with_what_was_expected(flags, monkeypatch, capsys, method):
+    """In a step, and while the base is loaded."""
+
+    def full(*args, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(ChatGLM, method, full)
+    assert cli.main(command(flags)) == 1
+    where = {"loss": "lower --tokens_per_pack", "load_base": "while the base was loaded"}[method]
+    expected = r"; [\d.]+ GiB were predicted of the [\d.]+ GiB that were free: pass --recompute mlp"
+    text = capsys.readouterr().err
+    assert re.search("ran out of GPU memory.*" + where + ".*" + expected, text), text

@@ -265,11 +265,15 @@ def join_world(args: TrainingArguments, device: torch.device) -> Iterator[World]
             )
         torch.cuda.set_device(device)
     backend = args.ddp_backend or ("nccl" if device.type == "cuda" else "gloo")
+    # NCCL then connects the ranks here, where what goes wrong is told, not in the first all-reduce.
+    own = device if backend == "nccl" else None
     timeout = timedelta(seconds=args.ddp_timeout)
     try:
         store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
         store = dist.PrefixStore("glmkern", store)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=size, timeout=timeout, device_id=own
+        )
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         raise InputError(

@@ -5,8 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed import HashStore
 
+from glmkern.errors import InputError
 from glmkern.training.data.packs import pack_step
+from glmkern.training.flags.arguments import TrainingArguments
+from glmkern.training.loop import distributed
+from glmkern.training.loop.distributed import join_world
+from glmkern.training.setup import choose_device
 from tests.training import children
 from tests.training.checkpoints import contents
 from tests.training.children import random_rows, run_ranks
@@ -159,3 +165,49 @@ def test_a_rank_that_goes_on_computing_is_ended(tmp_path):
     statuses = run_ranks(2, children.fail, tmp_path, 1, "error while others compute")
     assert statuses == [1, 1]
     assert errors_of(tmp_path, 2)[0] == ""  # ended from outside its main thread
+
+
+@pytest.fixture
+def two_gpus(monkeypatch):
+    """The ranks' environment, two GPUs and NCCL as far as a process is told of them; what it asks
+    of torch, in its order."""
+    for name, value in dict(WORLD_SIZE="2", RANK="1", LOCAL_RANK="1").items():
+        monkeypatch.setenv(name, value)
+    asked = []
+
+    def init(backend, **options):
+        asked.append((backend, options["device_id"]))
+        raise RuntimeError("no NCCL here")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", asked.append)
+    monkeypatch.setattr(
+        distributed.dist, "rendezvous", lambda url, timeout: iter([(HashStore(), 1, 2)])
+    )
+    monkeypatch.setattr(distributed.dist, "init_process_group", init)
+    return asked
+
+
+def test_a_rank_computes_on_its_own_gpu(two_gpus):
+    """It is current before NCCL starts, and NCCL is told of it."""
+    args = TrainingArguments()
+    device = choose_device(args)
+    assert device == torch.device("cuda", 1)
+    with pytest.raises(InputError, match="the 2 processes did not find each other"):
+        with join_world(args, device):
+            pass
+    assert two_gpus == [device, ("nccl", device)]
+    with pytest.raises(InputError), join_world(TrainingArguments(ddp_backend="gloo"), device):
+        pass
+    assert two_gpus[2:] == [device, ("gloo", None)]
+
+
+def test_a_gpu_that_is_not_visible_is_told(two_gpus, monkeypatch):
+    """CUDA_VISIBLE_DEVICES decides what torch counts, from 0."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    sentence = "rank 1 should use GPU 1, but 1 are visible; lower --nproc-per-node"
+    with pytest.raises(InputError, match=sentence):
+        with join_world(TrainingArguments(), torch.device("cuda", 1)):
+            pass
+    assert two_gpus == []
