@@ -213,20 +213,15 @@ def _qkv_fwd_supports(qkv: Tensor, bias: Tensor | None, cos_sin: Tensor, *_: obj
 
 
 def _qkv_cache_fwd_supports(
-    qkv: Tensor,
-    bias: Tensor | None,
-    cos_sin: Tensor,
-    positions: Tensor,
-    heads: int,
-    groups: int,
-    interleaved: bool,
-    keys: Tensor,
-    values: Tensor,
-    slots: Tensor,
+    qkv: Tensor, bias: Tensor | None, cos_sin: Tensor, *others: Any
 ) -> str | None:
-    if not (_is_of_rows(keys) and _is_of_rows(values)):
-        return "an entry of keys or values is not contiguous"
-    return _supports(qkv, cos_sin)
+    return _supports(qkv, cos_sin) or _why_not_in_pieces(*others[4:6])
+
+
+def _why_not_in_pieces(keys: Tensor, values: Tensor) -> str | None:
+    if _is_of_rows(keys) and _is_of_rows(values):
+        return None
+    return "an entry of keys or values is not contiguous"
 
 
 def _is_of_rows(entries: Tensor) -> bool:

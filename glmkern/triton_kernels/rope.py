@@ -108,18 +108,18 @@ def qkv_rope_fwd_kernel(
     v,
     slots,
     s_qkv,
-    s_k,
-    s_v,
     N: tl.constexpr,
     G: tl.constexpr,
     C: tl.constexpr,
     R: tl.constexpr,
+    SK: tl.constexpr,
+    SV: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     BN: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """q [T, N, C] and the rows `slots` of k and v [entries, G, C], or theirs in order, of rows of
-    qkv plus bias; q and k are rotated."""
+    """q [T, N, C] and the entries `slots` of k and v [entries, G, C], SK and SV elements apart, or
+    all of them in order, of rows of qkv plus bias; q and k are rotated."""
     i_t = tl.program_id(0).to(tl.int64)
     i_s = i_t
     if slots is not None:
@@ -137,8 +137,8 @@ def qkv_rope_fwd_kernel(
     b_y = rotate(b_x, b_cos, b_sin, b_part < 2, R, BN, BC, False)
     o_y, _ = head_offsets(o_p, C, C, BC)
     tl.store(q + i_t * (N * C) + o_y, b_y, mask=(b_part == 0)[:, None] & m_c)
-    tl.store(k + i_s * s_k + o_y, b_y, mask=(b_part == 1)[:, None] & m_c)
-    tl.store(v + i_s * s_v + o_y, b_y, mask=(b_part == 2)[:, None] & m_c)
+    tl.store(k + i_s * SK + o_y, b_y, mask=(b_part == 1)[:, None] & m_c)
+    tl.store(v + i_s * SV + o_y, b_y, mask=(b_part == 2)[:, None] & m_c)
 
 
 @triton.jit
@@ -282,12 +282,12 @@ def _rotate_qkv(
         v,
         slots,
         qkv.stride(0),
-        k.stride(0),
-        v.stride(0),
         N=N,
         G=G,
         C=C,
         R=cos_sin.shape[1],
+        SK=k.stride(0),
+        SV=v.stride(0),
         INTERLEAVED=interleaved,
     )
 
