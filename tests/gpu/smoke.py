@@ -30,9 +30,10 @@ from torch import Tensor
 
 import glmkern
 from bench.clock import seconds_per_round
+from bench.gpu.cases import CHATGLM2_6B, OPS, REHEARSAL, Case, Sizes, moderate
 from bench.gpu.rows import CRASHED, RIGHT, WRONG, in_a_line, plain, write_rows
 from tests.backends import Backend, available
-from tests.gpu.cases import CHATGLM2_6B, OPS, REHEARSAL, Case, Sizes, moderate
+from tests.gpu.formulas import formula_of
 from tests.ops.numerics import FORWARD, GRADIENT, max_error, poisoned_memory, same_bits, ulp_of_max
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -98,7 +99,7 @@ def judge(case: Case, make: Callable[[], Case], backend: str) -> Iterator[dict]:
         again = call(case.backward, case.backward_args(case.args, results, up))
     exact_args = exact_case.backward_args(exact_case.args, exact, [x.double() for x in up])
     exact = call_reference(case.backward, exact_args)
-    if case.formula is None:
+    if not leaves:
         theirs = call_reference(case.backward, case.backward_args(case.args, theirs, up))
     else:
         theirs = torch.autograd.grad(theirs, leaves, up)
@@ -115,12 +116,14 @@ def errors_of_pytorch(case: Case) -> list[float]:
 
 
 def same_precision(case: Case) -> tuple[list[Tensor], tuple[Tensor, ...]]:
-    """Plain PyTorch in the case's own precision: the leaves of its graph, and its results."""
-    if case.formula is None:
+    """Plain PyTorch in the case's own precision: the leaves of its graph, if it has one, and its
+    results."""
+    formula = formula_of(case)
+    if formula is None:
         return [], call_reference(case.forward, case.args)
     leaves = [x.detach().requires_grad_() for x in case.args[: case.leaves]]
     with torch.device(case.args[0].device):
-        return leaves, as_tuple(case.formula(*leaves, *case.args[case.leaves :]))
+        return leaves, as_tuple(formula(*leaves, *case.args[case.leaves :]))
 
 
 def verdict(

@@ -1,11 +1,11 @@
-"""The calls that `make gpu` judges and times: every op, both passes, at ChatGLM2-6B's shapes.
+"""The calls that `make gpu` judges and times and that model_gpu predicts: every op, both passes, at
+ChatGLM2-6B's shapes.
 
 A `Case` is one op at one shape, drawn in one precision. Shapes are those of a training step of 16
 rows of AdvertiseGen, a ragged batch, and decoding; a rehearsal on a CPU takes smaller ones.
 """
 
 import itertools
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,9 +16,7 @@ from torch import Tensor
 
 from bench.train_models import ADVERTISEGEN_ROWS
 from glmkern import ops
-from glmkern.ops.philox import keep_mask
-from glmkern.ops.quant_linear import as_stored
-from tests.ops import attention
+from glmkern.ops.quant_linear import StoredWeight, as_stored
 
 EPS = 1e-5
 RATE = 0.1
@@ -80,8 +78,8 @@ class Case:
 
     `forward` and `backward` are ops of torch.ops.glmkern. `backward_args(args, results, upstream)`
     builds the backward's arguments; `compared` of the forward's results meet a gradient.
-    `formula(*args)` is plain PyTorch in the precision of its arguments, where the op's reference is
-    more precise than that; its gradients are of the first `leaves` arguments.
+    The backward's results are the gradients of the first `leaves` arguments, where that is said;
+    `lengths` are those of the packed sequences.
     """
 
     op: str
@@ -91,8 +89,8 @@ class Case:
     backward: Callable[..., Any] | None = None
     backward_args: Callable[..., tuple[Any, ...]] | None = None
     compared: int = 1
-    formula: Callable[..., Any] | None = None
     leaves: int = 0
+    lengths: tuple[int, ...] = ()
     flops: int = 0  # of the forward; the backward's are `backward_flops`
     backward_flops: int = 0
 
@@ -115,6 +113,19 @@ def moderate(shape: Sequence[int], dtype: torch.dtype, device: str) -> Tensor:
     """Of either sign, magnitudes from 0.5 to 2: no outlier decides a largest error."""
     sign = torch.randn(shape, device=device).sign()
     return (sign * (torch.rand(shape, device=device) * 1.5 + 0.5)).to(dtype)
+
+
+def dense(rows: int, columns: int, dtype: torch.dtype, device: str) -> Tensor:
+    """A random weight of gain 1."""
+    return (torch.randn(rows, columns, device=device) / columns**0.5).to(dtype)
+
+
+def quantized(rows: int, columns: int, bits: int, device: str) -> StoredWeight:
+    """Its codes, with scales in float16; on a device without data, of their size alone."""
+    if device == "meta":
+        packed = torch.empty(rows, columns * bits // 8, dtype=torch.int8, device=device)
+        return StoredWeight(packed, torch.empty(rows, dtype=torch.float16, device=device), bits)
+    return as_stored(ops.quantize(dense(rows, columns, torch.float16, device), bits))
 
 
 def _sequences(lengths: Sequence[int], device: str) -> tuple[Tensor, Tensor]:
@@ -231,8 +242,7 @@ def swiglu(sizes: Sizes, dtype: torch.dtype, device: str) -> Makers:
 
 def quant_linear(sizes: Sizes, dtype: torch.dtype, device: str) -> Makers:
     def make(tokens: int, rows: int, columns: int, bits: int) -> Case:
-        weight = torch.randn(rows, columns, device=device) / columns**0.5
-        stored = as_stored(ops.quantize(weight.half(), bits))
+        stored = quantized(rows, columns, bits, device)
         x, bias = (moderate(s, dtype, device) for s in ((tokens, columns), (rows,)))
         return Case(
             f"quant_linear, {bits} bits",
@@ -272,8 +282,8 @@ def prefix_attention(sizes: Sizes, dtype: torch.dtype, device: str) -> Makers:
             kernels.prefix_attention_fwd,
             kernels.prefix_attention_bwd,
             lambda args, results, up: (up[0], *args[:5], *results, *args[5:], True, True),
-            formula=partial(_dense, lengths=lengths),
             leaves=5,
+            lengths=tuple(lengths),
             flops=4 * c * n * scores,
             backward_flops=10 * c * n * scores,
         )
@@ -287,7 +297,6 @@ def prefix_attention(sizes: Sizes, dtype: torch.dtype, device: str) -> Makers:
             f"{rows} rows, {new} new, room {room}",
             (q, *caches, lens, draw(p, g), draw(p, g), queries, c**-0.5),
             kernels.prefix_attention_decode_fwd,
-            formula=_dense_decode,
             flops=4 * c * n * rows * new * (room + p),
         )
 
@@ -299,33 +308,19 @@ def prefix_attention(sizes: Sizes, dtype: torch.dtype, device: str) -> Makers:
         yield f"decode {cache}", partial(decode, *cache)
 
 
-def _dense(q, k, v, prefix_k, prefix_v, ends, ids, seed, scale, rate, *, lengths) -> Tensor:
-    factor = None
-    if rate:
-        shape = (2, *prefix_k.shape)
-        keep = [keep_mask(seed, ids[b : b + 1], math.prod(shape), rate) for b in range(len(ids))]
-        factor = torch.stack([x.view(shape) for x in keep]) / (1 - rate)
-    return attention.dense(q, k, v, prefix_k, prefix_v, lengths, factor)
-
-
-def _dense_decode(q, k_cache, v_cache, lens, prefix_k, prefix_v, queries, scale) -> Tensor:
-    rows = []
-    for b, length in enumerate(lens.tolist()):
-        padded = q.new_zeros(length - q.shape[1], *q.shape[2:])  # queries of the older tokens
-        tokens = (torch.cat([padded, q[b]]), k_cache[b, :length], v_cache[b, :length])
-        rows.append(attention.dense(*tokens, prefix_k, prefix_v, [length])[-q.shape[1] :])
-    return torch.stack(rows)
-
-
 def linear_cross_entropy(sizes: Sizes, dtype: torch.dtype, device: str) -> Makers:
     def make(tokens: int, bits: int) -> Case:
         hidden = torch.randn(tokens, sizes.hidden, device=device).to(dtype)
-        weight = torch.randn(sizes.vocabulary, sizes.hidden, device=device) / sizes.hidden**0.5
-        stored = as_stored(ops.quantize(weight.half(), bits) if bits == 8 else weight.to(dtype))
+        stored = (
+            quantized(sizes.vocabulary, sizes.hidden, bits, device)
+            if bits == 8
+            else as_stored(dense(sizes.vocabulary, sizes.hidden, dtype, device))
+        )
         labels = torch.randint(sizes.vocabulary, (tokens,), device=device)
-        labels[torch.rand(tokens, device=device) > sizes.labelled] = IGNORE_INDEX
-        labels[0] = 1
-        flops = 4 * int((labels != IGNORE_INDEX).sum()) * sizes.hidden * sizes.vocabulary
+        labelled = max(1, round(sizes.labelled * tokens))
+        order = torch.randperm(tokens, device=device)
+        labels.index_fill_(0, order[labelled:], IGNORE_INDEX)
+        flops = 4 * labelled * sizes.hidden * sizes.vocabulary
         row_weight = torch.rand(tokens, device=device) / tokens
         return Case(
             f"linear_cross_entropy, {bits} bits",
