@@ -18,7 +18,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_leaves
 from glmkern import dispatch
 
 DEVICE = "meta"
-# Of the chip that tiles and slabs are chosen for, an H100.
+# Of the chip that tiles and slabs are chosen for, if no other is asked for: an H100.
 SHARED_KIB, L2_BYTES = 227, 50 * 2**20
 LAUNCH, READ, COPY = "launch", "read", "copy"
 # They wait for the GPU: a value goes to the host, decides a shape, or is checked there.
@@ -48,10 +48,34 @@ _tensor = torch.tensor
 
 @dataclass(frozen=True)
 class Event:
-    """Something that the host asked of the GPU: `kind` is launch, read or copy."""
+    """Something that the host asked of the GPU: `kind` is launch, read or copy.
+
+    call: of a Triton kernel, what starts it; of an op of torch, None.
+    bytes: of all tensors that it reads and writes; flops: of a matrix product of torch.
+    """
 
     kind: str
     name: str
+    call: "Call | None" = None
+    bytes: int = 0
+    flops: int = 0
+
+
+class Call(NamedTuple):
+    """A launch of a Triton kernel: its programs along each axis, and its arguments by name."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: tuple[Any, ...]
+    num_warps: int
+    num_stages: int
+    constants: dict[str, Any]
+
+    def __getitem__(self, name: str) -> Any:
+        """An argument or a constant."""
+        if name in self.constants:
+            return self.constants[name]
+        return self.args[self.kernel.arg_names.index(name)]
 
 
 def launches(events: Sequence[Event]) -> Counter[str]:
@@ -85,11 +109,21 @@ class FakeGpu:
         """torch.tensor, which would make a meta tensor without a copy from the host."""
         return _tensor(data, **options | {"device": "cpu"}).to(options.get("device", "cpu"))
 
-    def launch(self, kernel: Any, programs: Any, *args: Any, **constants: Any) -> None:
+    def launch(
+        self,
+        kernel: Any,
+        programs: Any,
+        *args: Any,
+        num_warps: int,
+        num_stages: int = 3,
+        **constants: Any,
+    ) -> None:
         """In the place of triton_kernels.launch.launch."""
         grid = programs if isinstance(programs, tuple) else (programs,)
         if 0 not in grid:
-            self.events.append(Event(LAUNCH, kernel.__name__.removesuffix("_kernel")))
+            call = Call(kernel, grid, args, num_warps, num_stages, constants)
+            name = kernel.__name__.removesuffix("_kernel")
+            self.events.append(Event(LAUNCH, name, call, _bytes_of(args)))
 
 
 class _Recorder(TorchDispatchMode):
@@ -127,7 +161,8 @@ class _Recorder(TorchDispatchMode):
         if from_host:
             yield Event(COPY, name)
         elif name not in FREE and not _is_view(func) and any(x.numel() for x in results):
-            yield Event(LAUNCH, name.strip("_"))
+            moved = _bytes_of(inputs) + _bytes_of(results)
+            yield Event(LAUNCH, name.strip("_"), None, moved, _product_flops(name, inputs))
 
     def _stand_in(self, name: str, args: Sequence[Any]) -> Any:
         """What a read might have found."""
@@ -142,6 +177,23 @@ class _Recorder(TorchDispatchMode):
         if name in ("equal", "is_nonzero", "allclose"):
             return True
         raise NotImplementedError(f"{name} on a GPU without data")
+
+
+def _bytes_of(values: Sequence[Any]) -> int:
+    return sum(x.nbytes for x in values if isinstance(x, Tensor))
+
+
+def _product_flops(name: str, inputs: Sequence[Tensor]) -> int:
+    """Of a matrix product of torch: twice rows x columns x depth."""
+    if name in ("mm", "matmul"):
+        a, b = inputs[0], inputs[1]
+    elif name == "linear":
+        a, b = inputs[0], inputs[1].T
+    elif name == "addmm":
+        a, b = inputs[1], inputs[2]
+    else:
+        return 0
+    return 2 * a.numel() * b.shape[-1]
 
 
 def _is_view(func) -> bool:
@@ -163,8 +215,11 @@ def _indexed_by_bools(name: str, args: Sequence[Any]) -> bool:
 
 
 @contextlib.contextmanager
-def fake_gpu(found: int = 1) -> Iterator[FakeGpu]:
-    """Records what is done to tensors on DEVICE."""
+def fake_gpu(
+    found: int = 1, shared_kib: int = SHARED_KIB, l2_bytes: int = L2_BYTES
+) -> Iterator[FakeGpu]:
+    """Records what is done to tensors on DEVICE, a chip with so much shared memory a block and so
+    large an L2 cache."""
     gpu = FakeGpu(found)
     for op in dispatch.OPS.values():  # loads every module that launches
         dispatch._load_implementation(op, "triton", torch.device(DEVICE))
@@ -177,8 +232,8 @@ def fake_gpu(found: int = 1) -> Iterator[FakeGpu]:
         for module in launchers:
             for name, value in (
                 ("launch", gpu.launch),
-                ("shared_memory_kib", lambda device: SHARED_KIB),
-                ("l2_bytes", lambda device: L2_BYTES),
+                ("shared_memory_kib", lambda device: shared_kib),
+                ("l2_bytes", lambda device: l2_bytes),
             ):
                 if hasattr(module, name):
                     stack.enter_context(mock.patch.object(module, name, value))

@@ -71,23 +71,35 @@ def decoding_without_data(model: ChatGLM, rows: int, **options: object) -> InPla
     return InPlaceDecoding(decoder, Prompts(ids, ids[:, 0], hidden), CACHED + ROOM)
 
 
-def count_pack(config: ChatGLMConfig, lengths: Sequence[tuple[int, int]]) -> Count:
-    """From the batch on the host to the gradient of the prefix."""
+def events_of_pack(
+    config: ChatGLMConfig, lengths: Sequence[tuple[int, int]], **chip: int
+) -> list[Event]:
+    """From the batch on the host to the gradient of the prefix; `chip` as fake_gpu takes it."""
     batch = pack_rows(make_rows(lengths, config.padded_vocab_size))
-    with fake_gpu(found=sum(learned for _, learned in lengths)) as gpu:
+    with fake_gpu(**chip) as gpu:
         model = fake_model(config)
         with gpu.recording() as events:
             (model.loss(batch) * LOSS_SCALE).backward()
-    name = f"a pack of {len(lengths)} rows, {sum(map(sum, lengths))} tokens"
-    return counted(name, config, events)
+    return events
 
 
-def count_token(config: ChatGLMConfig, rows: int) -> Count:
-    with fake_gpu() as gpu, torch.inference_mode():
+def events_of_token(config: ChatGLMConfig, rows: int, **chip: int) -> list[Event]:
+    """Of a step of decoding in place."""
+    with fake_gpu(**chip) as gpu, torch.inference_mode():
         decoding = decoding_without_data(fake_model(config).eval(), rows)
         with gpu.recording() as events:
             decoding.step()
-    return counted(f"a token of {rows} row{'s' * (rows > 1)}", config, events)
+    return events
+
+
+def count_pack(config: ChatGLMConfig, lengths: Sequence[tuple[int, int]]) -> Count:
+    name = f"a pack of {len(lengths)} rows, {sum(map(sum, lengths))} tokens"
+    return counted(name, config, events_of_pack(config, lengths))
+
+
+def count_token(config: ChatGLMConfig, rows: int) -> Count:
+    name = f"a token of {rows} row{'s' * (rows > 1)}"
+    return counted(name, config, events_of_token(config, rows))
 
 
 def counted(name: str, config: ChatGLMConfig, events: Sequence[Event]) -> Count:

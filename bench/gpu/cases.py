@@ -79,7 +79,7 @@ class Case:
     `forward` and `backward` are ops of torch.ops.glmkern. `backward_args(args, results, upstream)`
     builds the backward's arguments; `compared` of the forward's results meet a gradient.
     The backward's results are the gradients of the first `leaves` arguments, where that is said;
-    `lengths` are those of the packed sequences.
+    `lengths` are those of the packed sequences, `labelled` the rows with a label.
     """
 
     op: str
@@ -91,6 +91,7 @@ class Case:
     compared: int = 1
     leaves: int = 0
     lengths: tuple[int, ...] = ()
+    labelled: int = 0
     flops: int = 0  # of the forward; the backward's are `backward_flops`
     backward_flops: int = 0
 
@@ -329,6 +330,7 @@ def linear_cross_entropy(sizes: Sizes, dtype: torch.dtype, device: str) -> Maker
             kernels.linear_cross_entropy_fwd,
             compared=2,
             flops=flops,
+            labelled=labelled,
         )
 
     for lengths in sizes.batches.values():

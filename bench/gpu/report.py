@@ -1,9 +1,10 @@
 """gpu.md from what gpu.json holds: the verdicts first, then the numbers."""
 
+import json
 from collections.abc import Iterable, Iterator, Sequence
 
 from bench.gpu.rows import RIGHT
-from bench.harness import run_as_markdown
+from bench.harness import RESULTS, run_as_markdown
 
 PASSED = "passed"
 LAST_LINE = 90
@@ -19,6 +20,7 @@ def is_good(report: dict) -> bool:
 def as_markdown(report: dict) -> str:
     machine = ", ".join(f"{key} {value}" for key, value in report["machine"].items())
     rows, benches = report["rows"], report["benches"]
+    predicted = predictions(report["machine"].get("gpu", ""))
     sections = [
         f"# On a GPU\n\nMade by `make gpu`. {machine}\n",
         _section(
@@ -31,13 +33,15 @@ def as_markdown(report: dict) -> str:
             ],
             "The largest error is in units of what tests/ops/numerics.py allows.",
         ),
-        _section("The model", ("part", "what", "found"), model_lines(rows)),
+        _section("The model", ("part", "what", "found"), model_lines(rows, predicted)),
         _section(
             "Times",
-            ("op", "backend", "pass", "shape", "type", "ms", "GB/s", "TFLOP/s"),
-            times([row for row in rows if "ms" in row and "pass" in row]),
-            "Of cold calls; bytes are those of all arguments and results.",
+            ("op", "backend", "pass", "shape", "type", "ms", "predicted", "GB/s", "TFLOP/s"),
+            times([row for row in rows if "ms" in row and "pass" in row], predicted),
+            "Of cold calls; bytes are those of all arguments and results. Predicted before any "
+            "measurement by `python -m bench.model_gpu`, in float16.",
         ),
+        _section("Other tiles", ("sweep", "shape", "tile", "us", ""), swept(rows)),
         _section("Counters", ("op", "kernel", "by Nsight Compute"), counters(rows)),
         _section("Jobs", ("job", "outcome", "seconds", "last line"), jobs(report["jobs"])),
     ]
@@ -79,21 +83,53 @@ def slower(benches: dict) -> Iterator[Sequence[str]]:
                 yield name, row["implementation"], what, "slower", "", f"{row['vs_peer']} of a peer"
 
 
-def model_lines(rows: Sequence[dict]) -> Iterator[Sequence[str]]:
+def predictions(gpu: str) -> dict[tuple[str, str, str], float]:
+    """Of the committed ones those for a GPU of this name: milliseconds by op, pass and shape."""
+    path = RESULTS / "model_gpu.json"
+    rows = json.loads(path.read_text()) if path.is_file() else []
+    words = gpu.replace("-", " ").split()
+    found = {}
+    for row in rows:
+        for name, ms in row["ms"].items():
+            if all(word in words for word in name.split()[:2] if not word.endswith("GB")):
+                found[row["op"], row["direction"], row["shape"]] = ms
+    return found
+
+
+def model_lines(
+    rows: Sequence[dict], predicted: dict[tuple[str, str, str], float]
+) -> Iterator[Sequence[str]]:
+    """What was found, after it what was predicted of a step and of a token."""
     for row in rows:
         if "part" in row:
             found = ", ".join(f"{k} {v}" for k, v in row.items() if k not in ("part", "what"))
             yield row["part"], row["what"], found
+    for (op, _, shape), ms in predicted.items():
+        if op.startswith(("step", "token")):
+            yield "predicted", f"{op}, {shape}", f"{ms:g} ms"
 
 
-def times(rows: Sequence[dict]) -> Iterator[Sequence[str]]:
+def times(
+    rows: Sequence[dict], predicted: dict[tuple[str, str, str], float]
+) -> Iterator[Sequence[str]]:
     for row in rows:
+        ms = predicted.get((row["op"], row["pass"], row["shape"]))
+        if row["dtype"] != "float16" or row["backend"] != "triton":
+            ms = None
         yield (
             *(row[key] for key in ("op", "backend", "pass", "shape", "dtype")),
             f"{row['ms']:.4f}",
+            "-" if ms is None else f"{ms:g}",
             f"{row['gb_per_s']:.0f}",
             f"{row['tflops']:.1f}" if row["tflops"] else "-",
         )
+
+
+def swept(rows: Sequence[dict]) -> Iterator[Sequence[str]]:
+    for row in rows:
+        if "sweep" in row:
+            time = f"{row['us']:.2f}" if "us" in row else row["note"]
+            yield row["sweep"], row["shape"], row["tile"], time, "ours" if row["ours"] else ""
 
 
 def counters(rows: Sequence[dict]) -> Iterator[Sequence[str]]:

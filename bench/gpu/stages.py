@@ -135,6 +135,10 @@ def benches(context: Context) -> list[Job]:
     ]
 
 
+def sweeps(context: Context) -> list[Job]:
+    return [Job("sweep", python("bench.gpu.sweep", "--rows", str(context.rows)))]
+
+
 def counters(context: Context) -> list[Job]:
     return [
         Job(
@@ -187,6 +191,7 @@ STAGES = (
     Stage("times", 8, 90, 90, True, times),
     Stage("model", 1, 180, 60, True, model),
     Stage("benches", 1, 120, 40, False, benches),
+    Stage("sweeps", 1, 60, 60, False, sweeps),
     Stage("counters", 1, 100, 30, False, counters),
     Stage("tests", 1, 240, 240, False, tests),
     Stage("memory checks", 3, 120, 120, False, memory_checks),

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from bench.gpu import __main__ as gpu
-from bench.gpu import counters, jobs, stages
+from bench.gpu import counters, jobs, stages, sweep
 from bench.gpu.jobs import Deadline, Job, Outcome, run_job
-from bench.gpu.report import as_markdown, is_good
+from bench.gpu.report import as_markdown, is_good, predictions
 from tests.backends import EVERY_OP
 from tests.conftest import REPOSITORY
 
@@ -220,6 +220,36 @@ def test_slower_than_a_peer_is_a_verdict():
     text = as_markdown(report)
     assert text.count("slower") == 1
     assert "| quant_linear | triton fused, chosen | fwd, 1 x 2, float16 | slower |" in text
+
+
+def test_predictions_stand_beside_what_was_measured():
+    predicted = predictions("NVIDIA H100 80GB HBM3")
+    key = ("swiglu", "forward", "2080 x 27392")
+    assert predicted[key] > 0
+    assert predictions("NVIDIA H200")[key] < predicted[key]
+    assert predictions("NVIDIA GeForce RTX 4090")[key] > predicted[key]
+    assert predictions("NVIDIA RTX 4000") == predictions("") == {}
+    row = dict(zip(("op", "pass", "shape"), key, strict=True))
+    row |= dict(backend="triton", dtype="float16", ms=0.1, gb_per_s=3.0, tflops=0)
+    rows = [row, row | dict(dtype="float32")]
+    report = dict(machine={"gpu": "NVIDIA H200"}, jobs=[], rows=rows, benches={})
+    text = as_markdown(report)
+    ms = predictions("NVIDIA H200")[key]
+    assert f"| 2080 x 27392 | float16 | 0.1000 | {ms:g} | 3 | - |" in text
+    assert "| 2080 x 27392 | float32 | 0.1000 | - | 3 | - |" in text
+    assert "| predicted | token, CUDA graph, 1 rows |" in text
+
+
+def test_sweeps_begin_with_our_own_tiles(tmp_path):
+    """On the CPU only the first of them, which the interpreter runs quickly enough."""
+    with mock.patch.object(sweep, "_seconds", lambda case, direction, device: 1e-6):
+        rows = list(sweep.run(sweep.REHEARSAL, "cpu"))
+    for name in {row["sweep"] for row in rows}:
+        of_name = [row for row in rows if row["sweep"] == name]
+        assert of_name[0]["ours"]
+        assert len({row["tile"] for row in of_name}) >= 5
+    assert {row["us"] for row in rows} == {1.0}
+    assert len({row["sweep"] for row in rows}) == 5
 
 
 NCU = """==PROF== Connected to process 1
