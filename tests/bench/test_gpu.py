@@ -16,6 +16,7 @@ from bench.gpu import __main__ as gpu
 from bench.gpu import counters, jobs, stages, sweep
 from bench.gpu.jobs import Deadline, Job, Outcome, run_job
 from bench.gpu.report import as_markdown, is_good, predictions
+from bench.gpu.run import Report
 from tests.backends import EVERY_OP
 from tests.conftest import REPOSITORY
 
@@ -28,6 +29,26 @@ def test_says_so_without_a_gpu(capsys, tmp_path):
         assert gpu.main() == 2
     assert capsys.readouterr().err == "make gpu needs a GPU: torch sees no GPU\n"
     assert not (tmp_path / "out").exists()
+
+
+def test_says_so_without_torch(tmp_path):
+    """Nothing of torch is imported before."""
+    blocked = "import sys; sys.argv[1:] = ['--out', 'out']"
+    program = f"{blocked}; import runpy; runpy.run_module('bench.gpu', run_name='__main__')"
+    child = subprocess.run(
+        [sys.executable, "-S", "-c", program], cwd=REPOSITORY, capture_output=True, text=True
+    )
+    assert child.returncode == 2
+    assert child.stderr == f"make gpu needs a GPU: torch is not installed in {sys.executable}\n"
+
+
+def test_a_wrong_stage_is_named(capsys):
+    with (
+        mock.patch.object(sys, "argv", ["gpu", "--rehearse", "--only", "smoke", "fire"]),
+        pytest.raises(SystemExit),
+    ):
+        gpu.main()
+    assert "there is no stage fire; they are build, smoke, times" in capsys.readouterr().err
 
 
 def test_every_job_finds_its_files(tmp_path):
@@ -105,7 +126,7 @@ def rehearse(tmp_path: Path, only: str, stage_list: Sequence[stages.Stage]) -> t
     """The exit code and what gpu.json has."""
     arguments = ["gpu", "--rehearse", "--out", str(tmp_path), "--only", only]
     with (
-        mock.patch.object(gpu, "STAGES", stage_list),
+        mock.patch.object(stages, "STAGES", stage_list),
         mock.patch.object(sys, "argv", arguments),
         mock.patch.dict("os.environ", TRITON_INTERPRET="1", OMP_NUM_THREADS="1"),
     ):
@@ -196,11 +217,11 @@ def test_half_a_line_and_half_a_file(tmp_path):
     context.rows.write_text('{"part": "step", "what": "a"}\n{"part": "st')
     (tmp_path / "rope.json").write_text('{"cuda": {"machine"')
     (tmp_path / "swiglu.json").write_text('{"cuda": {"rows": [], "machine": {}, "rounds": 1}}')
-    run = gpu.Run(context)
-    run.done(Outcome("try", "failed with -9"))
-    assert run.report["rows"] == [{"part": "step", "what": "a"}]
-    assert list(run.report["benches"]) == ["swiglu"]
-    assert not is_good(run.report)
+    report = Report(context)
+    report.done(Outcome("try", "failed with -9"))
+    assert report.found["rows"] == [{"part": "step", "what": "a"}]
+    assert list(report.found["benches"]) == ["swiglu"]
+    assert not is_good(report.found)
 
 
 def test_slower_than_a_peer_is_a_verdict():
