@@ -34,10 +34,10 @@ from glmkern.triton_kernels.tiles import by_shared_memory
 # By KiB of shared memory, then by bytes of an element. `rows` is the most: where fewer are packed,
 # as in decoding one token, a tile has fewer. Two blocks share a multiprocessor.
 TILES = {
-    64: {2: AttentionTile(64, 32, 4, 2), 4: AttentionTile(32, 16, 4, 2)},
-    99: {2: AttentionTile(64, 32, 4, 2), 4: AttentionTile(32, 16, 4, 2)},
-    163: {2: AttentionTile(64, 64, 4, 2), 4: AttentionTile(32, 32, 4, 1)},
-    227: {2: AttentionTile(64, 64, 4, 2), 4: AttentionTile(32, 32, 4, 1)},
+    64: {2: AttentionTile(64, 32, 4, 2), 4: AttentionTile(16, 16, 4, 2)},
+    99: {2: AttentionTile(64, 32, 4, 2), 4: AttentionTile(16, 16, 4, 2)},
+    163: {2: AttentionTile(64, 64, 4, 2), 4: AttentionTile(16, 32, 4, 1)},
+    227: {2: AttentionTile(64, 64, 4, 2), 4: AttentionTile(16, 32, 4, 1)},
 }
 # Keys of a program: enough that reading them outweighs writing its partial result. Keys and values
 # in half precision take 64 KiB; the result, 16 rows of 128 in float32, takes 8.
