@@ -23,7 +23,6 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -31,7 +30,7 @@ from pathlib import Path
 import torch
 
 from bench.bench_full_size import chatglm2_6b
-from bench.fake_gpu import DEVICE, LAUNCH, Call, Event, FakeGpu, fake_gpu
+from bench.fake_gpu import DEVICE, LAUNCH, Call, Event, fake_gpu
 from bench.gpu.cases import CHATGLM2_6B, OPS, Case
 from bench.launches import events_of_pack, events_of_token
 from bench.train_models import ADVERTISEGEN_ROWS
@@ -65,6 +64,10 @@ class Gpu:
     @property
     def has_triton(self) -> bool:
         return self.sheet.capability >= 80
+
+    def as_chip(self) -> dict[str, int]:
+        """What fake_gpu takes."""
+        return {"shared_kib": self.shared_kib, "l2_bytes": self.l2_mib * 2**20}
 
     @property
     def cycles(self) -> float:
@@ -263,7 +266,7 @@ def predict_ops(gpus: Sequence[Gpu]) -> list[Row]:
 def events_of(case: Case, gpu: Gpu) -> dict[str, list[Event]]:
     """What each pass launches; the backward's is that of its op alone."""
     found = {}
-    with _fake(gpu, max(case.labelled, 1)) as fake:
+    with fake_gpu(max(case.labelled, 1), **gpu.as_chip()) as fake:
         with fake.recording() as events:
             results = case.forward(*case.args)
         found["forward"] = events
@@ -277,16 +280,12 @@ def events_of(case: Case, gpu: Gpu) -> dict[str, list[Event]]:
     return found
 
 
-def _fake(gpu: Gpu, found: int) -> AbstractContextManager[FakeGpu]:
-    return fake_gpu(found, shared_kib=gpu.shared_kib, l2_bytes=gpu.l2_mib * 2**20)
-
-
 def predict_model(gpus: Sequence[Gpu]) -> list[Row]:
     """A step of 16 rows packed, a row of it alone, a token of 1 and of 16 rows."""
     rows: dict[tuple[str, str, str], Row] = {}
     config = chatglm2_6b()
     for gpu in gpus:
-        chip = dict(shared_kib=gpu.shared_kib, l2_bytes=gpu.l2_mib * 2**20)
+        chip = gpu.as_chip()
         for name, lengths in (
             ("step, 16 rows in one pack", ADVERTISEGEN_ROWS * 4),
             ("step, one row alone", ADVERTISEGEN_ROWS[:1]),
