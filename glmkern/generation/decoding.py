@@ -138,7 +138,8 @@ def make_decoder(
             on when others end.
         cuda_graphs: on a GPU, a step is one CUDA graph, replayed, and whether rows have ended is
             read a few steps late; on a CPU the same steps run without a graph. None: on a GPU,
-            but where a logits_processor has to see every step. With beams it has no effect.
+            but where a logits_processor or an embedding on the host has to see every step. With
+            beams it has no effect.
 
     Raises:
         ValueError: an option is out of range, or a logits_processor forbids cuda_graphs.
@@ -156,7 +157,8 @@ def make_decoder(
             "cuda_graphs cannot be True beside a logits_processor of your own, which has to see "
             "every step; leave one of them out"
         )
-    on_gpu = model.device.type == "cuda"
+    # an offloaded embedding has every token come to the host
+    on_gpu = model.device.type == "cuda" and not model.offload_embedding
     return Decoder(
         model,
         cache,

@@ -51,7 +51,7 @@ class InPlaceDecoding:
         self._ended = torch.zeros_like(self._rows, dtype=torch.bool)
         self._broken = torch.zeros((), dtype=torch.bool, device=device)  # no token could be drawn
         self._seen = self._tokens_of(input_ids, starts) if decoder.repetition_penalty != 1 else None
-        self._replay = Replay(self._step, device, decoder.sampling.generator)
+        self._replay = Replay(device, decoder.sampling.generator)
         self._choose(hidden)
         self.length += 1
 
@@ -91,7 +91,7 @@ class InPlaceDecoding:
         """One more token for each running row."""
         if self.cache.make_room(self.cache.longest + 1, max(self.cache.longest, LEAST_GROWTH)):
             self._replay.forget()
-        self._replay()
+        self._replay(self._step)
         self.cache.longest += 1
         self.length += 1
 
@@ -172,45 +172,44 @@ class Replay:
     """A step that a CUDA graph repeats: the first call runs it, the second captures it. On other
     devices, and where a capture fails, every call runs it."""
 
-    def __init__(
-        self, step: Callable[[], None], device: torch.device, generator: torch.Generator | None
-    ):
-        self._step, self._device, self._generator = step, device, generator
+    def __init__(self, device: torch.device, generator: torch.Generator | None):
+        self._device, self._generator = device, generator
         self._graph: torch.cuda.CUDAGraph | None = None
         # The first run compiles kernels and makes the handles of libraries, which no graph can.
         self._warm = False
 
-    def __call__(self) -> None:
+    # The step is no attribute: whose method it is would live as long as Python's collector likes,
+    # with a cache and the memory of a graph.
+    def __call__(self, step: Callable[[], None]) -> None:
         if self._device.type != "cuda" or not self._warm:
-            self._step()
+            step()
             self._warm = True
             return
         with torch.cuda.device(self._device):
-            if self._graph is None:
-                try:
-                    self._graph = self._captured()
-                except torch.OutOfMemoryError:
-                    raise
-                except RuntimeError as error:
-                    self._device = torch.device("cpu")  # run every step from here on
-                    warnings.warn(
-                        f"decoding goes on without CUDA graphs, as a capture failed: {error}",
-                        RuntimeWarning,
-                        stacklevel=2,
-                    )
-                    self._step()
-                    return
-            self._graph.replay()
+            if self._graph is None and not self._capture(step):
+                step()
+            else:
+                self._graph.replay()
 
     def forget(self) -> None:
-        """The step has new tensors: the next call captures it again."""
-        self._graph = None
+        """The step has other tensors: it runs, and then it is captured again."""
+        self._graph, self._warm = None, False
 
-    def _captured(self) -> torch.cuda.CUDAGraph:
+    def _capture(self, step: Callable[[], None]) -> bool:
+        """Whether there is a graph now."""
         graph = torch.cuda.CUDAGraph()
         if self._generator is not None:
             graph.register_generator_state(self._generator)
-        # other threads may call the driver meanwhile
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            self._step()
-        return graph
+        try:
+            # other threads may call the driver meanwhile
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                step()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            self._device = torch.device("cpu")  # from here on every step runs
+            words = f"decoding goes on without CUDA graphs, as a capture failed: {error}"
+            warnings.warn(words, RuntimeWarning, stacklevel=2)
+            return False
+        self._graph = graph
+        return True

@@ -1,6 +1,9 @@
 """Decoding in place: the texts of decoding step by step, with a step that a CUDA graph can hold."""
 
 import contextlib
+import gc
+import weakref
+from functools import partial
 from unittest import mock
 
 import pytest
@@ -8,8 +11,8 @@ import torch
 
 from bench.fake_gpu import DEVICE, fake_gpu, host_copies, host_reads, launches
 from bench.launches import count_token, decoding_without_data, fake_model
-from glmkern.generation import KeyValueCache, cache, in_place
-from glmkern.generation.decoding import generate, stream_generate
+from glmkern.generation import KeyValueCache, cache, decoding, in_place
+from glmkern.generation.decoding import generate, make_decoder, stream_generate
 from glmkern.generation.in_place import InPlaceDecoding, Look, Replay
 from glmkern.generation.sampling import InvalidScores, replace_invalid_scores
 from tests.model.models import SMALL, ChatGLMConfig, small_model
@@ -169,14 +172,14 @@ def test_a_step_asks_the_gpu_for_nothing(options):
     """No value is read back, no shape depends on one, nothing comes from the host."""
     config = ChatGLMConfig.from_dict(SMALL | dict(ffn_hidden_size=38))
     with fake_gpu() as gpu, torch.inference_mode():
-        decoding = decoding_without_data(fake_model(config).eval(), rows=3, **options)
+        running = decoding_without_data(fake_model(config).eval(), rows=3, **options)
         with gpu.recording() as events:
-            decoding.step()
+            running.step()
         assert launches(events)["prefix_attention_decode"] == config.num_layers
         assert host_reads(events) == []
         assert host_copies(events) == []
         with gpu.recording() as events:
-            decoding._flags()
+            running._flags()
         assert host_reads(events) == []
 
 
@@ -254,34 +257,76 @@ def fake_capture(fails=False):
 
 
 def test_the_second_step_is_captured_and_then_replayed():
+    """Also after a change of its tensors: no kernel is compiled within a capture."""
     with fake_capture() as log:
-        replay = Replay(lambda: log.append("run"), torch.device("cuda"), torch.Generator())
-        for _ in range(3):
-            replay()
-        captured = ["generator", "capture, thread_local", "run", "replay"]
-        assert log == ["run", *captured, "replay"]
-        replay.forget()
-        log.clear()
-        replay()
-        assert log == captured
+        replay = Replay(torch.device("cuda"), torch.Generator())
+        cycle = ["run", "generator", "capture, thread_local", "run", "replay", "replay"]
+        for _ in range(2):
+            log.clear()
+            for _ in range(3):
+                replay(lambda: log.append("run"))
+            assert log == cycle
+            replay.forget()
 
 
 def test_where_a_capture_fails_every_step_runs():
     with fake_capture(fails=True) as log:
-        replay = Replay(lambda: log.append("run"), torch.device("cuda"), None)
-        replay()
+        replay = Replay(torch.device("cuda"), None)
+        run = partial(log.append, "run")
+        replay(run)
         with pytest.warns(RuntimeWarning, match="without CUDA graphs, as a capture failed: operat"):
-            replay()
-        replay()
+            replay(run)
+        replay(run)
     assert log == ["run", "capture, thread_local", "run", "run", "run"]
+
+
+def test_a_capture_without_memory_is_out_of_memory():
+    def full():
+        if len(log) > 1:
+            raise torch.OutOfMemoryError("2 GiB")
+        log.append("run")
+
+    with fake_capture() as log:
+        replay = Replay(torch.device("cuda"), None)
+        replay(full)
+        with pytest.raises(torch.OutOfMemoryError):
+            replay(full)
 
 
 def test_on_a_cpu_every_step_runs():
     log = []
-    replay = Replay(lambda: log.append("run"), torch.device("cpu"), None)
+    replay = Replay(torch.device("cpu"), None)
     for _ in range(3):
-        replay()
+        replay(partial(log.append, "run"))
     assert log == ["run"] * 3
+
+
+def test_a_decoding_ends_with_its_last_reference(model):
+    """It holds a cache and the memory of a graph, for which Python's collector may come late."""
+    ids, mask = prompts(2, longest=4)
+    seen = []
+
+    class Watched(InPlaceDecoding):
+        def __init__(self, *args):
+            super().__init__(*args)
+            seen.append(weakref.ref(self))
+
+    gc.disable()
+    try:
+        with mock.patch.object(decoding, "InPlaceDecoding", Watched):
+            generate(model, ids, mask, max_new_tokens=4, eos_token_id=[], cuda_graphs=True)
+        assert seen
+        assert seen[0]() is None
+    finally:
+        gc.enable()
+
+
+def test_an_offloaded_embedding_is_no_part_of_a_graph(model):
+    """Its tokens come to the host."""
+    for offloaded in (False, True):
+        away = mock.Mock(device=torch.device("cuda"), offload_embedding=offloaded)
+        away.config = model.config
+        assert make_decoder(away, None).in_place is not offloaded
 
 
 def test_a_look_at_a_cpu_is_not_late():

@@ -62,8 +62,8 @@ def test_a_graph_is_captured_on_the_model_s_device(current_device):
         mock.patch.object(torch.cuda, "CUDAGraph", lambda: graph),
         mock.patch.object(torch.cuda, "graph", lambda *_, **__: contextlib.nullcontext()),
     ):
-        replay = Replay(lambda: seen.append(list(current_device)), gpu, None)
-        replay()
-        replay()
+        replay = Replay(gpu, None)
+        for _ in range(2):
+            replay(lambda: seen.append(list(current_device)))
     # the first, eager step; the captured one; its replay
     assert seen == [[], [gpu], [gpu]]

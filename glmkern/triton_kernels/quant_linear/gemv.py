@@ -22,10 +22,10 @@ class GemvTile(NamedTuple):
     words: int
 
 
-# By tokens. A single token's words are no more than threads, so that each thread loads what it needs
-# of x. Its loop loads, waits and computes: wide blocks take few turns, and low ones make programs
-# enough to keep a large chip's memory busy at 4,096 rows. More tokens go through shared memory, and
-# get fewer words, for 16 to 64 accumulators.
+# By tokens. A single token's words are no more than threads, so that each thread loads what it
+# needs of x. Its loop loads, waits and computes: wide blocks take few turns, and low ones make
+# programs enough to keep a large chip's memory busy at 4,096 rows. More tokens go through shared
+# memory, and get fewer words, for 16 to 64 accumulators.
 FWD_TILES = {1: GemvTile(8, 128), 2: GemvTile(16, 64), 4: GemvTile(32, 32), 8: GemvTile(32, 16)}
 BWD_TILES = {1: GemvTile(16, 32), 2: GemvTile(8, 32), 4: GemvTile(4, 32), 8: GemvTile(4, 32)}
 
