@@ -64,7 +64,7 @@ def decoding_without_data(model: ChatGLM, rows: int, **options: object) -> InPla
     """After prompts of 64 tokens, with room for more."""
     state = KeyValueCache(model)
     state.lens, state.longest = torch.full((rows,), CACHED, device=DEVICE), CACHED
-    state._make_room(rows, ROOM)
+    state._grow(rows, ROOM)
     hidden = torch.empty(rows, model.config.hidden_size, dtype=model.dtype, device=DEVICE)
     ids = torch.zeros(rows, CACHED, dtype=torch.int64, device=DEVICE)
     decoder = make_decoder(model, state, cuda_graphs=True, **options)

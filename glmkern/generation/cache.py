@@ -47,7 +47,7 @@ class KeyValueCache:
         rows, longest = len(lens), int(lens.max())
         row = torch.arange(rows, device=lens.device).repeat_interleave(lens)
         place = torch.arange(len(row), device=lens.device) - batch.cu_seqlens[row]
-        self._make_room(rows, longest)
+        self._grow(rows, longest)
         slots = self._first_slots[row] + place
 
         run = Pass(self.model.cos_sin, batch.positions)
@@ -131,10 +131,10 @@ class KeyValueCache:
         copies of its final size."""
         if self._layers and entries <= self._room:
             return False
-        self._make_room(len(self.lens), max(entries, self.longest + growth))
+        self._grow(len(self.lens), max(entries, self.longest + growth))
         return True
 
-    def _make_room(self, rows: int, entries: int) -> None:
+    def _grow(self, rows: int, entries: int) -> None:
         config = self.model.config
         room = -(-max(entries, self.longest * 5 // 4) // BLOCK) * BLOCK
         shape = (2, rows, room, config.num_groups, config.kv_channels)
