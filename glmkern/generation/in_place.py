@@ -16,8 +16,8 @@ from torch import Tensor
 from glmkern.generation.decoder import Decoder, Prompts
 from glmkern.generation.sampling import InvalidScores, can_draw, penalized
 
-# Steps between two looks at which rows have ended. A GPU that has all of a look's answer when the
-# next one is due never waits; twice as many steps may be surplus.
+# Steps between two looks at which rows have ended. A GPU's answer is read at the next look, when it
+# has long arrived: up to twice as many steps may be surplus.
 LOOK_EVERY = 8
 # Entries of the cache that are added at least: a capture takes as long as a few steps.
 LEAST_GROWTH = 256
