@@ -165,6 +165,18 @@ def _may_read_values(op: Op, name: str, device: torch.device) -> bool:
     )
 
 
+def waits_for_values(name: str, device: torch.device) -> bool:
+    """Whether a call of op `name` on `device` reads values of its arguments there, for which a GPU
+    has to come to an end."""
+    op = OPS[name]
+    serving = (
+        backend
+        for backend in order(device)
+        if not isinstance(find_implementation(op, backend, device), str)
+    )
+    return _may_read_values(op, next(serving, "reference"), device)
+
+
 def choose(op: Op, device: torch.device, args: tuple[Any, ...]) -> tuple[str, Implementation]:
     """The backend that serves these arguments, and its implementation; RuntimeError where a forced
     one cannot."""

@@ -78,7 +78,7 @@ class Decoder:
         ended = torch.zeros_like(rows, dtype=torch.bool)
         while True:
             scores = self.process(self.logits(hidden), sequences[rows, :length], starts[rows])
-            if self.sampling.do_sample and not can_draw(scores):
+            if self.sampling.do_sample and not bool((can_draw(scores) | ended).all()):
                 raise InvalidScores
             tokens = self.sampling.choose(scores, rows, total).masked_fill(ended, self.pad)
             sequences[rows, length] = tokens

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from glmkern.dispatch import waits_for_values
 from glmkern.generation.beams import BeamSearch
 from glmkern.generation.cache import KeyValueCache
 from glmkern.generation.decoder import Decoder, Prompts
@@ -14,6 +15,10 @@ from glmkern.generation.in_place import InPlaceDecoding
 from glmkern.generation.sampling import STATIC_PROCESSORS, LogitsProcessor, Sampling
 from glmkern.model.model import ChatGLMModel
 from glmkern.model.packing import unpad
+from glmkern.ops.checks import KERNEL_DTYPES
+
+# The ops of a decoded token that may read values.
+OF_A_STEP = ("qkv_rope_cache_fwd", "prefix_attention_decode_fwd")
 
 
 def generate(
@@ -138,8 +143,8 @@ def make_decoder(
             on when others end.
         cuda_graphs: on a GPU, a step is one CUDA graph, replayed, and whether rows have ended is
             read a few steps late; on a CPU the same steps run without a graph. None: on a GPU,
-            but where a logits_processor or an embedding on the host has to see every step. With
-            beams it has no effect.
+            but where a step waits for the host: for a logits_processor, an embedding that is
+            offloaded, or ops whose values are read. With beams it has no effect.
 
     Raises:
         ValueError: an option is out of range, or a logits_processor forbids cuda_graphs.
@@ -157,8 +162,6 @@ def make_decoder(
             "cuda_graphs cannot be True beside a logits_processor of your own, which has to see "
             "every step; leave one of them out"
         )
-    # an offloaded embedding has every token come to the host
-    on_gpu = model.device.type == "cuda" and not model.offload_embedding
     return Decoder(
         model,
         cache,
@@ -168,7 +171,18 @@ def make_decoder(
         ends,
         pad,
         drops_rows=not logits_processor,
-        in_place=static and on_gpu if cuda_graphs is None else cuda_graphs,
+        in_place=static and _suits_a_graph(model) if cuda_graphs is None else cuda_graphs,
+    )
+
+
+def _suits_a_graph(model: ChatGLMModel) -> bool:
+    """Whether a step asks the GPU for nothing: an offloaded embedding has every token come to the
+    host, and the reference reads lengths."""
+    return (
+        model.device.type == "cuda"
+        and model.dtype in KERNEL_DTYPES
+        and not model.offload_embedding
+        and not any(waits_for_values(name, model.device) for name in OF_A_STEP)
     )
 
 

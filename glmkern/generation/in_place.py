@@ -7,6 +7,8 @@ grows, which doubles its room, and when half of the rows have ended, which then 
 have ended is read a few steps late, without waiting; the surplus is cut.
 """
 
+import contextlib
+import gc
 import warnings
 from collections.abc import Callable, Iterator
 
@@ -51,9 +53,11 @@ class InPlaceDecoding:
         self._ended = torch.zeros_like(self._rows, dtype=torch.bool)
         self._broken = torch.zeros((), dtype=torch.bool, device=device)  # no token could be drawn
         self._seen = self._tokens_of(input_ids, starts) if decoder.repetition_penalty != 1 else None
-        self._replay = Replay(device, decoder.sampling.generator)
+        sampling = decoder.sampling
+        self._replay = Replay(device, sampling.generator if sampling.do_sample else None)
         self._choose(hidden)
         self.length += 1
+        self._make_room()
 
     def steps(self) -> Iterator[Tensor]:
         """The prompts and what follows them so far, [B, S'], after every step."""
@@ -68,19 +72,24 @@ class InPlaceDecoding:
 
     def finish(self) -> Tensor:
         """The prompts and all that follows them, [B, S']: up to the last row's end token."""
-        start, look = self.length, Look(self._flags())
+        start, look = self.length, self._look()
         for count in range(self.max_length - start):
-            if count % self.look_every == 0:
-                *ended, broken = look.at(self._flags())  # as of the look before
+            if look.is_due(count):
+                *ended, broken = look.at(self._flags())
                 if broken or all(ended):
                     break
                 if self.decoder.drops_rows and 2 * ended.count(False) <= len(ended):
                     self._let_go(ended)
-                    look = Look(self._flags())
+                    look = self._look()
             self.step()
         if self.decoder.sampling.do_sample and bool(self._broken):
             raise InvalidScores
         return self._without_surplus(start - 1)
+
+    def _look(self) -> "Look":
+        """Draws have no surplus: it would take random numbers that the next text should have."""
+        draws = self.decoder.sampling.do_sample
+        return Look(self._flags(), 1 if draws else self.look_every, late=not draws)
 
     @torch.inference_mode()
     def _flags(self) -> Tensor:
@@ -89,11 +98,17 @@ class InPlaceDecoding:
 
     def step(self) -> None:
         """One more token for each running row."""
-        if self.cache.make_room(self.cache.longest + 1, max(self.cache.longest, LEAST_GROWTH)):
-            self._replay.forget()
+        self._make_room()
         self._replay(self._step)
         self.cache.longest += 1
         self.length += 1
+
+    def _make_room(self) -> None:
+        """For the next token, and no more than all can need."""
+        remaining = self.max_length - self.length
+        growth = min(max(self.cache.longest, LEAST_GROWTH), remaining)
+        if remaining and self.cache.make_room(self.cache.longest + 1, growth):
+            self._replay.forget()
 
     @torch.inference_mode()
     def _step(self) -> None:
@@ -110,7 +125,8 @@ class InPlaceDecoding:
         for processor in decoder.processors:
             scores = processor(self.sequences, scores)
         if decoder.sampling.do_sample:
-            self._broken.logical_or_(can_draw(scores).logical_not())
+            drawn = can_draw(scores).logical_or_(self._ended)
+            self._broken.logical_or_(drawn.all().logical_not_())
         tokens = decoder.sampling.choose(scores, self._rows, self.total)
         self._tokens.copy_(tokens.masked_fill_(self._ended, decoder.pad))
         self.sequences.view(-1).scatter_(0, self._places, self._tokens)
@@ -151,28 +167,37 @@ class InPlaceDecoding:
 
 
 class Look:
-    """Copies of flags bool [R], fetched from a GPU while it works on; each is read a look late."""
+    """Looks at flags bool [R] of a GPU, every so many steps. `late`: each finds what was fetched at
+    the look before while the GPU worked on; on a CPU, and else, what is there now."""
 
-    def __init__(self, flags: Tensor):
-        self._copy = torch.zeros(len(flags), dtype=torch.bool, pin_memory=flags.is_cuda)
-        self._arrived = torch.cuda.Event() if flags.is_cuda else None
+    def __init__(self, flags: Tensor, every: int, late: bool):
+        self._every, self._late = every, late and flags.is_cuda
+        if self._late:
+            self._stream = torch.cuda.current_stream(flags.device)
+            self._copy = torch.zeros(len(flags), dtype=torch.bool, pin_memory=True)
+            self._arrived = torch.cuda.Event()
+
+    def is_due(self, steps: int) -> bool:
+        return steps % self._every == 0
 
     def at(self, flags: Tensor) -> list[bool]:
-        """What the flags were at the look before, on a CPU what they are; asks for them anew."""
-        if self._arrived is None:
+        if not self._late:
             return flags.tolist()
         self._arrived.synchronize()
         found = self._copy.tolist()
         self._copy.copy_(flags, non_blocking=True)
-        self._arrived.record()
+        self._arrived.record(self._stream)
         return found
 
 
 class Replay:
     """A step that a CUDA graph repeats: the first call runs it, the second captures it. On other
-    devices, and where a capture fails, every call runs it."""
+    devices, and once a capture has failed in this process, every call runs it."""
+
+    captures_fail = False
 
     def __init__(self, device: torch.device, generator: torch.Generator | None):
+        """`generator`: where the step's random numbers come from, if not from the default one."""
         self._device, self._generator = device, generator
         self._graph: torch.cuda.CUDAGraph | None = None
         # The first run compiles kernels and makes the handles of libraries, which no graph can.
@@ -181,7 +206,7 @@ class Replay:
     # The step is no attribute: whose method it is would live as long as Python's collector likes,
     # with a cache and the memory of a graph.
     def __call__(self, step: Callable[[], None]) -> None:
-        if self._device.type != "cuda" or not self._warm:
+        if self._device.type != "cuda" or Replay.captures_fail or not self._warm:
             step()
             self._warm = True
             return
@@ -189,6 +214,7 @@ class Replay:
             if self._graph is None and not self._capture(step):
                 step()
             else:
+                assert self._graph is not None
                 self._graph.replay()
 
     def forget(self) -> None:
@@ -197,19 +223,39 @@ class Replay:
 
     def _capture(self, step: Callable[[], None]) -> bool:
         """Whether there is a graph now."""
-        graph = torch.cuda.CUDAGraph()
-        if self._generator is not None:
-            graph.register_generator_state(self._generator)
         try:
-            # other threads may call the driver meanwhile
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                step()
+            self._graph = self._captured(step)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            self._device = torch.device("cpu")  # from here on every step runs
+            Replay.captures_fail = True
+            with contextlib.suppress(RuntimeError):
+                self._captured(lambda: None)  # the generators leave the capture that failed
             words = f"decoding goes on without CUDA graphs, as a capture failed: {error}"
             warnings.warn(words, RuntimeWarning, stacklevel=2)
             return False
-        self._graph = graph
         return True
+
+    def _captured(self, step: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        if self._generator is not None:
+            graph.register_generator_state(self._generator)
+        # A stream of this device: torch's own for captures is of the device that was first. The
+        # current one is restored whatever happens. Nothing is collected meanwhile: the end of
+        # somebody's graph or event is no part of this one; other threads may call the driver.
+        stream = torch.cuda.Stream(self._device)
+        with torch.cuda.stream(torch.cuda.current_stream(self._device)), _no_collection():
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                step()
+        return graph
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

@@ -77,8 +77,8 @@ class Sampling:
 
 
 def can_draw(scores: Tensor) -> Tensor:
-    """bool scalar on the device of scores [R, V]: whether a token can be drawn for every row."""
-    return scores.amax(-1).isfinite().all()
+    """bool [R], on the device of scores [R, V]: whether a token can be drawn for a row."""
+    return scores.amax(-1).isfinite()
 
 
 def penalize_repetition(

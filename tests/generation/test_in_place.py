@@ -9,8 +9,10 @@ from unittest import mock
 import pytest
 import torch
 
+import glmkern
 from bench.fake_gpu import DEVICE, fake_gpu, host_copies, host_reads, launches
 from bench.launches import count_token, decoding_without_data, fake_model
+from glmkern import dispatch
 from glmkern.generation import KeyValueCache, cache, decoding, in_place
 from glmkern.generation.decoding import generate, make_decoder, stream_generate
 from glmkern.generation.in_place import InPlaceDecoding, Look, Replay
@@ -241,26 +243,36 @@ def fake_capture(fails=False):
     log = []
 
     @contextlib.contextmanager
-    def capture(graph, capture_error_mode):
-        log.append(f"capture, {capture_error_mode}")
+    def capture(graph, stream, capture_error_mode):
+        log.append(f"capture, {stream}, {capture_error_mode}, gc {gc.isenabled()}")
         yield
         if fails:
             raise RuntimeError("operation not permitted when stream is capturing")
 
-    with (
-        mock.patch.object(FakeGraph, "log", log),
-        mock.patch.object(torch.cuda, "CUDAGraph", FakeGraph),
-        mock.patch.object(torch.cuda, "graph", capture),
-        mock.patch.object(torch.cuda, "device", lambda device: contextlib.nullcontext()),
-    ):
+    with contextlib.ExitStack() as stack:
+        for target, name, value in (
+            (FakeGraph, "log", log),
+            (Replay, "captures_fail", False),
+            (torch.cuda, "CUDAGraph", FakeGraph),
+            (torch.cuda, "graph", capture),
+            (torch.cuda, "Stream", lambda device: f"stream of {device}"),
+            (torch.cuda, "current_stream", lambda device: f"current of {device}"),
+            (torch.cuda, "stream", lambda stream: contextlib.nullcontext()),
+            (torch.cuda, "device", lambda device: contextlib.nullcontext()),
+        ):
+            stack.enter_context(mock.patch.object(target, name, value))
         yield log
+
+
+CAPTURE = "capture, stream of cuda:1, thread_local, gc False"
+GPU = torch.device("cuda", 1)
 
 
 def test_the_second_step_is_captured_and_then_replayed():
     """Also after a change of its tensors: no kernel is compiled within a capture."""
     with fake_capture() as log:
-        replay = Replay(torch.device("cuda"), torch.Generator())
-        cycle = ["run", "generator", "capture, thread_local", "run", "replay", "replay"]
+        replay = Replay(GPU, torch.Generator())
+        cycle = ["run", "generator", CAPTURE, "run", "replay", "replay"]
         for _ in range(2):
             log.clear()
             for _ in range(3):
@@ -270,14 +282,20 @@ def test_the_second_step_is_captured_and_then_replayed():
 
 
 def test_where_a_capture_fails_every_step_runs():
+    """From then on in the whole process; an empty capture ends what the failed one has begun."""
     with fake_capture(fails=True) as log:
-        replay = Replay(torch.device("cuda"), None)
         run = partial(log.append, "run")
+        replay = Replay(GPU, None)
         replay(run)
         with pytest.warns(RuntimeWarning, match="without CUDA graphs, as a capture failed: operat"):
             replay(run)
         replay(run)
-    assert log == ["run", "capture, thread_local", "run", "run", "run"]
+        assert log == ["run", CAPTURE, "run", CAPTURE, "run", "run"]
+        log.clear()
+        another = Replay(GPU, torch.Generator())
+        another(run)
+        another(run)
+        assert log == ["run", "run"]
 
 
 def test_a_capture_without_memory_is_out_of_memory():
@@ -287,7 +305,7 @@ def test_a_capture_without_memory_is_out_of_memory():
         log.append("run")
 
     with fake_capture() as log:
-        replay = Replay(torch.device("cuda"), None)
+        replay = Replay(GPU, None)
         replay(full)
         with pytest.raises(torch.OutOfMemoryError):
             replay(full)
@@ -321,16 +339,107 @@ def test_a_decoding_ends_with_its_last_reference(model):
         gc.enable()
 
 
-def test_an_offloaded_embedding_is_no_part_of_a_graph(model):
-    """Its tokens come to the host."""
-    for offloaded in (False, True):
-        away = mock.Mock(device=torch.device("cuda"), offload_embedding=offloaded)
-        away.config = model.config
-        assert make_decoder(away, None).in_place is not offloaded
+@pytest.mark.parametrize(
+    ("change", "in_place"),
+    [
+        ({}, True),
+        (dict(offload_embedding=True), False),
+        (dict(dtype=torch.float64), False),
+        (dict(device=torch.device("cpu")), False),
+    ],
+    ids=str,
+)
+def test_where_a_step_suits_a_graph(model, monkeypatch, change, in_place):
+    """An offloaded embedding has tokens come to the host; float64 has no kernels."""
+    monkeypatch.setattr(decoding, "waits_for_values", lambda name, device: False)
+    usual = dict(device=GPU, dtype=torch.float16, offload_embedding=False, config=model.config)
+    assert make_decoder(mock.Mock(**usual | change), None).in_place is in_place
+
+
+def test_ops_that_read_values_suit_no_graph(model, monkeypatch):
+    """The reference of attention reads lengths, and GLMKERN_CHECK=1 has all values read."""
+    away = mock.Mock(device=GPU, dtype=torch.float16, offload_embedding=False, config=model.config)
+    monkeypatch.setattr(dispatch, "why_unavailable", lambda name, device: None)
+    assert make_decoder(away, None).in_place
+    with glmkern.backend("reference"):
+        assert not make_decoder(away, None).in_place
+    monkeypatch.setenv("GLMKERN_CHECK", "1")
+    assert not make_decoder(away, None).in_place
+
+
+def test_draws_leave_the_generator_where_single_steps_do(model):
+    """The next text, of another batch, is the same then."""
+    ids, mask = prompts(5, longest=7)
+    ends = frequent_tokens(model, ids, mask, 12)
+    texts = []
+    for cuda_graphs in (False, True):
+        generator = torch.Generator().manual_seed(11)
+        options = dict(max_new_tokens=30, do_sample=True, top_k=0, eos_token_id=ends)
+        for _ in range(3):
+            texts.append(
+                generate(model, ids, mask, generator=generator, cuda_graphs=cuda_graphs, **options)
+            )
+    assert all(text.shape[1] < 37 for text in texts)
+    assert all(map(torch.equal, texts[:3], texts[3:]))
+
+
+def test_room_is_made_once_where_it_is_known(model):
+    """No more than the text can need, before the first step."""
+    ids, mask = prompts(2, longest=62)
+    rooms = []
+    grow = KeyValueCache._grow
+
+    def keep(self, rows, entries):
+        grow(self, rows, entries)
+        rooms.append(self._room)
+
+    with mock.patch.object(KeyValueCache, "_grow", keep):
+        generate(model, ids[:1, :2], max_new_tokens=60, eos_token_id=[], cuda_graphs=True)
+        assert rooms == [64]
+        rooms.clear()
+        broad = small_model(dict(seq_length=200))
+        generate(broad, ids, mask, max_new_tokens=30, eos_token_id=[], cuda_graphs=True)
+    assert rooms == [64, 128]
 
 
 def test_a_look_at_a_cpu_is_not_late():
     flags = torch.zeros(3, dtype=torch.bool)
-    look = Look(flags)
+    look = Look(flags, every=4, late=True)
     flags[1] = True
     assert look.at(flags) == [False, True, False]
+    assert [look.is_due(step) for step in range(5)] == [True, False, False, False, True]
+
+
+def test_a_look_at_a_gpu_is_a_look_late(monkeypatch):
+    """It waits for the copy of the look before, which a stream of the flags' device makes."""
+    asked = []
+
+    class Event:
+        def synchronize(self):
+            asked.append("wait")
+
+        def record(self, stream):
+            asked.append(stream)
+
+    class Flags:
+        """What a GPU's tensor of two flags would be asked."""
+
+        is_cuda, device = True, GPU
+
+        def __init__(self, *values):
+            self.values = torch.tensor(values)
+
+        def __len__(self):
+            return len(self.values)
+
+    zeros, copy = torch.zeros, torch.Tensor.copy_
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
+    monkeypatch.setattr(torch, "zeros", lambda *size, pin_memory, **kw: zeros(*size, **kw))
+    monkeypatch.setattr(
+        torch.Tensor, "copy_", lambda self, flags, non_blocking: copy(self, flags.values)
+    )
+    look = Look(Flags(False, False), every=8, late=True)
+    found = [look.at(Flags(*x)) for x in ((False, True), (True, True), (True, True))]
+    assert found == [[False, False], [False, True], [True, True]]
+    assert asked == ["wait", "stream of cuda:1"] * 3

@@ -61,6 +61,9 @@ def test_a_graph_is_captured_on_the_model_s_device(current_device):
     with (
         mock.patch.object(torch.cuda, "CUDAGraph", lambda: graph),
         mock.patch.object(torch.cuda, "graph", lambda *_, **__: contextlib.nullcontext()),
+        mock.patch.object(torch.cuda, "Stream", str),
+        mock.patch.object(torch.cuda, "current_stream", str),
+        mock.patch.object(torch.cuda, "stream", lambda stream: contextlib.nullcontext()),
     ):
         replay = Replay(gpu, None)
         for _ in range(2):
