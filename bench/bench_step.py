@@ -146,7 +146,6 @@ def make_step(model: ChatGLM, batches: Sequence[PackedBatch]) -> Step:
     """Accumulates the batches' gradients; `run` gives the step's loss."""
     prefix = model.prefix_encoder.embedding.weight
     scale = LOSS_SCALE if model.dtype == torch.float16 else 1.0
-    batches = [batch.to(model.device) for batch in batches]
 
     def run() -> Tensor:
         prefix.grad = None

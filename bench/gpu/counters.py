@@ -16,7 +16,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from bench.gpu.jobs import ROOT
+from bench.gpu.jobs import ROOT, find_tool
 from bench.gpu.rows import CRASHED, write_rows
 
 SECTIONS = (
@@ -42,14 +42,16 @@ KEPT = (
 )
 KEPT_PARTS = ("tensor", "bank conflict")
 STALLS = 3
+LAUNCHES = 24  # of an op that ncu replays, once for each group of counters
 
 
 def command(op: str, backend: str) -> list[str]:
     checked = ("--clock-control", "none", "--profile-from-start", "off")
+    checked += ("--launch-count", str(LAUNCHES))
     sections = [x for name in SECTIONS for x in ("--section", name)]
     program = (sys.executable, "-m", "tests.gpu.smoke", "count", "--op", op, "--backend", backend)
     report = ("--csv", "--page", "details", "--print-details", "all")
-    return ["ncu", *checked, *sections, *report, *program, "--rows", "/dev/null"]
+    return [find_ncu() or "ncu", *checked, *sections, *report, *program, "--rows", "/dev/null"]
 
 
 def kernels(op: str, report: str) -> Iterator[dict]:
@@ -58,6 +60,8 @@ def kernels(op: str, report: str) -> Iterator[dict]:
     by_launch: dict[str, dict] = {}
     for line in csv.DictReader(io.StringIO(report[start:])) if start >= 0 else ():
         name, value = line.get("Metric Name") or "", line.get("Metric Value") or ""
+        if not line.get("Kernel Name"):  # what ncu says after its table
+            continue
         launch = by_launch.setdefault(
             line["ID"], {"op": op, "kernel": line["Kernel Name"][:80], "counters": {}, "stalls": {}}
         )
@@ -78,14 +82,25 @@ def as_number(text: str) -> float:
 
 
 def counted(op: str, backend: str) -> Iterator[dict]:
-    done = subprocess.run(
+    child = subprocess.Popen(
         command(op, backend), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
-    rows = list(kernels(op, done.stdout))
+    lines = []
+    try:
+        lines += child.stdout
+    except KeyboardInterrupt:  # ncu hears it too, and reports what it has
+        lines += child.stdout
+    rows = list(kernels(op, "".join(lines)))
     yield from rows
     if not rows:
-        last = next((x for x in reversed(done.stdout.splitlines()) if x.strip()), "no output")
-        yield {"part": "counters", "what": op, "verdict": CRASHED, "note": last[:300]}
+        last = next((line for line in reversed(lines) if line.strip()), "no output")
+        yield {"part": "counters", "what": op, "verdict": CRASHED, "note": last.strip()[:300]}
+
+
+def find_ncu() -> str | None:
+    """On the PATH, or where its installer puts it."""
+    installed = sorted(Path("/opt/nvidia/nsight-compute").glob("*/ncu"))
+    return shutil.which("ncu") or find_tool("ncu") or (str(installed[-1]) if installed else None)
 
 
 def main() -> int:
@@ -94,8 +109,8 @@ def main() -> int:
     parser.add_argument("--backend", required=True)
     parser.add_argument("--rows", type=Path, required=True, help="the file that lines go to")
     args = parser.parse_args()
-    if shutil.which("ncu") is None:
-        print("ncu is not on the PATH")
+    if find_ncu() is None:
+        print("ncu, of Nsight Compute, is not installed")
         return 1
     return int(write_rows(args.rows, counted(args.op, args.backend)) > 0)
 

@@ -6,6 +6,7 @@ waits for it.
 """
 
 import os
+import shutil
 import signal
 import subprocess
 import threading
@@ -41,6 +42,11 @@ class Outcome:
 
     def as_row(self) -> dict:
         return asdict(self)
+
+
+def find_tool(name: str) -> str | None:
+    """A tool of CUDA's, on the PATH or where CUDA is usually installed."""
+    return shutil.which(name) or shutil.which(name, path="/usr/local/cuda/bin")
 
 
 class Deadline:

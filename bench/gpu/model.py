@@ -1,19 +1,20 @@
 """ChatGLM2-6B over 4-bit weights on this GPU: how fast are a step and a token?
 
-    python -m bench.gpu.model step|decode|peer --rows rows.jsonl [--tables folder]
+    python -m bench.gpu.model step|decode|peer --rows rows.jsonl [--tables profiles.txt]
 
     step      times of the steps of bench_step, useful flops a second, peak memory, and where the
               time of one step goes
     decode    seconds and launches a token for 1 and for 16 rows, and where the time goes
     peer      both by GlmForCausalLM of transformers and PEFT's prefix, over a dense float16 base
 
-One JSON object a line, as it comes; the profiler's tables go to files of their own.
+One JSON object a line, as it comes; the profiler's tables go to a file of their own.
 """
 
 import argparse
 import itertools
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -28,8 +29,8 @@ from bench.bench_generate import PEER, make_prompts, one_at_a_time
 from bench.bench_step import DEQUANTISED, ROW_BY_ROW, make_dense_model, make_model, make_steps
 from bench.bench_train import flops
 from bench.clock import seconds_per_round
-from bench.gpu.profiler import profile, seconds_of
-from bench.gpu.rows import CRASHED, in_a_line, write_rows
+from bench.gpu.profiler import Profile, profile, seconds_of
+from bench.gpu.rows import CRASHED, STOPPED, in_a_line, write_rows
 from bench.train_models import ADVERTISEGEN_ROWS, OFFICIAL, OFFICIAL_WIDTH, OURS, make_rows, padded
 from glmkern import ChatGLM, ChatGLMConfig
 
@@ -68,7 +69,7 @@ def rows_of(model: ChatGLM) -> Sequence[tuple[int, int]]:
 
 @dataclass(frozen=True)
 class Bench:
-    """What the parts share: the model, where it is, and the folder of the profiler's tables."""
+    """What the parts share: the model, where it is, and the file of the profiler's tables."""
 
     device: str
     tables: Path | None
@@ -77,12 +78,12 @@ class Bench:
     def step(self) -> Iterator[Callable[[], Row]]:
         self.model.train()
         yield self.memory_of_step
-        yield lambda: self.profile_step(OURS, "step")
+        yield lambda: self.profile_step(OURS)
         for name in (OURS, DEQUANTISED, ROW_BY_ROW):
             yield lambda name=name: self.time_step(SETS, name)
         for sets in (2 * SETS, 1):
             yield lambda sets=sets: self.time_step(sets, OURS)
-        yield lambda: self.profile_step(ROW_BY_ROW, "step_row_by_row")
+        yield lambda: self.profile_step(ROW_BY_ROW)
         yield lambda: self.time_step(SETS, OFFICIAL)
 
     def decode(self) -> Iterator[Callable[[], Row]]:
@@ -119,13 +120,16 @@ class Bench:
             "peak_mib": round(torch.cuda.max_memory_allocated() / 2**20),
         }
 
-    def profile_step(self, name: str, file: str) -> Row:
+    def profile_step(self, name: str) -> Row:
         (step,) = make_steps(self.model, rows_of(self.model) * SETS, [name]).values()
         step.run()
         found = profile(step.run, self.device)
-        if self.tables is not None:
-            found.write(self.tables / f"{file}.txt")
+        self.keep(found, f"a step: {name}")
         return {"what": f"profile of a step: {name}"} | found.as_row()
+
+    def keep(self, found: Profile, title: str) -> None:
+        if self.tables is not None:
+            found.append_to(self.tables, title)
 
     def time_decode(self, rows: int, graphs: bool) -> Row:
         prompts = self.prompts(rows)
@@ -141,8 +145,7 @@ class Bench:
             )
             for tokens in COUNTED
         )
-        if self.tables is not None:
-            many.write(self.tables / f"decode_{rows}{'_graph' * graphs}.txt")
+        self.keep(many, decoding(rows, graphs))
         tokens = COUNTED[1] - COUNTED[0]
         return {
             "what": f"profile of {decoding(rows, graphs)}",
@@ -225,20 +228,24 @@ def generate(model: ChatGLM, prompts: Tensor, tokens: int, graphs: bool | None =
 def rows_as_they_come(bench: Bench, part: str) -> Iterator[Row]:
     for work in getattr(bench, part)():
         try:
-            row = work()
+            yield {"part": part} | work()
+        except KeyboardInterrupt:
+            yield {"part": part, "what": part, "verdict": CRASHED, "note": STOPPED}
+            return
         except Exception as error:
-            row = {"what": part, "verdict": CRASHED, "note": in_a_line(error)}
-        yield {"part": part} | row
+            yield {"part": part, "what": part, "verdict": CRASHED, "note": in_a_line(error)}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("part", choices=("step", "decode", "peer"))
     parser.add_argument("--rows", type=Path, required=True, help="the file that lines go to")
-    parser.add_argument("--tables", type=Path, help="folder of the profiler's tables")
+    parser.add_argument("--tables", type=Path, help="file that the profiler's tables go to")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     args = parser.parse_args()
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+    # of a capture that fails: what is called a graph here shall be one
+    warnings.simplefilter("error", RuntimeWarning)
     make = make_dense_model if args.part == "peer" else make_model
     model = make(config_for(args.device), torch.float16, args.device)
     bench = Bench(args.device, args.tables, model)

@@ -42,14 +42,15 @@ class Profile:
             "wall_ms_profiled": round(self.wall_ms, 2),
         }
 
-    def write(self, path: Path) -> None:
+    def append_to(self, path: Path, title: str) -> None:
         """The kernels, the most expensive first, and the host's functions."""
         lines = [
             f"{sum(times) / 1e3:9.3f} ms {len(times):6d} x {median(times):9.1f} us  "
             f"{name[:NAME_COLUMNS]}"
             for name, times in sorted(self.kernels.items(), key=lambda item: -sum(item[1]))
         ]
-        path.write_text("\n".join([*lines, "", self.host_table]))
+        with path.open("a") as file:
+            file.write("\n".join([f"== {title}", *lines, "", self.host_table, ""]))
 
 
 def profile(call: Callable[[], object], device: str) -> Profile:

@@ -28,6 +28,7 @@ def as_markdown(report: dict) -> str:
             ("op", "backend", "pass", "verdict", "largest error", ""),
             [
                 *verdicts([row for row in rows if "pass" in row and "verdict" in row]),
+                *of_the_model([row for row in rows if "part" in row and "verdict" in row]),
                 *unfinished(report["jobs"]),
                 *slower(benches),
             ],
@@ -64,6 +65,14 @@ def verdicts(rows: Sequence[dict]) -> Iterator[Sequence[str]]:
             ratio = "-" if row.get("ratio") is None else f"{row['ratio']:.2f}"
             case = f"{row['dtype']} {row['shape']}"
             yield "", "", case, row["verdict"], ratio, row.get("note", "")
+
+
+def of_the_model(rows: Sequence[dict]) -> Iterator[Sequence[str]]:
+    """Of a step, a text and a graph; and what crashed while it was to be timed."""
+    for row in rows:
+        verdict = RIGHT if row["verdict"] == RIGHT else f"**{row['verdict']}**"
+        ratio = f"{row['ratio']:.2f}" if "ratio" in row else ""
+        yield "model", row["part"], row["what"], verdict, ratio, row.get("note", "")
 
 
 def unfinished(jobs: Sequence[dict]) -> Iterator[Sequence[str]]:

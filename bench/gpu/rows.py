@@ -1,14 +1,19 @@
-"""The results of `make gpu`'s programs: one JSON object a line, each written as it comes."""
+"""What `make gpu`'s programs share: results of one JSON object a line, each written as it comes,
+the words of a failure, and turns on the GPU."""
 
+import contextlib
+import fcntl
 import json
+import signal
 import traceback
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
 
 RIGHT, WRONG, CRASHED = "right", "wrong", "crashed"
+STOPPED = "stopped: it hung, or took too long"
+LONGEST_TURN = 30  # seconds that a process may have the GPU for itself
 
 
 def write_rows(path: Path, rows: Iterable[dict]) -> int:
@@ -25,7 +30,7 @@ def read_rows(path: Path) -> list[dict]:
     """What the programs have written; one that was killed may have left half a line."""
     rows = []
     for line in path.read_text().splitlines() if path.is_file() else ():
-        with suppress(json.JSONDecodeError):
+        with contextlib.suppress(json.JSONDecodeError):
             rows.append(json.loads(line))
     return rows
 
@@ -45,3 +50,18 @@ def in_a_line(error: Exception) -> str:
 def plain(dtype: torch.dtype) -> str:
     """float16 for torch.float16."""
     return str(dtype).removeprefix("torch.")
+
+
+@contextlib.contextmanager
+def alone(lock: Path | None) -> Iterator[None]:
+    """Of all processes that name this file, one is within the block at a time, and not for longer
+    than LONGEST_TURN: the system ends it then, also within a call that hangs."""
+    if lock is None:
+        yield
+        return
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(LONGEST_TURN)
+        yield
+        signal.alarm(0)

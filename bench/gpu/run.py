@@ -26,6 +26,8 @@ def find_stages(names: Sequence[str] | None) -> list[Stage]:
 def run(chosen: Sequence[Stage], out: Path, device: str, seconds: float) -> int:
     """0 where all is right, else 1. On "cpu" only the stages that can be rehearsed run."""
     out.mkdir(parents=True, exist_ok=True)
+    for grows in ("gpu.log", "profiles.txt"):
+        (out / grows).unlink(missing_ok=True)
     deadline = Deadline(seconds)
     with tempfile.TemporaryDirectory() as scratch:
         report = Report(Context(Path(scratch), out.absolute(), device))
@@ -50,7 +52,8 @@ class Report:
             file.write(text)
 
     def done(self, outcome: Outcome) -> None:
-        print(f"{outcome.job}: {outcome.outcome}, {outcome.seconds} s  {outcome.last_line[:100]}")
+        line = f"{outcome.job}: {outcome.outcome}, {outcome.seconds} s  {outcome.last_line[:100]}"
+        print(line, flush=True)
         self.found["jobs"].append(outcome.as_row())
         self.found["rows"] = read_rows(self.context.rows)
         self._add_benches()

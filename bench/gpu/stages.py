@@ -1,13 +1,12 @@
 """The stages of `make gpu` in their order, the most telling first; their limits are one table."""
 
-import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import glmkern.ops  # noqa: F401 (registers the ops)
-from bench.gpu.jobs import ROOT, Job
+from bench.gpu.jobs import ROOT, Job, find_tool
 from glmkern import dispatch
 
 # Worst known first; the model's stage times steps.
@@ -27,6 +26,7 @@ CUDA_OPS = ("rms_norm",)
 # at small sizes, as compute-sanitizer slows a kernel by ten to a hundred.
 ON_GPU = "triton or cuda or gpu"
 SANITIZED = "(triton or cuda) and (touches_nothing_outside or same_bits or no_rows)"
+SWEEPS = ("gemv", "decode", "forward", "dq", "dkv")
 TOOLS = ("memcheck", "racecheck", "synccheck")
 
 
@@ -76,6 +76,8 @@ def build(context: Context) -> list[Job]:
             f"&& cp {folder}/_native_cuda.so glmkern/{name}.so"
         )
         environment = {"GLMKERN_CUDA_ARCHS": archs} if archs else {}
+        if nvcc := find_tool("nvcc"):
+            environment["CUDACXX"] = nvcc
         jobs.append(Job(f"build {name}", ["bash", "-c", commands], environment))
     return jobs
 
@@ -113,15 +115,18 @@ def times(context: Context) -> list[Job]:
 
 
 def model(context: Context) -> list[Job]:
+    """Graphs first: that they are right is what no CPU can show."""
     common = ("--rows", str(context.rows), "--device", context.device)
-    timed = ("--tables", str(context.out))
-    return [
-        Job("judge the model", python("tests.gpu.judge_model", *common)),
-        *(
-            Job(f"model {part}", python("bench.gpu.model", part, *common, *timed))
-            for part in ("step", "decode", "peer")
-        ),
+    timed = ("--tables", str(context.out / "profiles.txt"))
+    jobs = [
+        Job(f"judge {part}", python("tests.gpu.judge_model", part, *common))
+        for part in ("graphs", "step", "text")
     ]
+    jobs += [
+        Job(f"model {part}", python("bench.gpu.model", part, *common, *timed))
+        for part in ("step", "decode", "peer")
+    ]
+    return jobs
 
 
 def benches(context: Context) -> list[Job]:
@@ -136,7 +141,9 @@ def benches(context: Context) -> list[Job]:
 
 
 def sweeps(context: Context) -> list[Job]:
-    return [Job("sweep", python("bench.gpu.sweep", "--rows", str(context.rows)))]
+    """Each compiles its tiles beside the others, and then takes its turn on the GPU."""
+    common = ("--rows", str(context.rows), "--lock", str(context.scratch / "lock"))
+    return [Job(f"sweep {name}", python("bench.gpu.sweep", name, *common)) for name in SWEEPS]
 
 
 def counters(context: Context) -> list[Job]:
@@ -160,7 +167,7 @@ def tests(context: Context) -> list[Job]:
 
 
 def memory_checks(context: Context) -> list[Job]:
-    checker = find_sanitizer()
+    checker = find_tool("compute-sanitizer")
     # Libraries probe the driver with calls that fail, which are no memory errors.
     options = ("--report-api-errors", "no", "--error-exitcode", "1")
     return [
@@ -178,21 +185,15 @@ def _pytest() -> list[str]:
     return python("pytest", "-q", "--tb=short", "-p", "no:cacheprovider")
 
 
-def find_sanitizer() -> str | None:
-    return shutil.which("compute-sanitizer") or shutil.which(
-        "compute-sanitizer", path="/usr/local/cuda/bin"
-    )
-
-
 STAGES = (
     #     name             workers  seconds  a job's  rehearsed
     Stage("build", 2, 90, 90, False, build),
     Stage("smoke", 9, 120, 110, True, smoke),
     Stage("times", 8, 90, 90, True, times),
-    Stage("model", 1, 180, 60, True, model),
+    Stage("model", 1, 270, 60, True, model),
     Stage("benches", 1, 120, 40, False, benches),
-    Stage("sweeps", 1, 60, 60, False, sweeps),
-    Stage("counters", 1, 100, 30, False, counters),
+    Stage("sweeps", 5, 70, 70, False, sweeps),
+    Stage("counters", 1, 120, 30, False, counters),
     Stage("tests", 1, 240, 240, False, tests),
     Stage("memory checks", 3, 120, 120, False, memory_checks),
 )

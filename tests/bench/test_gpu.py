@@ -224,6 +224,19 @@ def test_half_a_line_and_half_a_file(tmp_path):
     assert not is_good(report.found)
 
 
+def test_the_model_has_verdicts_too():
+    rows = [
+        dict(part="right", what="step", verdict="right", ratio=0.5),
+        dict(part="decode", what="decode", verdict="crashed", note="RuntimeError: no"),
+        dict(part="decode", what="decoding 1 rows", ms_per_token=2.0),
+    ]
+    text = as_markdown(dict(machine={}, jobs=[], rows=rows, benches={}))
+    assert "| model | right | step | right | 0.50 |" in text
+    assert "| model | decode | decode | **crashed** |  | RuntimeError: no |" in text
+    assert "| decode | decoding 1 rows | ms_per_token 2.0 |" in text
+    assert text.count("decoding 1 rows") == 1
+
+
 def test_slower_than_a_peer_is_a_verdict():
     row = dict(
         name="fwd",
@@ -261,16 +274,40 @@ def test_predictions_stand_beside_what_was_measured():
     assert "| predicted | token, CUDA graph, 1 rows |" in text
 
 
-def test_sweeps_begin_with_our_own_tiles(tmp_path):
-    """On the CPU only the first of them, which the interpreter runs quickly enough."""
-    with mock.patch.object(sweep, "_seconds", lambda case, direction, device: 1e-6):
-        rows = list(sweep.run(sweep.REHEARSAL, "cpu"))
-    for name in {row["sweep"] for row in rows}:
-        of_name = [row for row in rows if row["sweep"] == name]
-        assert of_name[0]["ours"]
-        assert len({row["tile"] for row in of_name}) >= 5
+@pytest.mark.parametrize("name", stages.SWEEPS)
+def test_sweeps_begin_with_our_own_tile(name):
+    """Without the kernels, which take the interpreter too long."""
+    with (
+        mock.patch.object(sweep, "_seconds", lambda case, direction, device: 1e-6),
+        mock.patch.object(sweep, "_call", lambda case, direction: lambda: None),
+    ):
+        rows = list(sweep.run(name, sweep.REHEARSAL, "cpu"))
+    by_shape = {}
+    for row in rows:
+        by_shape.setdefault(row["shape"], []).append(row)
+    for of_shape in by_shape.values():
+        assert of_shape[0]["ours"]
+        assert sum(row["ours"] for row in of_shape) == 1
+        assert len({row["tile"] for row in of_shape}) == len(of_shape) >= 5
     assert {row["us"] for row in rows} == {1.0}
-    assert len({row["sweep"] for row in rows}) == 5
+
+
+def test_one_process_at_a_time_and_not_for_long(tmp_path):
+    """One that hangs in its turn is ended by the system, and the next one's turn comes."""
+    program = (
+        "import sys, time, bench.gpu.rows as rows; from pathlib import Path; "
+        "rows.LONGEST_TURN = 2\n"
+        f"with rows.alone(Path({str(tmp_path / 'lock')!r})):\n"
+        "    print('in'); sys.stdout.flush(); time.sleep(float(sys.argv[1]))\n"
+        "print('out')"
+    )
+    done = []
+    both = [Job(name, [sys.executable, "-c", program, name]) for name in ("600", "0")]
+    jobs.run_all(both, 2, 100, Deadline(100), lambda text: None, done.append)
+    outcomes = {outcome.job: outcome for outcome in done}
+    assert outcomes["600"].outcome == "failed with -14"
+    assert outcomes["600"].last_line == "in"
+    assert (outcomes["0"].outcome, outcomes["0"].last_line) == ("passed", "out")
 
 
 NCU = """==PROF== Connected to process 1
@@ -283,6 +320,7 @@ swiglu, triton: 2068 tokens
 "0","1","swiglu_fwd_kernel","Warp State Statistics","Stall Wait","inst","1,200"
 "0","1","swiglu_fwd_kernel","Warp State Statistics","Stall MIO","inst","2"
 "1","1","swiglu_bwd_kernel","GPU Speed Of Light Throughput","Duration","us","61.9"
+==WARNING== Found outstanding GPU clock reset
 """
 
 
