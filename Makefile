@@ -4,7 +4,8 @@
 #              on a machine that does nothing else; writes bench/results
 # make gpu     on a machine with a GPU, with the active python3 and what is installed there: builds for
 #              that GPU, judges every op, times a step and a token of ChatGLM2-6B, benches, tests and
-#              checks memory accesses; writes gpu.json, gpu.md and gpu.log to OUT (bench/results)
+#              checks memory accesses; writes gpu.json, gpu.md, gpu.log and profiles.txt to OUT
+#              (bench/results)
 # make oldest  the Triton kernels with the oldest Triton they serve, in a virtual environment of its
 #              own: the tests, then bench/results/triton_resources_3.6
 # make lint    ruff, clang-format and mypy; changes nothing
