@@ -261,6 +261,19 @@ def quant_linear(sizes: Sizes, dtype: torch.dtype, device: str) -> Makers:
     tokens = [*sizes.few_tokens, *(sum(x) for x in sizes.batches.values())]
     for (rows, columns), m in itertools.product(shapes, tokens):
         yield f"{m} x {rows} x {columns}", partial(make, m, rows, columns, 4)
+
+    def with_swiglu(tokens: int) -> Case:
+        stored = quantized(2 * sizes.ffn, sizes.hidden, 4, device)
+        return Case(
+            "quant_linear_swiglu",
+            f"{tokens} x {2 * sizes.ffn} x {sizes.hidden}",
+            (moderate((tokens, sizes.hidden), dtype, device), *stored, None),
+            kernels.quant_linear_swiglu_fwd,
+            flops=2 * tokens * 2 * sizes.ffn * sizes.hidden,
+        )
+
+    for m in (*sizes.few_tokens, tokens[-1]):
+        yield f"{m} tokens, swiglu", partial(with_swiglu, m)
     for m in tokens:
         yield f"{m} x {width} x {sizes.hidden}, 8 bits", partial(make, m, width, sizes.hidden, 8)
 

@@ -31,6 +31,18 @@ def launches() -> Iterator[Launch]:
             if launch.kernel.__name__ not in seen:
                 yield launch
         seen.update({"sum_splits_kernel"})
+    for M in (1, 16):
+        for launch in _with_swiglu(M, half):
+            if launch.constants.get("SWIGLU"):
+                yield launch
+
+
+def _with_swiglu(M: int, dtype: torch.dtype) -> Iterator[Launch]:
+    packed = torch.empty(N, K // 2, dtype=torch.int8, device="meta")
+    scale = torch.empty(N, dtype=torch.float16, device="meta")
+    x = torch.empty(M, K, dtype=dtype, device="meta")
+    with recorded("quant_linear", f"4 bits, {M} tokens, {str(dtype)[6:]}") as record:
+        yield from record("quant_linear_swiglu_fwd", x, packed, scale, 4, None, note=" + swiglu")
 
 
 def _both_directions(M: int, dtype: torch.dtype, bits: int) -> Iterator[Launch]:

@@ -3,7 +3,9 @@
 
 #include "cpu/kernels/quant_linear_cpu.h"
 #include "cpu/parallel.h"
+#include "cpu/swiglu_run.h"
 #include "ops/quant_linear_binding.h"
+#include "ops/swiglu_binding.h"
 
 namespace glmkern {
 namespace {
@@ -38,6 +40,12 @@ struct QuantLinearCpu {
   static void run(const QuantLinear& a, const Tensor& like) { quant_linear_run(a, like); }
 };
 
+Tensor quant_linear_swiglu_fwd(const Tensor& x, const Tensor& packed,
+                               const std::optional<Tensor>& scale, int64_t bits,
+                               const std::optional<Tensor>& bias) {
+  return swiglu_fwd<SwigluCpu>(quant_linear_fwd<QuantLinearCpu>(x, packed, scale, bits, bias));
+}
+
 }  // namespace
 
 void quant_linear_run(const QuantLinear& a, const Tensor& like) {
@@ -51,5 +59,6 @@ void quant_linear_run(const QuantLinear& a, const Tensor& like) {
 STABLE_TORCH_LIBRARY_IMPL(glmkern_cpu, CPU, m) {
   using glmkern::QuantLinearCpu;
   m.impl("quant_linear_fwd", TORCH_BOX(&glmkern::quant_linear_fwd<QuantLinearCpu>));
+  m.impl("quant_linear_swiglu_fwd", TORCH_BOX(&glmkern::quant_linear_swiglu_fwd));
   m.impl("quant_linear_bwd", TORCH_BOX(&glmkern::quant_linear_bwd<QuantLinearCpu>));
 }

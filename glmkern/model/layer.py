@@ -116,7 +116,7 @@ class Layer(nn.Module):
             self.self_attention.dense.project(out.flatten(1)),
             normalised if self.residual_after_norm else x,
         )
-        activated = kernels.swiglu_fwd(self.mlp.dense_h_to_4h.project(normalised))
+        activated = self.mlp.dense_h_to_4h.project_to_swiglu(normalised)
         delta = self.mlp.dense_4h_to_h.project(activated)
         return (normalised if self.residual_after_norm else h), delta
 

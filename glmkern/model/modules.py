@@ -72,6 +72,13 @@ class FrozenLinear(nn.Module):
             return F.linear(x, weight, bias)
         return kernels.quant_linear_fwd(x.contiguous(), *as_stored(self.matrix), bias)
 
+    def project_to_swiglu(self, x: Tensor) -> Tensor:
+        """swiglu of the projection, for inference: [T, in] -> [T, out / 2]."""
+        weight = self._weight_for_torch(x)
+        if weight is not None:
+            return kernels.swiglu_fwd(F.linear(x, weight, self.bias))
+        return kernels.quant_linear_swiglu_fwd(x.contiguous(), *as_stored(self.matrix), self.bias)
+
     def project_back(self, dy: Tensor) -> Tensor:
         """The gradient of the input: [T, out] -> [T, in]."""
         weight = self._weight_for_torch(dy)

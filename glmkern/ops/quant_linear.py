@@ -24,6 +24,7 @@ from glmkern.ops.checks import (
     supports_dtype,
     supports_of_kernels,
 )
+from glmkern.ops.swiglu import swiglu_fwd_reference
 
 BLOCK_ELEMENTS = 1 << 24
 
@@ -240,6 +241,12 @@ def quant_linear_fwd_reference(
     return F.linear(x, dense_weight(packed, scale, bits, x.dtype), bias)
 
 
+def quant_linear_swiglu_fwd_reference(
+    x: Tensor, packed: Tensor, scale: Tensor | None, bits: int, bias: Tensor | None
+) -> Tensor:
+    return swiglu_fwd_reference(quant_linear_fwd_reference(x, packed, scale, bits, bias))
+
+
 def quant_linear_bwd_reference(
     dy: Tensor, packed: Tensor, scale: Tensor | None, bits: int
 ) -> Tensor:
@@ -254,6 +261,10 @@ def _supports(x: Tensor, packed: Tensor, *_: object) -> str | None:
 
 def _fwd_fake(x: Tensor, packed: Tensor, *_: object) -> Tensor:
     return x.new_empty(*x.shape[:-1], packed.shape[0])
+
+
+def _swiglu_fwd_fake(x: Tensor, packed: Tensor, *_: object) -> Tensor:
+    return x.new_empty(*x.shape[:-1], packed.shape[0] // 2)
 
 
 def _bwd_fake(dy: Tensor, packed: Tensor, scale: Tensor | None, bits: int) -> Tensor:
@@ -294,4 +305,14 @@ define_op(
     supports=supports_of_kernels(_supports),
     setup_context=_setup_context,
     backward=_backward,
+)
+# For decoding: swiglu(quant_linear(x)) of a weight of gates and ups [2 F, K], without derivative. A
+# kernel that does both in one rounds once.
+define_op(
+    "quant_linear_swiglu_fwd",
+    "(Tensor x, Tensor packed, Tensor? scale, int bits, Tensor? bias) -> Tensor",
+    module="quant_linear",
+    reference=quant_linear_swiglu_fwd_reference,
+    fake=_swiglu_fwd_fake,
+    supports=supports_of_kernels(_supports),
 )

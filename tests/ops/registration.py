@@ -155,6 +155,13 @@ def quant_linear_fwd(device: str) -> Iterator[tuple]:
     yield x, random(device, 5, 8).half(), None, 16, bias
 
 
+def quant_linear_swiglu_fwd(device: str) -> Iterator[tuple]:
+    x, bias = random(device, 3, 8), random(device, 6)
+    for bits in (4, 8):
+        yield x, *ops.quantize(random(device, 6, 8), bits), bias
+    yield x, random(device, 6, 8).half(), None, 16, None
+
+
 def quant_linear_bwd(device: str) -> Iterator[tuple]:
     for bits in (4, 8):
         yield random(device, 3, 5), *ops.quantize(random(device, 5, 8), bits)
@@ -201,6 +208,7 @@ ARGUMENTS: dict[str, Callable[[str], Iterator[tuple]]] = {
         prefix_attention_bwd,
         prefix_attention_decode_fwd,
         quant_linear_fwd,
+        quant_linear_swiglu_fwd,
         quant_linear_bwd,
         linear_cross_entropy_fwd,
         linear_cross_entropy_bwd,

@@ -226,3 +226,34 @@ def test_linear_errors(change, sentence):
 def test_dense_errors(weight, sentence):
     with pytest.raises(ValueError, match=sentence):
         ops.quant_linear(torch.zeros(3, 8), weight)
+
+
+# One token, a few with and without splits of the reduction, and many.
+SWIGLU_SHAPES = [(1, 38, 70), (3, 52, 66), (17, 70, 136), (2, 6, 2306), slow(520, 38, 130)]
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
+@pytest.mark.parametrize(("m", "n", "k"), SWIGLU_SHAPES)
+def test_swiglu_of_a_product(backend, m, n, k, dtype, bits):
+    """Of gates, the first half of the rows, and ups."""
+    qweight = quantized(n, k, bits)
+
+    def formula(x, bias):
+        gate, up = F.linear(x, ops.dequantize(qweight, x.dtype), bias).chunk(2, -1)
+        return F.silu(gate) * up
+
+    matches_fp64(
+        lambda x, bias: torch.ops.glmkern.quant_linear_swiglu_fwd(x, *qweight, bias),
+        formula,
+        lambda: [x.detach() * 20 for x in inputs(m, n, k, dtype)],
+    )
+
+
+def test_swiglu_of_a_dense_weight_and_of_no_rows(backend):
+    weight, x = torch.randn(8, 6).half(), torch.randn(3, 6)
+    kernel = torch.ops.glmkern.quant_linear_swiglu_fwd
+    expected = ops.swiglu(ops.quant_linear(x, weight))
+    torch.testing.assert_close(kernel(x, weight, None, 16, None), expected)
+    assert kernel(x[:0], *quantized(8, 6), None).shape == (0, 4)
+    assert kernel(x.view(3, 1, 6), *quantized(8, 6), None).shape == (3, 1, 4)

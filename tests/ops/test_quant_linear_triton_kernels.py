@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from glmkern import ops
 from glmkern.triton_kernels import quant_linear as kernels
+from glmkern.triton_kernels import swiglu
 from glmkern.triton_kernels.quant_linear.fused import FusedTile
 from tests.ops.numerics import HALF_AND_SINGLE, poisoned_memory, same_bits
 from tests.ops.test_quant_linear import check, check_dense, quantized
@@ -234,7 +235,10 @@ def test_touches_nothing_outside(backend, variant, m, n, k, small_tiles, monkeyp
     monkeypatch.setattr(torch.Tensor, "new_empty", guarded)
     y = kernels.quant_linear_fwd(x, packed, scale, 4, bias, variant=variant)
     dx = kernels.quant_linear_bwd(dy, packed, scale, 4, variant=variant)
-    assert y.isfinite().all() and dx.isfinite().all()
+    activated, even = y, n // 2 * 2
+    if even:
+        activated = kernels.quant_linear_swiglu_fwd(x, packed[:even], scale[:even], 4, bias[:even])
+    assert all(result.isfinite().all() for result in (y, dx, activated))
     assert len(buffers) >= inside + 2
     for buffer in buffers[inside:]:
         assert (buffer[:2048] == 7.0).all()
@@ -258,6 +262,29 @@ def test_forced_backend_runs_the_kernels(backend, m, bits, names):
         torch.ops.glmkern.quant_linear_fwd(x, *qweight, None)
         torch.ops.glmkern.quant_linear_bwd(dy, *qweight)
     assert [call.args[0].__name__ for call in launch.call_args_list] == names
+
+
+@pytest.mark.backends("triton")
+@pytest.mark.parametrize(
+    ("m", "k", "names"),
+    [
+        (1, 8, ["gemv_fwd_kernel"]),
+        (16, 2048, ["fused_fwd_kernel", "sum_splits_kernel"]),
+        (16, 8, ["fused_fwd_kernel", "swiglu_fwd_kernel"]),
+    ],
+)
+def test_few_tokens_have_swiglu_in_their_last_kernel(backend, m, k, names):
+    qweight = quantized(4, k, 4)
+    names_of = []
+
+    def keep(kernel, *args, **options):
+        names_of.append(kernel.__name__)
+        launch(kernel, *args, **options)
+
+    launch = kernels.launch
+    with mock.patch.object(kernels, "launch", keep), mock.patch.object(swiglu, "launch", keep):
+        torch.ops.glmkern.quant_linear_swiglu_fwd(torch.ones(m, k).half(), *qweight, None)
+    assert names_of == names
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from torch import Tensor
 from glmkern.triton_kernels.launch import contiguous, launch
 from glmkern.triton_kernels.quant_linear import fused, gemv
 from glmkern.triton_kernels.quant_linear.decode import dequantize_kernel
+from glmkern.triton_kernels.swiglu import swiglu_fwd
 from glmkern.triton_kernels.tiles import by_shared_memory
 
 # The most tokens of each variant; `choose` says why.
@@ -89,6 +90,23 @@ def quant_linear_fwd(
     return y
 
 
+def quant_linear_swiglu_fwd(
+    x: Tensor, packed: Tensor, scale: Tensor | None, bits: int, bias: Tensor | None
+) -> Tensor:
+    """For few tokens a product's last kernel applies swiglu; where it has no such kernel, or torch
+    makes it, swiglu's own does."""
+    N, K = _shape(packed, bits)
+    rows = x.reshape(-1, K)
+    M, variant = len(rows), choose("fwd", len(rows), x.dtype, bits)
+    fused_into = variant == "gemv" or (variant == "fused" and _fused_splits(M, N, K, x)[1] > 1)
+    if M == 0 or scale is None or not fused_into:
+        return swiglu_fwd(quant_linear_fwd(x, packed, scale, bits, bias))
+    y = x.new_empty(*x.shape[:-1], N // 2)
+    rows, packed, scale, bias = contiguous(rows, packed, scale, bias)
+    _FORWARD[variant](rows, packed, scale, bits, bias, y.view(-1, N // 2), swiglu=True)
+    return y
+
+
 def quant_linear_bwd(
     dy: Tensor, packed: Tensor, scale: Tensor | None, bits: int, variant: str | None = None
 ) -> Tensor:
@@ -106,15 +124,22 @@ def _shape(packed: Tensor, bits: int) -> tuple[int, int]:
 
 
 def _gemv_fwd(
-    x: Tensor, packed: Tensor, scale: Tensor, bits: int, bias: Tensor | None, y: Tensor
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    bits: int,
+    bias: Tensor | None,
+    y: Tensor,
+    swiglu: bool = False,
 ) -> None:
     M, words, codes = len(x), *_words(packed, bits)
     N, W = words.shape
     BM = triton.next_power_of_2(M)
     tile = gemv.FWD_TILES[BM]
+    results = tile.rows // 2 if swiglu else tile.rows  # of a program, from as many rows
     launch(
         gemv.gemv_fwd_kernel,
-        triton.cdiv(N, tile.rows),
+        triton.cdiv(y.shape[1], results),
         x,
         words,
         scale,
@@ -125,8 +150,9 @@ def _gemv_fwd(
         W=W,
         CODES=codes,
         BITS=bits,
+        SWIGLU=swiglu,
         BM=BM,
-        BN=tile.rows,
+        BN=results,
         BW=tile.words,
         num_warps=4,
     )
@@ -169,15 +195,28 @@ def _words(packed: Tensor, bits: int) -> tuple[Tensor, int]:
     return packed, 8 // bits
 
 
-def _fused_fwd(
-    x: Tensor, packed: Tensor, scale: Tensor, bits: int, bias: Tensor | None, y: Tensor
-) -> None:
-    M, N, K = len(x), *_shape(packed, bits)
+def _fused_splits(M: int, N: int, K: int, x: Tensor) -> tuple[int, int, int, fused.FusedTile]:
+    """(blocks of a split, splits, programs of one, their tile) of the forward."""
     half = x.dtype != torch.float32
     tile = _fused_tile(fused.FWD_TILES if half else fused.FWD_TILES_FP32, M, x.device)
     programs = triton.cdiv(M, tile.BM) * triton.cdiv(N, tile.rows)
-    blocks, splits = _splits(triton.cdiv(K, 2 * tile.bytes), programs)
-    sums = _split_sums(y, splits)
+    return *_splits(triton.cdiv(K, 2 * tile.bytes), programs), programs, tile
+
+
+def _fused_fwd(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    bits: int,
+    bias: Tensor | None,
+    y: Tensor,
+    swiglu: bool = False,
+) -> None:
+    M, N, K = len(x), *_shape(packed, bits)
+    blocks, splits, programs, tile = _fused_splits(M, N, K, x)
+    sums = y
+    if splits > 1:
+        sums = y.new_empty(splits, M, N, dtype=torch.float32)
     launch(
         fused.fused_fwd_kernel,
         (programs, splits),
@@ -199,7 +238,7 @@ def _fused_fwd(
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
-    _add_splits(sums, scale, bias, y)
+    _add_splits(sums, scale, bias, y, swiglu)
 
 
 def _fused_bwd(dy: Tensor, packed: Tensor, scale: Tensor, bits: int, dx: Tensor) -> None:
@@ -254,13 +293,15 @@ def _split_sums(result: Tensor, splits: int) -> Tensor:
     return result.new_empty(splits, *result.shape, dtype=torch.float32)
 
 
-def _add_splits(sums: Tensor, scale: Tensor | None, bias: Tensor | None, result: Tensor) -> None:
+def _add_splits(
+    sums: Tensor, scale: Tensor | None, bias: Tensor | None, result: Tensor, swiglu: bool = False
+) -> None:
     if sums is result:
         return
     splits, M, N = sums.shape
     launch(
         fused.sum_splits_kernel,
-        triton.cdiv(M * N, 1024),
+        triton.cdiv(result.numel(), 1024),
         sums,
         scale,
         bias,
@@ -268,6 +309,7 @@ def _add_splits(sums: Tensor, scale: Tensor | None, bias: Tensor | None, result:
         M,
         splits,
         N=N,
+        SWIGLU=swiglu,
         BE=1024,
         num_warps=4,
     )

@@ -234,18 +234,36 @@ def fused_bwd_kernel(
     tl.store(p_dx, b_dx, mask=m_m[:, None] & (o_k < K)[None, :])
 
 
+@triton.jit
+def sum_of_splits(partials, scale, bias, o_p, o_n, m_p, size, splits):
+    """sum(partials) * scale + bias at offsets o_p, which are of columns o_n."""
+    # [BE]
+    b_y = tl.zeros(o_p.shape, dtype=tl.float32)
+    for i in range(splits):
+        b_y += tl.load(partials + i * size + o_p, mask=m_p, other=0.0)
+    if scale is not None:
+        b_y *= tl.load(scale + o_n, mask=m_p, other=0.0).to(tl.float32)
+    if bias is not None:
+        b_y += tl.load(bias + o_n, mask=m_p, other=0.0).to(tl.float32)
+    return b_y
+
+
 @triton.jit(do_not_specialize=["M", "splits"])
-def sum_splits_kernel(partials, scale, bias, y, M, splits, N: tl.constexpr, BE: tl.constexpr):
-    """y = sum(partials) * scale + bias for partials [splits, M, N]; scale and bias may be None."""
+def sum_splits_kernel(
+    partials, scale, bias, y, M, splits, N: tl.constexpr, SWIGLU: tl.constexpr, BE: tl.constexpr
+):
+    """y [M, N] = sum(partials) * scale + bias for partials [splits, M, N]; scale and bias may be
+    None. With SWIGLU the first half of a row are gates of the second: y [M, N / 2]."""
+    COLUMNS: tl.constexpr = N // 2 if SWIGLU else N
+    size = M.to(tl.int64) * N
     # [BE]
     o_e = tl.program_id(0).to(tl.int64) * BE + tl.arange(0, BE)
-    size = M.to(tl.int64) * N
-    m_e = o_e < size
-    b_y = tl.zeros([BE], dtype=tl.float32)
-    for i in range(splits):
-        b_y += tl.load(partials + i * size + o_e, mask=m_e, other=0.0)
-    if scale is not None:
-        b_y *= tl.load(scale + o_e % N, mask=m_e, other=0.0).to(tl.float32)
-    if bias is not None:
-        b_y += tl.load(bias + o_e % N, mask=m_e, other=0.0).to(tl.float32)
+    o_n = o_e % COLUMNS
+    m_e = o_e < M.to(tl.int64) * COLUMNS
+    o_p = o_e // COLUMNS * N + o_n if SWIGLU else o_e
+    b_y = sum_of_splits(partials, scale, bias, o_p, o_n, m_e, size, splits)
+    if SWIGLU:
+        o_up = o_p + COLUMNS
+        b_up = sum_of_splits(partials, scale, bias, o_up, o_n + COLUMNS, m_e, size, splits)
+        b_y = b_y * tl.sigmoid(b_y) * b_up
     tl.store(y + o_e, b_y, mask=m_e)

@@ -30,6 +30,23 @@ FWD_TILES = {1: GemvTile(8, 128), 2: GemvTile(16, 64), 4: GemvTile(32, 32), 8: G
 BWD_TILES = {1: GemvTile(16, 32), 2: GemvTile(8, 32), 4: GemvTile(4, 32), 8: GemvTile(4, 32)}
 
 
+@triton.jit
+def load_words(words, o_n, o_w, m_n, W: tl.constexpr):
+    """Words o_w [1, 1, BW] of the rows o_n [1, BN, 1] that exist."""
+    # [1, BN, BW]
+    return tl.load(words + o_n * W + o_w, mask=m_n & (o_w < W), other=0).to(tl.int32)
+
+
+@triton.jit
+def finished(b_sum, scale, bias, o_n, m_n):
+    """Sums [BM, BN, BW] of a thread's words each, to results of rows o_n [BN]."""
+    # [BM, BN]
+    b_y = tl.sum(b_sum, 2) * tl.load(scale + o_n, mask=m_n, other=0.0).to(tl.float32)[None, :]
+    if bias is not None:
+        b_y += tl.load(bias + o_n, mask=m_n, other=0.0).to(tl.float32)[None, :]
+    return b_y
+
+
 @triton.jit(do_not_specialize=["M"])
 def gemv_fwd_kernel(
     x,
@@ -42,37 +59,43 @@ def gemv_fwd_kernel(
     W: tl.constexpr,
     CODES: tl.constexpr,
     BITS: tl.constexpr,
+    SWIGLU: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BW: tl.constexpr,
 ):
-    """y = (x @ codes^T) * scale + bias for weights of N rows of W words of CODES columns."""
+    """y [M, N] = (x @ codes^T) * scale + bias for weights of N rows of W words of CODES columns.
+    With SWIGLU the first half of these are gates of the second: y [M, N / 2] = silu(gate) * up."""
+    ROWS: tl.constexpr = N // 2 if SWIGLU else N
     # [BM, 1, 1], [1, BN, 1]
     o_m = tl.arange(0, BM)[:, None, None]
     o_n = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)[None, :, None]
     # [BM, BN, BW]
     b_sum = tl.zeros([BM, BN, BW], dtype=tl.float32)
+    b_up = tl.zeros([BM, BN, BW], dtype=tl.float32)
     for i_w in range(0, W, BW):
         # [1, 1, BW]
         o_w = i_w + tl.arange(0, BW)[None, None, :]
-        # [1, BN, BW]
-        b_words = tl.load(words + o_n * W + o_w, mask=(o_n < N) & (o_w < W), other=0).to(tl.int32)
+        b_words = load_words(words, o_n, o_w, o_n < ROWS, W)
+        if SWIGLU:
+            b_words_up = load_words(words, o_n + ROWS, o_w, o_n < ROWS, W)
         # [BM, 1, BW]
         p_x = x + o_m * (W * CODES) + o_w * CODES
         m_x = (o_m < M) & (o_w < W)
         for i in tl.static_range(CODES):
+            b_x = tl.load(p_x + i, mask=m_x, other=0.0).to(tl.float32)
             # of 4 bits, an even column has the high half of its byte
-            b_codes = decode_field(b_words, (i ^ 1) * 4 if BITS == 4 else i * 8, BITS)
-            b_sum += b_codes * tl.load(p_x + i, mask=m_x, other=0.0).to(tl.float32)
+            b_sum += decode_field(b_words, (i ^ 1) * 4 if BITS == 4 else i * 8, BITS) * b_x
+            if SWIGLU:
+                b_up += decode_field(b_words_up, (i ^ 1) * 4 if BITS == 4 else i * 8, BITS) * b_x
     # [BM], [BN]
     o_m = tl.arange(0, BM)
     o_n = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
-    m_n = o_n < N
-    # [BM, BN]
-    b_y = tl.sum(b_sum, 2) * tl.load(scale + o_n, mask=m_n, other=0.0).to(tl.float32)[None, :]
-    if bias is not None:
-        b_y += tl.load(bias + o_n, mask=m_n, other=0.0).to(tl.float32)[None, :]
-    tl.store(y + o_m[:, None] * N + o_n[None, :], b_y, mask=(o_m < M)[:, None] & m_n[None, :])
+    m_n = o_n < ROWS
+    b_y = finished(b_sum, scale, bias, o_n, m_n)
+    if SWIGLU:
+        b_y = b_y * tl.sigmoid(b_y) * finished(b_up, scale, bias, o_n + ROWS, m_n)
+    tl.store(y + o_m[:, None] * ROWS + o_n[None, :], b_y, mask=(o_m < M)[:, None] & m_n[None, :])
 
 
 @triton.jit(do_not_specialize=["M", "blocks"])
