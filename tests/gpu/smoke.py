@@ -17,6 +17,7 @@ One JSON object a line:
 
 import argparse
 import math
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -57,10 +58,12 @@ def rows_of_cases(
     measure: Callable[[Case, Callable[[], Case], str], Iterator[dict]],
 ) -> Iterator[dict]:
     """What `measure` finds, case by case; a row says so where one raises, or is stopped."""
+    family = os.environ.get("GLMKERN_CUDA_PATH")
+    shown = f"{backend}, {family}" if family else backend
     for dtype in DTYPES:
         for label, make in OPS[name](sizes, dtype, device):
             print(f"{name}, {backend}, {plain(dtype)}: {label}", flush=True)
-            row = {"op": name, "backend": backend, "dtype": plain(dtype), "shape": label}
+            row = {"op": name, "backend": shown, "dtype": plain(dtype), "shape": label}
             failed = {"pass": "both", "verdict": CRASHED}
             try:
                 case = make()
