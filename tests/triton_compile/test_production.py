@@ -1,5 +1,5 @@
-"""What a GPU that is lent for minutes must not be the first to tell: every launch of `make gpu`, of
-a step and of a token of ChatGLM2-6B compiles for it, spills nothing and fits."""
+"""What no run on a GPU should be the first to tell: every launch of `make gpu`, of a step and of a
+token of ChatGLM2-6B compiles for it, spills nothing and fits."""
 
 import json
 
