@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from glmkern.generation.decoder import Decoder, Prompts
-from glmkern.generation.sampling import InvalidScores, can_draw, penalized
+from glmkern.generation.sampling import InvalidScores, can_draw, penalized, tokens_from
 
 # Steps between two looks at which rows have ended. A GPU's answer is read at the next look, when it
 # has long arrived: up to twice as many steps may be surplus.
@@ -152,11 +152,8 @@ class InPlaceDecoding:
     def _tokens_of(self, input_ids: Tensor, starts: Tensor) -> Tensor:
         """bool [B, V]: which tokens each prompt [B, S] has, from its column `starts` on."""
         vocabulary = self.decoder.model.config.padded_vocab_size
-        columns = torch.arange(input_ids.shape[1], device=input_ids.device)
-        first = input_ids.gather(1, starts.unsqueeze(1))
-        tokens = torch.where(columns < starts.unsqueeze(1), first, input_ids)
         seen = torch.zeros(len(input_ids), vocabulary, dtype=torch.bool, device=input_ids.device)
-        return seen.scatter_(1, tokens, True)
+        return seen.scatter_(1, tokens_from(input_ids, starts), True)
 
     def _without_surplus(self, start: int) -> Tensor:
         """`sequences` up to the last row's first end token from the column `start` on."""

@@ -89,10 +89,16 @@ def penalize_repetition(
     Those are input_ids [B, S] from the column starts [B] on. Their positive scores are divided by
     `penalty`, their negative ones multiplied by it.
     """
-    first = input_ids.gather(1, starts.unsqueeze(1))
-    columns = torch.arange(input_ids.shape[1], device=starts.device)
-    tokens = torch.where(columns < starts.unsqueeze(1), first, input_ids)
+    tokens = tokens_from(input_ids, starts)
     return scores.scatter(1, tokens, penalized(scores.gather(1, tokens), penalty))
+
+
+def tokens_from(input_ids: Tensor, starts: Tensor) -> Tensor:
+    """input_ids [B, S] with each row's first token, at column starts [B], in place of its padding:
+    the same set of tokens as the row has without it."""
+    first = input_ids.gather(1, starts.unsqueeze(1))
+    columns = torch.arange(input_ids.shape[1], device=input_ids.device)
+    return torch.where(columns < starts.unsqueeze(1), first, input_ids)
 
 
 def penalized(scores: Tensor, penalty: float) -> Tensor:
