@@ -10,20 +10,22 @@ namespace {
 
 struct RopeCpu {
   static void check_positions(const int64_t* positions, int64_t tokens, int64_t table) {
-    if (tokens == 0) return;
-    const auto [low, high] = std::minmax_element(positions, positions + tokens);
-    require_value(*low >= 0 && *high < table, "rope: positions run from " + std::to_string(*low) +
-                                                  " to " + std::to_string(*high) +
-                                                  ", but the table holds positions 0 to " +
-                                                  std::to_string(table - 1));
+    check_range("positions", positions, tokens, "the table holds positions", table);
   }
 
   static void check_slots(const int64_t* slots, int64_t tokens, int64_t entries) {
-    if (tokens == 0) return;
-    const auto [low, high] = std::minmax_element(slots, slots + tokens);
-    require_value(*low >= 0 && *high < entries,
-                  "rope: slots run from " + std::to_string(*low) + " to " + std::to_string(*high) +
-                      ", but the cache has 0 to " + std::to_string(entries - 1));
+    check_range("slots", slots, tokens, "the cache has", entries);
+  }
+
+  // Indices [count], each of which must lie from 0 to size - 1.
+  static void check_range(const char* name, const int64_t* indices, int64_t count, const char* held,
+                          int64_t size) {
+    if (count == 0) return;
+    const auto [low, high] = std::minmax_element(indices, indices + count);
+    require_value(*low >= 0 && *high < size, std::string("rope: ") + name + " run from " +
+                                                 std::to_string(*low) + " to " +
+                                                 std::to_string(*high) + ", but " + held +
+                                                 " 0 to " + std::to_string(size - 1));
   }
 
   static void run(const Rope& a, const Tensor&) {

@@ -153,15 +153,17 @@ def _rotate(x: Tensor, y: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def _check_positions(cos_sin: Tensor, positions: Tensor) -> None:
     """Raises ValueError for a position outside the table; reads the values back from the device."""
-    if positions.numel() == 0:
+    _check_range("positions", positions, "the table holds positions", cos_sin.shape[0])
+
+
+def _check_range(name: str, indices: Tensor, held: str, size: int) -> None:
+    """Raises ValueError where one of the indices does not lie from 0 to size - 1."""
+    if indices.numel() == 0:
         return
-    low, high = int(positions.min()), int(positions.max())
+    low, high = int(indices.min()), int(indices.max())
     check(
-        0 <= low and high < cos_sin.shape[0],
-        lambda: (
-            f"rope: positions run from {low} to {high}"
-            f", but the table holds positions 0 to {cos_sin.shape[0] - 1}"
-        ),
+        0 <= low and high < size,
+        lambda: f"rope: {name} run from {low} to {high}, but {held} 0 to {size - 1}",
     )
 
 
@@ -254,13 +256,7 @@ def _check_qkv_cache_fwd_values(
     slots: Tensor,
 ) -> None:
     _check_positions(cos_sin, positions)
-    if slots.numel() == 0:
-        return
-    low, high = int(slots.min()), int(slots.max())
-    check(
-        0 <= low and high < keys.shape[0],
-        lambda: f"rope: slots run from {low} to {high}, but the cache has 0 to {len(keys) - 1}",
-    )
+    _check_range("slots", slots, "the cache has", keys.shape[0])
 
 
 def _check_qkv_bwd_values(
