@@ -149,10 +149,6 @@ def _fused_fwd(call: Call) -> float:
     return math.prod(call.grid) * call["blocks"] * tile
 
 
-def _fused_bwd(call: Call) -> float:
-    return _fused_fwd(call)  # the tile of the weight is the same, summed over its other side
-
-
 def _attention(products: int, tokens: bool, prefix: bool) -> Callable[[Call], float]:
     """Flops of so many products a score of each kind. Sequences are taken as equally long, and
     half of a tile on the diagonal as wasted."""
@@ -171,7 +167,7 @@ def _attention(products: int, tokens: bool, prefix: bool) -> Callable[[Call], fl
 
 _PRODUCTS: dict[str, Callable[[Call], float]] = {
     "fused_fwd": _fused_fwd,
-    "fused_bwd": _fused_bwd,
+    "fused_bwd": _fused_fwd,  # the weight's tile is the same, summed over its other side
     "prefix_attention_fwd": _attention(2, tokens=True, prefix=True),
     "prefix_attention_bwd_dq": _attention(3, tokens=True, prefix=True),
     "prefix_attention_bwd_dkv": _attention(4, tokens=True, prefix=False),

@@ -5,9 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import glmkern.ops  # noqa: F401 (registers the ops)
 from bench.gpu.jobs import ROOT, Job, find_tool
-from glmkern import dispatch
 
 # Worst known first; the model's stage times steps.
 BENCHES = (
@@ -85,9 +83,7 @@ def build(context: Context) -> list[Job]:
 def op_jobs(context: Context, mode: str, *options: str) -> list[Job]:
     """One for each op and backend: a sticky error of the GPU ends its process, and nothing else.
     The ops that take longest come first."""
-    modules = dict.fromkeys(op.module for op in dispatch.OPS.values())
-    slow = [name for name in BENCHES if name in modules]
-    found = [_op_job(context, mode, op, "triton", *options) for op in slow]
+    found = [_op_job(context, mode, op, "triton", *options) for op in BENCHES]
     found += [_op_job(context, mode, op, "cuda", *options) for op in CUDA_OPS]
     return found
 
