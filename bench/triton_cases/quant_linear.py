@@ -1,5 +1,6 @@
 """quant_linear: the first linear of a ChatGLM2-6B layer, each kernel a few times: at its usual
-tiles in bfloat16, once in float16, whose backward scales the weights, and where it takes most."""
+tiles in bfloat16, once in float16, whose backward scales the weights, and where it takes most; and
+swiglu in the last kernel, of few rows, whose sums are split, and of as many as the MLP has."""
 
 from collections.abc import Iterator
 
@@ -12,6 +13,7 @@ tokens by 128 rows (forward) or by 256 columns (backward) are what four warps ho
 227 KiB of shared memory have instructions that take one factor from there, and 128 tokens."""
 MEMORY_BOUND = False
 N, K = 4608, 4096
+GATES_AND_UPS = 27392
 
 
 def launches() -> Iterator[Launch]:
@@ -31,15 +33,15 @@ def launches() -> Iterator[Launch]:
             if launch.kernel.__name__ not in seen:
                 yield launch
         seen.update({"sum_splits_kernel"})
-    for M in (1, 16):
-        for launch in _with_swiglu(M, half):
+    for M, rows in [(1, N), (16, N), (16, GATES_AND_UPS), (512, GATES_AND_UPS)]:
+        for launch in _with_swiglu(M, rows, half):
             if launch.constants.get("SWIGLU"):
                 yield launch
 
 
-def _with_swiglu(M: int, dtype: torch.dtype) -> Iterator[Launch]:
-    packed = torch.empty(N, K // 2, dtype=torch.int8, device="meta")
-    scale = torch.empty(N, dtype=torch.float16, device="meta")
+def _with_swiglu(M: int, rows: int, dtype: torch.dtype) -> Iterator[Launch]:
+    packed = torch.empty(rows, K // 2, dtype=torch.int8, device="meta")
+    scale = torch.empty(rows, dtype=torch.float16, device="meta")
     x = torch.empty(M, K, dtype=dtype, device="meta")
     with recorded("quant_linear", f"4 bits, {M} tokens, {str(dtype)[6:]}") as record:
         yield from record("quant_linear_swiglu_fwd", x, packed, scale, 4, None, note=" + swiglu")

@@ -228,16 +228,8 @@ def test_dense_errors(weight, sentence):
         ops.quant_linear(torch.zeros(3, 8), weight)
 
 
-# One token, a few with and without splits of the reduction, and many.
-SWIGLU_SHAPES = [(1, 38, 70), (3, 52, 66), (17, 70, 136), (2, 6, 2306), slow(520, 38, 130)]
-
-
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
-@pytest.mark.parametrize(("m", "n", "k"), SWIGLU_SHAPES)
-def test_swiglu_of_a_product(backend, m, n, k, dtype, bits):
+def check_swiglu(m, n, k, dtype, qweight):
     """Of gates, the first half of the rows, and ups."""
-    qweight = quantized(n, k, bits)
 
     def formula(x, bias):
         gate, up = F.linear(x, ops.dequantize(qweight, x.dtype), bias).chunk(2, -1)
@@ -248,6 +240,17 @@ def test_swiglu_of_a_product(backend, m, n, k, dtype, bits):
         formula,
         lambda: [x.detach() * 20 for x in inputs(m, n, k, dtype)],
     )
+
+
+# One token, a few with and without splits of the reduction, and many.
+SWIGLU_SHAPES = [(1, 38, 70), (3, 52, 66), (17, 70, 136), (2, 6, 2306), slow(520, 38, 130)]
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
+@pytest.mark.parametrize(("m", "n", "k"), SWIGLU_SHAPES)
+def test_swiglu_of_a_product(backend, m, n, k, dtype, bits):
+    check_swiglu(m, n, k, dtype, quantized(n, k, bits))
 
 
 def test_swiglu_of_a_dense_weight_and_of_no_rows(backend):

@@ -12,7 +12,7 @@ from glmkern.triton_kernels import quant_linear as kernels
 from glmkern.triton_kernels import swiglu
 from glmkern.triton_kernels.quant_linear.fused import FusedTile
 from tests.ops.numerics import HALF_AND_SINGLE, poisoned_memory, same_bits
-from tests.ops.test_quant_linear import check, check_dense, quantized
+from tests.ops.test_quant_linear import check, check_dense, check_swiglu, quantized
 
 OP = "quant_linear_fwd"
 library = torch.ops.glmkern
@@ -91,6 +91,16 @@ def test_smallest(backend, variant, dtype):
 def test_fused_at_its_real_tiles(backend, m, n, k, dtype, forced):
     forced("fused")
     check(m, n, k, dtype, quantized(n, k))
+
+
+@pytest.mark.backends("triton")
+@pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
+@pytest.mark.parametrize("programs", [1, 12], ids=["one split", "splits"])
+@pytest.mark.parametrize(("m", "n", "k"), [(3, 66, 66), (17, 70, 136), (33, 16, 34)])
+def test_fused_with_swiglu(backend, m, n, k, programs, dtype, small_tiles, forced, monkeypatch):
+    monkeypatch.setattr(kernels, "PROGRAMS", programs)
+    forced("fused")
+    check_swiglu(m, n, k, dtype, quantized(n, k))
 
 
 @pytest.mark.backends("triton")
@@ -266,15 +276,16 @@ def test_forced_backend_runs_the_kernels(backend, m, bits, names):
 
 @pytest.mark.backends("triton")
 @pytest.mark.parametrize(
-    ("m", "k", "names"),
+    ("m", "k", "bits", "names"),
     [
-        (1, 8, ["gemv_fwd_kernel"]),
-        (16, 2048, ["fused_fwd_kernel", "sum_splits_kernel"]),
-        (16, 8, ["fused_fwd_kernel", "swiglu_fwd_kernel"]),
+        (1, 8, 4, ["gemv_fwd_kernel"]),
+        (16, 2048, 4, ["fused_fwd_kernel", "sum_splits_kernel"]),
+        (16, 8, 4, ["fused_fwd_kernel"]),
+        (16, 8, 8, ["dequantize_kernel", "swiglu_fwd_kernel"]),
     ],
 )
-def test_few_tokens_have_swiglu_in_their_last_kernel(backend, m, k, names):
-    qweight = quantized(4, k, 4)
+def test_swiglu_is_in_the_last_kernel_unless_that_is_torchs(backend, m, k, bits, names):
+    qweight = quantized(4, k, bits)
     names_of = []
 
     def keep(kernel, *args, **options):

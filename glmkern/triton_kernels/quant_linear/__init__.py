@@ -93,13 +93,11 @@ def quant_linear_fwd(
 def quant_linear_swiglu_fwd(
     x: Tensor, packed: Tensor, scale: Tensor | None, bits: int, bias: Tensor | None
 ) -> Tensor:
-    """For few tokens a product's last kernel applies swiglu; where it has no such kernel, or torch
-    makes it, swiglu's own does."""
+    """A product's last kernel applies swiglu; where torch makes the product, swiglu's own does."""
     N, K = _shape(packed, bits)
     rows = x.reshape(-1, K)
-    M, variant = len(rows), choose("fwd", len(rows), x.dtype, bits)
-    fused_into = variant == "gemv" or (variant == "fused" and _fused_splits(M, N, K, x)[1] > 1)
-    if M == 0 or scale is None or not fused_into:
+    variant = choose("fwd", len(rows), x.dtype, bits)
+    if len(rows) == 0 or variant == "slab":
         return swiglu_fwd(quant_linear_fwd(x, packed, scale, bits, bias))
     y = x.new_empty(*x.shape[:-1], N // 2)
     rows, packed, scale, bias = contiguous(rows, packed, scale, bias)
@@ -195,14 +193,6 @@ def _words(packed: Tensor, bits: int) -> tuple[Tensor, int]:
     return packed, 8 // bits
 
 
-def _fused_splits(M: int, N: int, K: int, x: Tensor) -> tuple[int, int, int, fused.FusedTile]:
-    """(blocks of a split, splits, programs of one, their tile) of the forward."""
-    half = x.dtype != torch.float32
-    tile = _fused_tile(fused.FWD_TILES if half else fused.FWD_TILES_FP32, M, x.device)
-    programs = triton.cdiv(M, tile.BM) * triton.cdiv(N, tile.rows)
-    return *_splits(triton.cdiv(K, 2 * tile.bytes), programs), programs, tile
-
-
 def _fused_fwd(
     x: Tensor,
     packed: Tensor,
@@ -213,7 +203,10 @@ def _fused_fwd(
     swiglu: bool = False,
 ) -> None:
     M, N, K = len(x), *_shape(packed, bits)
-    blocks, splits, programs, tile = _fused_splits(M, N, K, x)
+    half = x.dtype != torch.float32
+    tile = _fused_tile(fused.FWD_TILES if half else fused.FWD_TILES_FP32, M, x.device)
+    programs = triton.cdiv(M, tile.BM) * triton.cdiv(N, tile.rows)
+    blocks, splits = _splits(triton.cdiv(K, 2 * tile.bytes), programs)
     sums = y
     if splits > 1:
         sums = y.new_empty(splits, M, N, dtype=torch.float32)
@@ -230,6 +223,7 @@ def _fused_fwd(
         N=N,
         K=K,
         SPLIT=splits > 1,
+        SWIGLU=swiglu and splits == 1,
         JOINED=tile.joined,
         GROUP=GROUP,
         BM=tile.BM,

@@ -95,6 +95,7 @@ def fused_fwd_kernel(
     N: tl.constexpr,
     K: tl.constexpr,
     SPLIT: tl.constexpr,
+    SWIGLU: tl.constexpr,
     JOINED: tl.constexpr,
     GROUP: tl.constexpr,
     BM: tl.constexpr,
@@ -102,6 +103,9 @@ def fused_fwd_kernel(
     BJ: tl.constexpr,
 ):
     """y^T = (codes @ x^T) * scale + bias, or partial sums of codes @ x^T in y [splits, M, N].
+
+    With SWIGLU the first half of the weight's rows are gates of the second: y [M, N / 2]. A tile
+    then has a gate and its up in turn. Partial sums have the rows in their own order.
 
     The weights are the left factor: a Hopper instruction always has 64 rows of that one, while the
     other dimension, here the tokens, may be as small as 16. The codes are exact in half precision,
@@ -115,6 +119,8 @@ def fused_fwd_kernel(
     o_m = i_m.to(tl.int64) * BM + tl.arange(0, BM)
     o_n = i_n.to(tl.int64) * BN + tl.arange(0, BN)
     m_m, m_n = o_m < M, o_n < N
+    if SWIGLU:
+        o_n = o_n // 2 + o_n % 2 * (N // 2)
     # [BJ], [2 BJ]
     o_j, o_k = tl.arange(0, BJ), tl.arange(0, 2 * BJ)
     # [BN, BJ], [BM, 2 BJ]
@@ -145,8 +151,17 @@ def fused_fwd_kernel(
         if bias is not None:
             b_y += tl.load(bias + o_n, mask=m_n, other=0.0).to(tl.float32)[:, None]
     # [BM, BN]
-    p_y = y + i_s.to(tl.int64) * M * N + o_m[:, None] * N + o_n[None, :]
-    tl.store(p_y, tl.trans(b_y), mask=m_m[:, None] & m_n[None, :])
+    b_y = tl.trans(b_y)
+    if SWIGLU:
+        # [BM, BN / 2]
+        b_gate, b_up = tl.split(b_y.reshape(BM, BN // 2, 2))
+        o_f = i_n.to(tl.int64) * (BN // 2) + tl.arange(0, BN // 2)
+        p_y = y + o_m[:, None] * (N // 2) + o_f[None, :]
+        b_y = b_gate * tl.sigmoid(b_gate) * b_up
+        tl.store(p_y, b_y, mask=m_m[:, None] & (o_f < N // 2)[None, :])
+    else:
+        p_y = y + i_s.to(tl.int64) * M * N + o_m[:, None] * N + o_n[None, :]
+        tl.store(p_y, b_y, mask=m_m[:, None] & m_n[None, :])
 
 
 @triton.jit
