@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from bench.triton_cases import Launch
 from glmkern import dispatch
 
 DEVICE = "meta"
@@ -76,6 +77,19 @@ class Call(NamedTuple):
         if name in self.constants:
             return self.constants[name]
         return self.args[self.kernel.arg_names.index(name)]
+
+    @property
+    def specialisation(self) -> tuple:
+        """What Triton's launcher looks at: calls with one have one compiled kernel."""
+        kinds = tuple(
+            x.dtype if isinstance(x, Tensor) else (x == 1, x % 16 == 0) if type(x) is int else x
+            for x in self.args
+        )
+        constants = tuple(sorted(self.constants.items(), key=str))
+        return self.kernel.__name__, kinds, self.num_warps, self.num_stages, constants
+
+    def to_compile(self) -> Launch:
+        return Launch("", self.kernel, self.args, self.num_warps, self.num_stages, self.constants)
 
 
 def launches(events: Sequence[Event]) -> Counter[str]:

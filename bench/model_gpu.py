@@ -31,12 +31,11 @@ import torch
 
 from bench.bench_full_size import chatglm2_6b
 from bench.fake_gpu import DEVICE, LAUNCH, Call, Event, fake_gpu
-from bench.gpu.cases import CHATGLM2_6B, OPS, Case
+from bench.gpu.cases import CHATGLM2_6B, OPS, Case, as_tuple
 from bench.launches import events_of_pack, events_of_token
 from bench.train_models import ADVERTISEGEN_ROWS
-from bench.triton_cases import Launch
 from bench.triton_loops import Kernel, kernel_of
-from bench.triton_resources import CHIPS, compile_for, cuobjdump, usage_of
+from bench.triton_resources import CHIPS, Chip, compile_for, cuobjdump, usage_of
 from glmkern.plan.machines import GPUS, DataSheet
 
 RESULTS = Path(__file__).with_name("results")
@@ -64,6 +63,11 @@ class Gpu:
     @property
     def has_triton(self) -> bool:
         return self.sheet.capability >= 80
+
+    @property
+    def chip(self) -> Chip:
+        """What its code is compiled for."""
+        return next(chip for chip in CHIPS if chip.sm == self.sheet.capability)
 
     def as_chip(self) -> dict[str, int]:
         """What fake_gpu takes."""
@@ -183,39 +187,31 @@ _TURNS: dict[str, Callable[[Call], float]] = {
 
 # -- compiled code --------------------------------------------------------------------------------
 
-Key = tuple  # of what decides a kernel's code
+_CALLS: dict[tuple, Call] = {}  # by what decides their code
 
 
-def _key(call: Call) -> Key:
-    """Hashable: calls with one key have one compiled kernel."""
-    kinds = tuple((x.dtype if isinstance(x, torch.Tensor) else x is None) for x in call.args)
-    key = (call.kernel.__name__, kinds, tuple(sorted(call.constants.items(), key=str)))
-    _CALLS[key] = call
-    return key
-
-
-_CALLS: dict[Key, Call] = {}
+def _key(call: Call) -> tuple:
+    _CALLS[call.specialisation] = call
+    return call.specialisation
 
 
 @cache
-def _compiled(key: Key, capability: int) -> tuple[Kernel, int]:
+def _compiled(key: tuple, chip: Chip) -> tuple[Kernel, int]:
     """The kernel's code on a chip, and how many of its blocks a multiprocessor holds; needs Triton,
     no GPU."""
-    call = _CALLS[key]
-    chip = next(chip for chip in CHIPS if chip.sm == capability)
-    launch = Launch("", call.kernel, call.args, call.num_warps, call.num_stages, call.constants)
-    kernel = kernel_of(cuobjdump(compile_for(chip, launch), "-sass"), call.num_warps)
+    launch = _CALLS[key].to_compile()
+    kernel = kernel_of(cuobjdump(compile_for(chip, launch), "-sass"), launch.num_warps)
     occupancy = usage_of(launch, chip).occupancy
-    return kernel, max(1, round(occupancy * chip.warps / call.num_warps))
+    return kernel, max(1, round(occupancy * chip.warps / launch.num_warps))
 
 
-def _resident_blocks(key: Key, gpu: Gpu) -> int:
-    return _compiled(key, gpu.sheet.capability)[1]
+def _resident_blocks(key: tuple, gpu: Gpu) -> int:
+    return _compiled(key, gpu.chip)[1]
 
 
-def _tensor_fraction(key: Key, gpu: Gpu) -> float:
+def _tensor_fraction(key: tuple, gpu: Gpu) -> float:
     """Of the tensor cores' rate, in the loop with the most products."""
-    kernel, _ = _compiled(key, gpu.sheet.capability)
+    kernel, _ = _compiled(key, gpu.chip)
     loop = max(
         [*kernel.loops, kernel.whole], key=lambda loop: (loop is not kernel.whole, loop.fmas)
     )
@@ -224,9 +220,9 @@ def _tensor_fraction(key: Key, gpu: Gpu) -> float:
     return sum(loop.fractions(gpu.sheet.capability)) / 2 if loop.fmas else ASSUMED_FRACTION
 
 
-def _issue_cycles(key: Key, gpu: Gpu) -> float:
+def _issue_cycles(key: tuple, gpu: Gpu) -> float:
     """Of one turn of the longest loop, for the whole block."""
-    kernel, _ = _compiled(key, gpu.sheet.capability)
+    kernel, _ = _compiled(key, gpu.chip)
     loop = max(kernel.loops, key=lambda loop: loop.instructions, default=kernel.whole)
     cycles = loop.cycles(gpu.sheet.capability)
     return max(cycles[unit] for unit in ("issue", "fma", "alu", "mufu"))
@@ -267,9 +263,7 @@ def events_of(case: Case, gpu: Gpu) -> dict[str, list[Event]]:
             results = case.forward(*case.args)
         found["forward"] = events
         if case.backward is not None:
-            results = (results,) if isinstance(results, torch.Tensor) else tuple(results)
-            up = [torch.empty_like(x) for x in results[: case.compared]]
-            args = case.backward_args(case.args, results, up)
+            args = case.args_of_backward(as_tuple(results))
             with fake.recording() as events:
                 case.backward(*args)
             found["backward"] = events

@@ -22,8 +22,7 @@ from bench.gpu.cases import CHATGLM2_6B, OPS
 from bench.launches import events_of_pack, events_of_token
 from bench.model_gpu import NAMED, Gpu, events_of
 from bench.train_models import ADVERTISEGEN_ROWS
-from bench.triton_cases import Launch
-from bench.triton_resources import CHIPS, usage_of
+from bench.triton_resources import usage_of
 
 SETS = (1, 4, 8)  # of four rows in a pack
 TOKENS = (1, 2, 5, 16)
@@ -33,7 +32,7 @@ DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch
 def calls(gpu: Gpu, dtypes: Sequence[torch.dtype]) -> dict[tuple, Call]:
     """Those that Triton compiles to different kernels."""
     return {
-        _specialisation(event.call): event.call
+        event.call.specialisation: event.call
         for event in _events(gpu, dtypes)
         if event.call is not None
     }
@@ -52,24 +51,12 @@ def _events(gpu: Gpu, dtypes: Sequence[torch.dtype]) -> Iterator[Event]:
         yield from events_of_token(config, rows, **chip)
 
 
-def _specialisation(call: Call) -> tuple:
-    """What Triton's launcher looks at."""
-    kinds = tuple(
-        x.dtype if isinstance(x, torch.Tensor) else (x == 1, x % 16 == 0) if type(x) is int else x
-        for x in call.args
-    )
-    constants = tuple(sorted(call.constants.items(), key=str))
-    return call.kernel.__name__, kinds, call.num_warps, call.num_stages, constants
-
-
 def measure(gpu: Gpu, dtypes: Sequence[torch.dtype]) -> Iterator[dict]:
     """What each takes, or the error of the compiler."""
-    chip = next(chip for chip in CHIPS if chip.sm == gpu.sheet.capability)
     for call in calls(gpu, dtypes).values():
-        launch = Launch("", call.kernel, call.args, call.num_warps, call.num_stages, call.constants)
         row = {"kernel": call.kernel.__name__, "limit": gpu.shared_kib * 1024}
         try:
-            yield row | asdict(usage_of(launch, chip))
+            yield row | asdict(usage_of(call.to_compile(), gpu.chip))
         except Exception as error:
             yield row | {"error": f"{type(error).__name__}: {error}"[:300]}
 

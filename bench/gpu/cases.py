@@ -99,9 +99,19 @@ class Case:
         """The same numbers, every floating one in `dtype`."""
         return replace(self, args=tuple(in_precision(x, dtype) for x in self.args))
 
+    def args_of_backward(self, results: Sequence[Tensor]) -> tuple[Any, ...]:
+        """For the forward's results, with upstream gradients that are drawn."""
+        up = [moderate(x.shape, x.dtype, x.device.type) for x in results[: self.compared]]
+        return self.backward_args(self.args, results, up)
+
 
 def in_precision(x: Any, dtype: torch.dtype) -> Any:
     return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
+
+
+def as_tuple(results: Any) -> tuple[Tensor, ...]:
+    """An op's results, however many."""
+    return (results,) if isinstance(results, Tensor) else tuple(results)
 
 
 # (sizes, dtype, device) -> the cases of one op; nothing is drawn before a case is asked for.

@@ -22,7 +22,7 @@ from unittest import mock
 import torch
 
 from bench.clock import seconds_per_round
-from bench.gpu.cases import CHATGLM2_6B, OPS, REHEARSAL, Case, Sizes
+from bench.gpu.cases import CHATGLM2_6B, OPS, REHEARSAL, Case, Sizes, as_tuple
 from bench.gpu.rows import alone, in_a_line, write_rows
 from glmkern.triton_kernels.prefix_attention import backward, decode, dkv, forward
 from glmkern.triton_kernels.prefix_attention.shared import AttentionTile
@@ -101,8 +101,7 @@ def _belongs(name: str, label: str) -> bool:
 def _call(case: Case, direction: str) -> Callable[[], Any]:
     if direction == "forward":
         return lambda: case.forward(*case.args)
-    results = case.forward(*case.args)
-    args = case.backward_args(case.args, results, [torch.randn_like(results[0])])
+    args = case.args_of_backward(as_tuple(case.forward(*case.args)))
     return lambda: case.backward(*args)
 
 

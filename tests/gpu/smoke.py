@@ -30,7 +30,7 @@ from torch import Tensor
 
 import glmkern
 from bench.clock import seconds_per_round
-from bench.gpu.cases import CHATGLM2_6B, OPS, REHEARSAL, Case, Sizes, moderate
+from bench.gpu.cases import CHATGLM2_6B, OPS, REHEARSAL, Case, Sizes, as_tuple, moderate
 from bench.gpu.rows import CRASHED, RIGHT, STOPPED, WRONG, alone, in_a_line, plain, write_rows
 from tests.backends import Backend, available
 from tests.gpu.formulas import formula_of
@@ -185,11 +185,9 @@ class Pass(NamedTuple):
 
 def passes_of(case: Case) -> list[Pass]:
     results = call(case.forward, case.args)
-    shown = results[: case.compared]
-    passes = [Pass("forward", case.forward, case.args, shown, case.flops)]
+    passes = [Pass("forward", case.forward, case.args, results[: case.compared], case.flops)]
     if case.backward is not None:
-        up = [moderate(x.shape, x.dtype, x.device.type) for x in shown]
-        args = case.backward_args(case.args, results, up)
+        args = case.args_of_backward(results)
         gradients = call(case.backward, args)
         passes.append(Pass("backward", case.backward, args, gradients, case.backward_flops))
     return passes
@@ -222,10 +220,6 @@ def call(op: Any, args: Sequence[Any]) -> tuple[Tensor, ...]:
 def call_reference(op: Any, args: Sequence[Any]) -> tuple[Tensor, ...]:
     with glmkern.backend("reference"):
         return as_tuple(op(*args))
-
-
-def as_tuple(results: Any) -> tuple[Tensor, ...]:
-    return (results,) if isinstance(results, Tensor) else tuple(results)
 
 
 def is_lost() -> bool:
