@@ -17,9 +17,10 @@ ROUNDS = 21
 SAMPLE_SECONDS = 0.01
 # Cleared before every sample on a GPU: more than any L2 cache holds.
 FLUSH_BYTES = 2**29
-# It is cleared so often that the GPU is busy for this long. In that time Python queues the launches
-# of a sample, five for a backward pass; what is timed is then the work of the GPU alone.
-QUEUE_SECONDS = 1e-3
+# It is cleared so often that the GPU is busy until Python has queued the launches of a sample: what
+# is timed is then the work of the GPU alone. A call that takes longer to queue is a whole step, and
+# is timed with what the host adds.
+QUEUE_SECONDS, MOST_QUEUE_SECONDS = 1e-3, 8e-3
 
 
 def seconds_per_round(calls: Sequence[Callable], device: str, rounds: int) -> list[list[float]]:
@@ -60,12 +61,25 @@ def _gpu_sampler() -> Callable[[Callable, int], float]:
         end.synchronize()
         return start.elapsed_time(end) / 1e3 / repeats
 
-    flushes = math.ceil(QUEUE_SECONDS / seconds(flush.zero_, 20, flushes=1))
+    flush_seconds = seconds(flush.zero_, 20, flushes=1)
+    flushes: dict[Callable, int] = {}
 
     def sample(call: Callable, repeats: int) -> float:
-        return seconds(call, repeats, flushes)
+        if call not in flushes:
+            call()  # compiles
+            flushes[call] = math.ceil(_queue_seconds(call) / flush_seconds)
+        return seconds(call, repeats, flushes[call])
 
     return sample
+
+
+def _queue_seconds(call: Callable) -> float:
+    """How long the GPU is to be busy before a call of this function."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    host = time.perf_counter() - start
+    return max(QUEUE_SECONDS, 1.5 * host) if host < MOST_QUEUE_SECONDS else QUEUE_SECONDS
 
 
 def paired_ratio(numerator: Sequence[float], denominator: Sequence[float]) -> float:

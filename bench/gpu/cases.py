@@ -37,7 +37,7 @@ class Sizes:
     vocabulary: int
     batches: dict[str, Sequence[int]]
     few_tokens: Sequence[int]  # of the quantised linear, beside those of the batches
-    caches: Sequence[tuple[int, int, int]]  # rows, room, new tokens
+    caches: Sequence[tuple[int, int, int]]  # rows, tokens, new ones of them
     labelled: float  # share of tokens with a label
 
 
@@ -79,7 +79,8 @@ class Case:
     `forward` and `backward` are ops of torch.ops.glmkern. `backward_args(args, results, upstream)`
     builds the backward's arguments; `compared` of the forward's results meet a gradient.
     The backward's results are the gradients of the first `leaves` arguments, where that is said;
-    `lengths` are those of the packed sequences, `labelled` the rows with a label.
+    `lengths` are those of the packed sequences, `labelled` the rows with a label. Only those cases
+    are `timed` whose work is known without the values drawn.
     """
 
     op: str
@@ -92,6 +93,7 @@ class Case:
     leaves: int = 0
     lengths: tuple[int, ...] = ()
     labelled: int = 0
+    timed: bool = True
     flops: int = 0  # of the forward; the backward's are `backward_flops`
     backward_flops: int = 0
 
@@ -312,16 +314,19 @@ def prefix_attention(sizes: Sizes, dtype: torch.dtype, device: str) -> Makers:
             backward_flops=10 * c * n * scores,
         )
 
-    def decode(rows: int, room: int, new: int) -> Case:
+    def decode(rows: int, room: int, new: int, ragged: bool) -> Case:
         q, caches = draw(rows, new, n), [draw(rows, room, g) for _ in range(2)]
-        lens = torch.randint(new, room + 1, (rows,), device=device)
+        lens = torch.full((rows,), room, device=device)
+        if ragged:
+            lens = torch.randint(new, room + 1, (rows,), device=device)
         queries = torch.full_like(lens, new)
         return Case(
             "prefix_attention_decode",
-            f"{rows} rows, {new} new, room {room}",
+            f"{rows} rows, {new} new, room {room}" + ", ragged" * ragged,
             (q, *caches, lens, draw(p, g), draw(p, g), queries, c**-0.5),
             kernels.prefix_attention_decode_fwd,
             flops=4 * c * n * rows * new * (room + p),
+            timed=not ragged,
         )
 
     for name, lengths in sizes.batches.items():
@@ -329,11 +334,15 @@ def prefix_attention(sizes: Sizes, dtype: torch.dtype, device: str) -> Makers:
         yield f"{name}, dropout", partial(make, lengths, RATE)
     yield "one long sequence", partial(make, [sum(sizes.batches["step"]) // 2], 0.0)
     for cache in sizes.caches:
-        yield f"decode {cache}", partial(decode, *cache)
+        yield f"decode {cache}", partial(decode, *cache, False)
+        yield f"ragged decode {cache}", partial(decode, *cache, True)
 
 
 def linear_cross_entropy(sizes: Sizes, dtype: torch.dtype, device: str) -> Makers:
-    def make(tokens: int, bits: int) -> Case:
+    def make(tokens: int, bits: int, some: bool = False) -> Case:
+        """Of the labelled tokens alone, as in training; with `some`, of all tokens."""
+        labelled = max(1, round(sizes.labelled * tokens))
+        tokens = tokens if some else labelled
         hidden = torch.randn(tokens, sizes.hidden, device=device).to(dtype)
         stored = (
             quantized(sizes.vocabulary, sizes.hidden, bits, device)
@@ -341,23 +350,25 @@ def linear_cross_entropy(sizes: Sizes, dtype: torch.dtype, device: str) -> Maker
             else as_stored(dense(sizes.vocabulary, sizes.hidden, dtype, device))
         )
         labels = torch.randint(sizes.vocabulary, (tokens,), device=device)
-        labelled = max(1, round(sizes.labelled * tokens))
-        order = torch.randperm(tokens, device=device)
-        labels.index_fill_(0, order[labelled:], IGNORE_INDEX)
+        if some:
+            order = torch.randperm(tokens, device=device)
+            labels.index_fill_(0, order[labelled:], IGNORE_INDEX)
         flops = 4 * labelled * sizes.hidden * sizes.vocabulary
         row_weight = torch.rand(tokens, device=device) / tokens
         return Case(
             f"linear_cross_entropy, {bits} bits",
-            f"{tokens} x {sizes.hidden} x {sizes.vocabulary}",
-            (hidden, *stored, labels, row_weight, IGNORE_INDEX, 0.0, True),
+            f"{tokens} x {sizes.hidden} x {sizes.vocabulary}" + ", some labelled" * some,
+            (hidden, *stored, labels, row_weight, IGNORE_INDEX if some else None, 0.0, True),
             kernels.linear_cross_entropy_fwd,
             compared=2,
             flops=flops,
             labelled=labelled,
+            timed=not some,
         )
 
     for lengths in sizes.batches.values():
         yield f"{sum(lengths)} tokens", partial(make, sum(lengths), 8 * dtype.itemsize)
+    yield "some labelled", partial(make, sum(lengths), 8 * dtype.itemsize, True)
     yield "8 bits", partial(make, sum(lengths), 8)
 
 

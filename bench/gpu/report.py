@@ -7,6 +7,8 @@ from bench.gpu.rows import RIGHT
 from bench.harness import RESULTS, run_as_markdown
 
 PASSED = "passed"
+# Jobs that fail where they find something wrong, and say in rows what it is.
+WITH_ROWS = ("judge ", "time ", "model ")
 LAST_LINE = 90
 Lines = Iterable[Sequence[str]]
 
@@ -76,9 +78,10 @@ def of_the_model(rows: Sequence[dict]) -> Iterator[Sequence[str]]:
 
 
 def unfinished(jobs: Sequence[dict]) -> Iterator[Sequence[str]]:
-    """What did not run to its end; a job that found something wrong has rows of its own."""
+    """What did not run to its end, and failed builds, tests and memory checks."""
     for job in jobs:
-        if job["outcome"] not in (PASSED, "failed with 1") or "Error" in job["last_line"]:
+        said_so = job["outcome"] == "failed with 1" and "Error" not in job["last_line"]
+        if job["outcome"] != PASSED and not (said_so and job["job"].startswith(WITH_ROWS)):
             yield job["job"], "", "", f"**{job['outcome']}**", "", job["last_line"][:LAST_LINE]
 
 
