@@ -27,15 +27,19 @@ def tile_offsets(M, F: tl.constexpr, BM: tl.constexpr, BF: tl.constexpr):
     return o_m * F + o_f, o_m * (2 * F) + o_f, (o_m < M) & (o_f < F)
 
 
+@triton.jit
+def gated(b_gate, b_up):
+    """gate * sigmoid(gate) * up, in float32."""
+    return b_gate * tl.sigmoid(b_gate) * b_up
+
+
 @triton.jit(do_not_specialize=["M"])
 def swiglu_fwd_kernel(x, y, M, F: tl.constexpr, BM: tl.constexpr, BF: tl.constexpr):
-    """y = gate * sigmoid(gate) * up."""
     # [BM, BF]
     o_y, o_x, m_y = tile_offsets(M, F, BM, BF)
     b_gate = tl.load(x + o_x, mask=m_y, other=0.0).to(tl.float32)
     b_up = tl.load(x + o_x + F, mask=m_y, other=0.0).to(tl.float32)
-    b_y = b_gate * tl.sigmoid(b_gate) * b_up
-    tl.store(y + o_y, b_y, mask=m_y)
+    tl.store(y + o_y, gated(b_gate, b_up), mask=m_y)
 
 
 @triton.jit(do_not_specialize=["M"])

@@ -163,7 +163,7 @@ def _gemv_bwd(dy: Tensor, packed: Tensor, scale: Tensor, bits: int, dx: Tensor) 
     tile = gemv.BWD_TILES[BM]
     programs = triton.cdiv(W, tile.words)
     blocks, splits = _splits(triton.cdiv(N, tile.rows), programs)
-    sums = _split_sums(dx, splits)
+    sums = _split_sums(dx, splits, dx.shape[1])
     launch(
         gemv.gemv_bwd_kernel,
         (programs, splits),
@@ -207,9 +207,7 @@ def _fused_fwd(
     tile = _fused_tile(fused.FWD_TILES if half else fused.FWD_TILES_FP32, M, x.device)
     programs = triton.cdiv(M, tile.BM) * triton.cdiv(N, tile.rows)
     blocks, splits = _splits(triton.cdiv(K, 2 * tile.bytes), programs)
-    sums = y
-    if splits > 1:
-        sums = y.new_empty(splits, M, N, dtype=torch.float32)
+    sums = _split_sums(y, splits, N)
     launch(
         fused.fused_fwd_kernel,
         (programs, splits),
@@ -241,7 +239,7 @@ def _fused_bwd(dy: Tensor, packed: Tensor, scale: Tensor, bits: int, dx: Tensor)
     tile = _fused_tile(fused.BWD_TILES if half else fused.BWD_TILES_FP32, M, dy.device)
     programs = triton.cdiv(M, tile.BM) * triton.cdiv(K, 2 * tile.bytes)
     blocks, splits = _splits(triton.cdiv(N, tile.rows), programs)
-    sums = _split_sums(dx, splits)
+    sums = _split_sums(dx, splits, K)
     launch(
         fused.fused_bwd_kernel,
         (programs, splits),
@@ -280,11 +278,11 @@ def _splits(blocks: int, programs: int) -> tuple[int, int]:
     return each, triton.cdiv(blocks, each)
 
 
-def _split_sums(result: Tensor, splits: int) -> Tensor:
-    """What the kernel writes to: the result itself, or [splits, *result.shape] in fp32."""
+def _split_sums(result: Tensor, splits: int, columns: int) -> Tensor:
+    """What the kernel writes to: the result itself, of M rows, or [splits, M, columns] in fp32."""
     if splits == 1:
         return result
-    return result.new_empty(splits, *result.shape, dtype=torch.float32)
+    return result.new_empty(splits, len(result), columns, dtype=torch.float32)
 
 
 def _add_splits(

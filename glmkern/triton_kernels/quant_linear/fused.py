@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from glmkern.triton_kernels.quant_linear.decode import decode_pair
+from glmkern.triton_kernels.swiglu import gated
 
 
 class FusedTile(NamedTuple):
@@ -157,8 +158,7 @@ def fused_fwd_kernel(
         b_gate, b_up = tl.split(b_y.reshape(BM, BN // 2, 2))
         o_f = i_n.to(tl.int64) * (BN // 2) + tl.arange(0, BN // 2)
         p_y = y + o_m[:, None] * (N // 2) + o_f[None, :]
-        b_y = b_gate * tl.sigmoid(b_gate) * b_up
-        tl.store(p_y, b_y, mask=m_m[:, None] & (o_f < N // 2)[None, :])
+        tl.store(p_y, gated(b_gate, b_up), mask=m_m[:, None] & (o_f < N // 2)[None, :])
     else:
         p_y = y + i_s.to(tl.int64) * M * N + o_m[:, None] * N + o_n[None, :]
         tl.store(p_y, b_y, mask=m_m[:, None] & m_n[None, :])
@@ -280,5 +280,5 @@ def sum_splits_kernel(
     if SWIGLU:
         o_up = o_p + COLUMNS
         b_up = sum_of_splits(partials, scale, bias, o_up, o_n + COLUMNS, m_e, size, splits)
-        b_y = b_y * tl.sigmoid(b_y) * b_up
+        b_y = gated(b_y, b_up)
     tl.store(y + o_e, b_y, mask=m_e)

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from glmkern.triton_kernels.quant_linear.decode import decode_field
+from glmkern.triton_kernels.swiglu import gated
 
 MAX_TOKENS = 8
 
@@ -94,7 +95,7 @@ def gemv_fwd_kernel(
     m_n = o_n < ROWS
     b_y = finished(b_sum, scale, bias, o_n, m_n)
     if SWIGLU:
-        b_y = b_y * tl.sigmoid(b_y) * finished(b_up, scale, bias, o_n + ROWS, m_n)
+        b_y = gated(b_y, finished(b_up, scale, bias, o_n + ROWS, m_n))
     tl.store(y + o_m[:, None] * ROWS + o_n[None, :], b_y, mask=(o_m < M)[:, None] & m_n[None, :])
 
 
