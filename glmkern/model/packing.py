@@ -42,9 +42,7 @@ class PackedBatch:
 
     def to(self, device: torch.device | str) -> "PackedBatch":
         """The same batch on `device`."""
-        moved: dict[str, Any] = {
-            name: None if x is None else x.to(device) for name, x in vars(self).items()
-        }
+        moved: dict[str, Any] = move_together(vars(self), torch.device(device))
         return PackedBatch(**moved)
 
 
@@ -53,14 +51,16 @@ def move_together(
 ) -> dict[str, Tensor | None]:
     """The same tensors on `device`. Those of the host reach a GPU in one copy, for which the host
     does not wait."""
-    moved = dict(tensors)
-    on_host = {k: x for k, x in tensors.items() if x is not None and x.device.type == "cpu"}
-    if device.type == "cpu" or not on_host:
-        return moved | {k: None if x is None else x.to(device) for k, x in tensors.items()}
-    # only from pinned memory does the copy not wait
-    buffer = joined(list(on_host.values()), pin_memory=device.type == "cuda")
-    there = buffer.to(device, non_blocking=True)
-    return moved | dict(zip(on_host, split_again(there, list(on_host.values())), strict=True))
+    on_host = {
+        k: x for k, x in tensors.items() if x is not None and x.is_cpu and device.type != "cpu"
+    }
+    moved = {k: x if x is None or k in on_host else x.to(device) for k, x in tensors.items()}
+    if on_host:
+        # only from pinned memory does the copy not wait
+        buffer = joined(list(on_host.values()), pin_memory=device.type == "cuda")
+        there = buffer.to(device, non_blocking=True)
+        moved |= zip(on_host, split_again(there, list(on_host.values())), strict=True)
+    return moved
 
 
 def joined(tensors: Sequence[Tensor], pin_memory: bool = False) -> Tensor:

@@ -19,9 +19,9 @@ from glmkern.generation import decoding
 from glmkern.generation.decoding import make_decoder
 from glmkern.generation.in_place import Look, Replay
 from glmkern.generation.sampling import replace_invalid_scores
-from tests.model.models import SMALL, ChatGLMConfig
+from tests.model.models import EVEN, SMALL, ChatGLMConfig
 
-CONFIG = ChatGLMConfig.from_dict(SMALL | dict(ffn_hidden_size=38))  # rows of whole bytes
+CONFIG = ChatGLMConfig.from_dict(SMALL | EVEN)
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,9 @@ import glmkern
 from bench.oracles import relative_error
 from glmkern import ChatGLM, ChatGLMConfig
 from glmkern.model.packing import unpad
-from tests.model.models import SMALL, padded_batch, random_weights
+from tests.model.models import EVEN, SMALL, padded_batch, random_weights
 
 TOLERANCE = 1e-5
-EVEN = dict(ffn_hidden_size=38)  # 4 bits pack two columns in a byte
 
 
 def step_and_text(model: ChatGLM, batch: dict, prompts: torch.Tensor) -> list[torch.Tensor]:

@@ -27,6 +27,7 @@ SMALL: dict[str, Any] = dict(
     add_qkv_bias=True,
     torch_dtype="float32",
 )
+EVEN = dict(ffn_hidden_size=38)  # 4 bits pack two columns in a byte
 
 
 def random_weights(config: ChatGLMConfig) -> dict[str, Tensor]:

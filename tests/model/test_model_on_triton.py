@@ -10,11 +10,10 @@ import glmkern
 from bench.oracles import relative_error
 from glmkern import ChatGLM
 from glmkern.model.packing import unpad
-from tests.model.models import padded_batch, small_model
+from tests.model.models import EVEN, padded_batch, small_model
 from tests.ops.numerics import same_bits
 
 LENGTHS = [7, 1, 12]
-EVEN = dict(ffn_hidden_size=38)  # 4 bits pack two columns in a byte
 
 
 def results(model: ChatGLM, batch: dict[str, Tensor], backend: str, device: str) -> list[Tensor]:

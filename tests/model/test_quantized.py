@@ -13,11 +13,12 @@ from glmkern import ChatGLM, ChatGLMConfig, ops
 from glmkern.model.computation import Computation
 from glmkern.model.modules import FrozenLinear, frozen
 from glmkern.model.packing import unpad
-from tests.model.models import SMALL, padded_batch, random_weights, small_model
+from tests.model.models import EVEN, SMALL, padded_batch, random_weights, small_model
 from tests.ops.numerics import same_bits
 
 TOLERANCE = 1e-5
-EVEN = dict(ffn_hidden_size=38)  # 4 bits pack two columns in a byte
+
+
 LENGTHS = [7, 1, 12]
 
 

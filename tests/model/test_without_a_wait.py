@@ -1,6 +1,8 @@
 """Between the first forward pass and the last backward pass of a step the host asks the GPU for
 nothing, and sends it one buffer a pack."""
 
+from unittest import mock
+
 import pytest
 import torch
 
@@ -10,9 +12,9 @@ from glmkern import ChatGLMConfig
 from glmkern.model.computation import Computation
 from glmkern.model.packing import joined, move_together, pack_rows, split_again
 from glmkern.training.data.rows import Row
-from tests.model.models import SMALL
+from tests.model.models import EVEN, SMALL
 
-CONFIG = ChatGLMConfig.from_dict(SMALL | dict(ffn_hidden_size=38))
+CONFIG = ChatGLMConfig.from_dict(SMALL | EVEN)
 ROWS = [Row([5, 6, 7, 8], [-100, -100, 7, 8]), Row([9, 10, 11], [-100, 10, 11])]
 
 
@@ -82,3 +84,12 @@ def test_what_is_on_the_device_already_stays():
     assert len(host_copies(events)) == 1
     on_cpu = {"a": torch.arange(3), "b": None}
     assert move_together(on_cpu, torch.device("cpu"))["a"] is on_cpu["a"]
+
+
+def test_what_is_on_another_gpu_moves_too():
+    """Beside what comes from the host."""
+    elsewhere, here = mock.Mock(spec=torch.Tensor, is_cpu=False), torch.device(DEVICE)
+    moved = move_together({"a": torch.arange(3), "b": elsewhere}, here)
+    assert moved["a"].is_meta
+    assert moved["b"] is elsewhere.to.return_value
+    elsewhere.to.assert_called_once_with(here)
