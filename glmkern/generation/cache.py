@@ -116,9 +116,8 @@ class KeyValueCache:
         self.lens = self.lens[rows]
         for i, layer in enumerate(self._layers):  # one at a time: there is never a second copy
             self._layers[i] = layer.index_select(1, rows)
-        self._first_slots = self._first_slots[: len(rows)]
-        if len(self._first_slots) < len(rows):
-            self._first_slots = torch.arange(len(rows), device=rows.device) * self._room
+        if len(rows) != len(self._first_slots):
+            self._lay_end_to_end(len(rows))
 
     @property
     def _room(self) -> int:
@@ -144,7 +143,10 @@ class KeyValueCache:
             if old:
                 grown[:, :, : self.longest] = old.pop(0)[:, :, : self.longest]
             self._layers.append(grown)
-        self._first_slots = torch.arange(rows, device=grown.device) * room
+        self._lay_end_to_end(rows)
+
+    def _lay_end_to_end(self, rows: int) -> None:
+        self._first_slots = torch.arange(rows, device=self.lens.device) * self._room
 
     def _entries(self, layer: Layer) -> tuple[Tensor, Tensor]:
         """A layer's keys and values, each [rows * room, G, C]: the rows laid end to end."""

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from glmkern.errors import InputError
+from glmkern.training.flags.arguments import CUDA_GRAPHS
 from glmkern.verbs import parse
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def run(argv: Sequence[str]) -> int:
         "do_sample": not args.greedy,
         "top_p": args.top_p,
         "temperature": args.temperature,
-        "cuda_graphs": False if args.cuda_graphs == "off" else None,
+        "cuda_graphs": CUDA_GRAPHS[args.cuda_graphs],
     }
     Conversation(model, tokenizer, list(prefixes), options).run()
     return 0
@@ -195,7 +196,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--cuda_graphs",
-        choices=("auto", "off"),
+        choices=CUDA_GRAPHS,
         default="auto",
         help="on a GPU replay a CUDA graph a token, or off, op by op (default: %(default)s)",
     )

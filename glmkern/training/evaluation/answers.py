@@ -15,7 +15,7 @@ from glmkern.generation.sampling import InvalidScores
 from glmkern.model.config import ChatGLMConfig
 from glmkern.tokenizer import ChatGLMTokenizer
 from glmkern.training.data.rows import EvaluationRows
-from glmkern.training.flags.arguments import Arguments
+from glmkern.training.flags.arguments import CUDA_GRAPHS, Arguments
 
 # What the official script passes to generate; top_k is the default of transformers.
 TOP_P, TEMPERATURE, TOP_K = 0.7, 0.95, 50
@@ -66,7 +66,7 @@ class Decoding:
             num_beams=data.num_beams or training.generation_num_beams or 1,
             do_sample=not training.greedy,
             seed=training.seed,
-            cuda_graphs=False if training.cuda_graphs == "off" else None,
+            cuda_graphs=CUDA_GRAPHS[training.cuda_graphs],
         )
 
 

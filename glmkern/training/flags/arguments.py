@@ -108,7 +108,8 @@ class DataTrainingArguments:
         )
 
 
-CUDA_GRAPHS = ("auto", "off")
+# What --cuda_graphs says, as generate() has it.
+CUDA_GRAPHS = {"auto": None, "off": False}
 
 
 @dataclass
@@ -134,7 +135,7 @@ class TrainingArguments:
         "auto",
         "answer prompts on a GPU by replaying a CUDA graph a token, or off, op by op; the answers"
         " are the same",
-        CUDA_GRAPHS,
+        tuple(CUDA_GRAPHS),
         own=True,
     )
     generation_max_length: int | None = _flag(
