@@ -10,7 +10,6 @@ its report what decides a kernel's speed. One JSON object a kernel: {"op", "kern
 import argparse
 import csv
 import io
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -100,7 +99,7 @@ def counted(op: str, backend: str) -> Iterator[dict]:
 def find_ncu() -> str | None:
     """On the PATH, or where its installer puts it."""
     installed = sorted(Path("/opt/nvidia/nsight-compute").glob("*/ncu"))
-    return shutil.which("ncu") or find_tool("ncu") or (str(installed[-1]) if installed else None)
+    return find_tool("ncu") or (str(installed[-1]) if installed else None)
 
 
 def main() -> int:

@@ -16,7 +16,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -30,7 +30,7 @@ from bench.bench_step import DEQUANTISED, ROW_BY_ROW, make_dense_model, make_mod
 from bench.bench_train import flops
 from bench.clock import seconds_per_round
 from bench.gpu.profiler import Profile, profile, seconds_of
-from bench.gpu.rows import CRASHED, STOPPED, in_a_line, write_rows
+from bench.gpu.rows import failure, write_rows
 from bench.train_models import ADVERTISEGEN_ROWS, OFFICIAL, OFFICIAL_WIDTH, OURS, make_rows, padded
 from glmkern import ChatGLM, ChatGLMConfig
 from glmkern.generation.in_place import Replay
@@ -40,18 +40,15 @@ SETS = 4  # of four rows in a step, as officially
 PROMPT = 64
 DECODED = (8, 40)  # tokens; the difference of two texts leaves the prompt out
 COUNTED = (4, 12)  # likewise, where launches are counted; the first steps are warm-up and capture
-SMALL = ChatGLMConfig(
+SMALL = replace(
+    chatglm2_6b(),
     num_layers=2,
     padded_vocab_size=150,
     hidden_size=48,
     ffn_hidden_size=40,
     kv_channels=16,
     num_attention_heads=4,
-    multi_query_attention=True,
-    multi_query_group_num=2,
     seq_length=256,
-    add_qkv_bias=True,
-    torch_dtype="float16",
 )
 SMALL_ROWS = ((3, 4), (2, 5))
 
@@ -234,11 +231,10 @@ def rows_as_they_come(bench: Bench, part: str) -> Iterator[Row]:
     for work in getattr(bench, part)():
         try:
             yield {"part": part} | work()
-        except KeyboardInterrupt:
-            yield {"part": part, "what": part, "verdict": CRASHED, "note": STOPPED}
-            return
-        except Exception as error:
-            yield {"part": part, "what": part, "verdict": CRASHED, "note": in_a_line(error)}
+        except (KeyboardInterrupt, Exception) as error:
+            yield {"part": part, "what": part} | failure(error)
+            if isinstance(error, KeyboardInterrupt):
+                return
 
 
 def main() -> int:

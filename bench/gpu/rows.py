@@ -35,7 +35,7 @@ def read_rows(path: Path) -> list[dict]:
     return rows
 
 
-def in_a_line(error: Exception) -> str:
+def in_a_line(error: BaseException) -> str:
     """Its type, its first line, and where in this repository it was raised."""
     own = [
         frame
@@ -45,6 +45,12 @@ def in_a_line(error: Exception) -> str:
     where = f" ({Path(own[-1].filename).name}:{own[-1].lineno})" if own else ""
     lines = [line for line in str(error).splitlines() if line.strip()] or [""]
     return f"{type(error).__name__}: {lines[0][:300]}{where}"
+
+
+def failure(error: BaseException) -> dict:
+    """What a row says of work that was interrupted, or that raised."""
+    stopped = isinstance(error, KeyboardInterrupt)
+    return {"verdict": CRASHED, "note": STOPPED if stopped else in_a_line(error)}
 
 
 def plain(dtype: torch.dtype) -> str:

@@ -145,13 +145,9 @@ def sweeps(context: Context) -> list[Job]:
 
 
 def counters(context: Context) -> list[Job]:
+    common = ("--backend", "triton", "--rows", str(context.rows))
     return [
-        Job(
-            f"counters {op}",
-            python("bench.gpu.counters", "--op", op, "--backend", "triton", "--rows", rows),
-        )
-        for op in BENCHES
-        for rows in [str(context.rows)]
+        Job(f"counters {op}", python("bench.gpu.counters", "--op", op, *common)) for op in BENCHES
     ]
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
+from bench.gpu.rows import plain
 from bench.triton_cases import Launch, recorded
 
 REASON = """The decoded weights of a fused product live in registers beside its sums, so that 64
@@ -43,7 +44,7 @@ def _with_swiglu(M: int, rows: int, dtype: torch.dtype) -> Iterator[Launch]:
     packed = torch.empty(rows, K // 2, dtype=torch.int8, device="meta")
     scale = torch.empty(rows, dtype=torch.float16, device="meta")
     x = torch.empty(M, K, dtype=dtype, device="meta")
-    with recorded("quant_linear", f"4 bits, {M} tokens, {str(dtype)[6:]}") as record:
+    with recorded("quant_linear", f"4 bits, {M} tokens, {plain(dtype)}") as record:
         yield from record("quant_linear_swiglu_fwd", x, packed, scale, 4, None, note=" + swiglu")
 
 
@@ -51,7 +52,7 @@ def _both_directions(M: int, dtype: torch.dtype, bits: int) -> Iterator[Launch]:
     packed = torch.empty(N, K * bits // 8, dtype=torch.int8, device="meta")
     scale = torch.empty(N, dtype=torch.float16, device="meta")
     x, dy = (torch.empty(M, length, dtype=dtype, device="meta") for length in (K, N))
-    case = f"{bits} bits, {M} tokens, {str(dtype).removeprefix('torch.')}"
+    case = f"{bits} bits, {M} tokens, {plain(dtype)}"
     with recorded("quant_linear", case) as record:
         yield from _once(record("quant_linear_fwd", x, packed, scale, bits, None))
         yield from _once(record("quant_linear_bwd", dy, packed, scale, bits, note=" (dx)"))

@@ -21,7 +21,7 @@ from torch import Tensor
 import glmkern
 from bench.bench_step import make_model, make_steps
 from bench.gpu.model import config_for, generate, rows_of
-from bench.gpu.rows import CRASHED, RIGHT, STOPPED, WRONG, in_a_line, plain, write_rows
+from bench.gpu.rows import RIGHT, WRONG, failure, plain, write_rows
 from bench.oracles import relative_error
 from bench.train_models import OURS
 from glmkern import ChatGLM
@@ -40,10 +40,8 @@ def verdicts(part: str, device: str) -> Iterator[dict]:
     warnings.simplefilter("error", RuntimeWarning)
     try:
         yield from PARTS[part](model)
-    except KeyboardInterrupt:
-        yield {"what": part, "verdict": CRASHED, "note": STOPPED}
-    except Exception as error:
-        yield {"what": part, "verdict": CRASHED, "note": in_a_line(error)}
+    except (KeyboardInterrupt, Exception) as error:
+        yield {"what": part} | failure(error)
 
 
 def judge_step(model: ChatGLM) -> Iterator[dict]:
@@ -100,10 +98,11 @@ def judge_graphs(model: ChatGLM) -> Iterator[dict]:
     new = 300 if model.device.type == "cuda" else 40
     for rows, sampled in itertools.product((1, 5), (False, True)):
         ids, texts = prompts_for(model, rows), []
-        row, last = torch.arange(rows), ids.shape[1] + 2 * new // 5
-        ends = generate(model, ids, 2 * new // 5 + 1, graphs=False)[row, last - new // 15 * row]
         if sampled:
             ends = torch.arange(0, model.config.padded_vocab_size, DRAWN_UNTIL)
+        else:
+            row, last = torch.arange(rows), ids.shape[1] + 2 * new // 5
+            ends = generate(model, ids, 2 * new // 5 + 1, graphs=False)[row, last - new // 15 * row]
         options = dict(max_new_tokens=new, eos_token_id=ends.tolist(), do_sample=sampled)
         for graphs in (True, False):
             generator = torch.Generator(model.device).manual_seed(4)

@@ -31,7 +31,7 @@ from torch import Tensor
 import glmkern
 from bench.clock import seconds_per_round
 from bench.gpu.cases import CHATGLM2_6B, OPS, REHEARSAL, Case, Sizes, as_tuple, moderate
-from bench.gpu.rows import CRASHED, RIGHT, STOPPED, WRONG, alone, in_a_line, plain, write_rows
+from bench.gpu.rows import RIGHT, WRONG, alone, failure, plain, write_rows
 from tests.backends import Backend, available
 from tests.gpu.formulas import formula_of
 from tests.ops.numerics import FORWARD, GRADIENT, max_error, poisoned_memory, same_bits, ulp_of_max
@@ -64,16 +64,15 @@ def rows_of_cases(
         for label, make in OPS[name](sizes, dtype, device):
             print(f"{name}, {backend}, {plain(dtype)}: {label}", flush=True)
             row = {"op": name, "backend": shown, "dtype": plain(dtype), "shape": label}
-            failed = {"pass": "both", "verdict": CRASHED}
             try:
                 case = make()
                 row |= {"op": case.op, "shape": case.shape}
                 yield from (row | found for found in measure(case, make, backend))
-            except KeyboardInterrupt:
-                yield row | failed | {"shape": label, "note": STOPPED}
+            except KeyboardInterrupt as error:
+                yield row | {"pass": "both", "shape": label} | failure(error)
                 return
             except Exception as error:
-                yield row | failed | {"note": in_a_line(error)}
+                yield row | {"pass": "both"} | failure(error)
                 if device == "cuda" and is_lost():
                     return
 

@@ -67,7 +67,9 @@ def test_in_a_graph(name, backend):
         torch.testing.assert_close(y, expected(x, name), rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU only")
+@pytest.mark.skipif(
+    torch.cuda.device_count() < 2, reason="needs a second GPU (tests/ops/test_launch.py fakes one)"
+)
 @pytest.mark.parametrize(("name", "backend"), CASES)
 def test_on_another_device(name, backend):
     x = torch.randn(4, 256, device="cuda:1")
