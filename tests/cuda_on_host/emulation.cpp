@@ -1,5 +1,5 @@
-// Kernels that test the emulation: block_sum BLOCKS | shuffle | race | half COUNT | bfloat16 COUNT,
-// or the name of a mistake.
+// Kernels that test the machine: block_sum BLOCKS | shuffle | half COUNT | bfloat16 COUNT, or the
+// name of a mistake.
 #include <string>
 
 #include "cuda/device/launch.cuh"
@@ -42,11 +42,38 @@ void shuffle_in_a_branch() {
 void shuffle_outside_its_mask() { __shfl_xor_sync(0x0000ffffu, 1.0f, 1); }
 
 // Two sums in a row through one buffer: a fast warp's second overwrites a slow one's first.
-void race_kernel(const float* x, float* sums) {
+void two_sums_in_one_buffer() {
   __shared__ float partial[kMaxWarps];
-  const float first = block_sum(x[threadIdx.x], partial);
-  const float second = block_sum(0.0f, partial);
-  sums[threadIdx.x] = first + second;
+  block_sum(1.0f, partial);
+  block_sum(2.0f, partial);
+}
+
+// Each lane writes its number and reads its neighbour's.
+template <bool kOrdered>
+void neighbours() {
+  __shared__ int numbers[kWarp];
+  const int lane = threadIdx.x;
+  numbers[lane] = lane;
+  if (kOrdered) __syncwarp();
+  volatile int neighbour = numbers[lane ^ 1];
+  if (kOrdered && neighbour != (lane ^ 1)) throw std::logic_error("a wrong neighbour");
+}
+
+// Lanes that wait in different places never meet.
+void two_places() {
+  threadIdx.x < 16 ? __shfl_xor_sync(0xffffffffu, 1.0f, 1) : (__syncwarp(), 0.0f);
+}
+
+void misaligned_access(const float* x, float* y) { store(y, load<4>(x + 1)); }
+
+// Every thread reads, then the first writes: all readers count, not only the last one.
+void write_after_reads() {
+  __shared__ int number;
+  if (threadIdx.x == 0) number = 1;
+  __syncthreads();
+  volatile int copy = number;
+  (void)copy;
+  if (threadIdx.x == 0) number = 2;
 }
 
 void nothing() {}
@@ -66,11 +93,6 @@ void run(const std::string& name, int count) {
     launch("sum", sum_kernel, count, 256, nullptr, static_cast<const float*>(x.read().floats()),
            sums.floats());
     sums.write();
-  } else if (name == "race") {
-    HostTensor x(256, 0), sums(256, 0);
-    launch("race", race_kernel, 1, 64, nullptr, static_cast<const float*>(x.read().floats()),
-           sums.floats());
-    sums.write();
   } else if (name == "shuffle") {
     HostTensor x(256, 0), down(256, 0), exchanged(256, 0), broadcast(256, 0);
     launch("shuffle", shuffle_kernel, 1, 64, nullptr, static_cast<const float*>(x.read().floats()),
@@ -86,6 +108,20 @@ void run(const std::string& name, int count) {
     launch("shuffle", shuffle_in_a_branch, 1, 32, nullptr);
   } else if (name == "shuffle_outside_its_mask") {
     launch("shuffle", shuffle_outside_its_mask, 1, 32, nullptr);
+  } else if (name == "two_sums_in_one_buffer") {
+    launch("sums", two_sums_in_one_buffer, 1, 64, nullptr);
+  } else if (name == "neighbours") {
+    launch("neighbours", neighbours<true>, 1, kWarp, nullptr);
+  } else if (name == "neighbours_without_order") {
+    launch("neighbours", neighbours<false>, 1, kWarp, nullptr);
+  } else if (name == "two_places") {
+    launch("places", two_places, 1, kWarp, nullptr);
+  } else if (name == "misaligned_access") {
+    HostTensor x(32, 0), y(32, 0);
+    launch("misaligned", misaligned_access, 1, 1, nullptr, static_cast<const float*>(x.floats()),
+           y.floats());
+  } else if (name == "write_after_reads") {
+    launch("reads", write_after_reads, 1, 64, nullptr);
   } else {
     launch("nothing", nothing, 1, 2048, nullptr);
   }

@@ -1,25 +1,35 @@
-"""How a C++ compiler builds CUDA code, against the stand-ins in include/; programs made of it."""
+"""How a C++ compiler builds CUDA code for the machine in machine/, and programs made of it."""
 
+import fcntl
+import hashlib
 import os
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 HERE = Path(__file__).resolve().parent
-CSRC = HERE.parents[1] / "csrc"
+ROOT = HERE.parents[1]
+CSRC = ROOT / "csrc"
+FOLDER = ROOT / "build/cuda_on_host"
 FLAGS = [
     "-std=c++17",
     "-Wall",
     "-Wextra",
     "-Wno-unknown-pragmas",
+    "-fPIC",
     f"-I{HERE / 'include'}",
+    f"-I{HERE / 'machine'}",
     f"-I{CSRC}",
 ]
-SANITIZE = ["-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+# For kernels: the compiler calls machine/accesses.cpp before each access to memory.
+CHECKED = ["-O1", "-g1", "-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0"]
+# Or else AddressSanitizer does its work: no compiler does both.
+SANITIZED = ["-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 
 def find_compiler() -> list[str]:
@@ -29,11 +39,61 @@ def find_compiler() -> list[str]:
     return compiler.split()
 
 
+def machine(sanitize: bool = False) -> list[Path]:
+    """The objects of the machine."""
+    sources = sorted(HERE.glob("machine/*.cpp"))
+    flags = [*FLAGS, "-fvisibility=hidden", *(SANITIZED if sanitize else ["-O2"])]
+    folder = built(sources, flags, lambda folder: compile_objects(sources, flags, folder))
+    return sorted(folder.glob("*.o"))
+
+
 def compile_program(source: Path, folder: Path) -> Path:
     """`source` as a program in `folder`."""
+    compile_objects([source], [*FLAGS, *CHECKED], folder)
     program = folder / source.stem
-    subprocess.run([*find_compiler(), *FLAGS, "-O1", str(source), "-o", str(program)], check=True)
+    link([*folder.glob("*.o"), *machine(), "-o", program])
     return program
+
+
+def compile_objects(sources: Sequence[Path], flags: Sequence[str], folder: Path) -> None:
+    """An object of each source in `folder`."""
+
+    def compile_one(source: Path) -> None:
+        what = ["-x", "c++", "-c", source, "-o", folder / f"{source.parent.name}.{source.name}.o"]
+        subprocess.run([*find_compiler(), *flags, *what], check=True)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(compile_one, sources))
+
+
+def link(arguments: Sequence[str | Path]) -> None:
+    subprocess.run([*find_compiler(), *arguments], check=True)
+
+
+def built(sources: Sequence[Path], flags: Sequence[str], build: Callable[[Path], None]) -> Path:
+    """A folder that `build` has filled, named after everything that it is made of. Where it is not
+    there yet, one process builds it while others wait."""
+    folder = FOLDER / digest(sources, flags)
+    folder.mkdir(parents=True, exist_ok=True)
+    complete = folder / "complete"
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not complete.exists():
+            build(folder)
+            complete.touch()
+    return folder
+
+
+def digest(sources: Sequence[Path], flags: Sequence[str]) -> str:
+    compiler = [*find_compiler(), "--version"]
+    version = subprocess.run(compiler, check=True, capture_output=True, text=True).stdout
+    result = hashlib.sha256("\n".join([*flags, version, torch.__version__]).encode())
+    headers = [*CSRC.rglob("*.h"), *CSRC.rglob("*.cuh"), *HERE.rglob("*.h"), *HERE.rglob("*.cuh")]
+    how = [HERE / "host.py", HERE / "library.py"]
+    for path in sorted({*sources, *headers, *how}):
+        result.update(str(path.relative_to(ROOT)).encode() + b"\0")
+        result.update(path.read_bytes())
+    return result.hexdigest()[:16]
 
 
 def run(

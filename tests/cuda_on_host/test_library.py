@@ -3,38 +3,55 @@
 import threading
 import time
 
-from tests.cuda_on_host import library
+import pytest
+
+from tests.cuda_on_host import host
 
 
 def test_who_asks_at_the_same_time_gets_the_one_that_is_built(tmp_path, monkeypatch):
-    built = []
+    made = []
 
-    def compile_slowly(compiler, flags, path):
-        built.append(path)
+    def build_slowly(folder):
+        made.append(folder)
         time.sleep(0.2)
-        path.write_text("a library")
+        (folder / "library").write_text("a library")
 
-    monkeypatch.setattr(library, "FOLDER", tmp_path)
-    monkeypatch.setattr(library, "_compile", compile_slowly)
+    monkeypatch.setattr(host, "FOLDER", tmp_path)
     found = []
-    callers = [threading.Thread(target=lambda: found.append(library.build())) for _ in range(3)]
+    callers = [
+        threading.Thread(target=lambda: found.append(host.built([], ["-O1"], build_slowly)))
+        for _ in range(3)
+    ]
     for caller in callers:
         caller.start()
     for caller in callers:
         caller.join()
-    assert len(built) == 1 and found == built * 3
-    assert library.build(sanitize=True) != found[0] and len(built) == 2
+    assert len(made) == 1 and found == [found[0]] * 3
+    assert (found[0] / "library").read_text() == "a library"
+    assert host.built([], ["-O0"], build_slowly) != found[0] and len(made) == 2
+
+
+def test_a_build_that_fails_is_none(tmp_path, monkeypatch):
+    monkeypatch.setattr(host, "FOLDER", tmp_path)
+
+    def fail(folder):
+        (folder / "half").touch()
+        raise OSError("the disk is full")
+
+    for _ in range(2):
+        with pytest.raises(OSError, match="the disk is full"):
+            host.built([], [], fail)
 
 
 def test_another_kernel_is_another_library(tmp_path, monkeypatch):
-    kernels = tmp_path / "csrc/cuda/kernels"
-    kernels.mkdir(parents=True)
-    monkeypatch.setattr(library, "CSRC", tmp_path / "csrc")
-    monkeypatch.setattr(library, "ROOT", tmp_path)
-    monkeypatch.setattr(library, "HERE", tmp_path)
-    (tmp_path / "host_library.cpp").touch()
+    source = tmp_path / "op.cu"
+    monkeypatch.setattr(host, "ROOT", tmp_path)
+    for name in ("CSRC", "HERE"):
+        monkeypatch.setattr(host, name, tmp_path)
+    for name in ("host.py", "library.py"):
+        (tmp_path / name).touch()
     digests = set()
-    for source in ("one", "two"):
-        (kernels / "op.cu").write_text(source)
-        digests.add(library._digest(["c++"], []))
+    for text in ("one", "two"):
+        source.write_text(text)
+        digests.add(host.digest([source], []))
     assert len(digests) == 2

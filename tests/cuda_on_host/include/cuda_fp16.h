@@ -8,16 +8,31 @@ struct __half {
   uint16_t bits;
 };
 
-inline float __half2float(__half x) {
-  const int exponent = x.bits >> 10 & 31, fraction = x.bits & 1023;
+namespace cuda_on_host {
+
+inline float half_to_float(uint16_t bits) {
+  const int exponent = bits >> 10 & 31, fraction = bits & 1023;
   float magnitude = std::ldexp(static_cast<float>(fraction), -24);  // subnormal
   if (exponent == 31) {
     magnitude = fraction ? NAN : INFINITY;
   } else if (exponent > 0) {
     magnitude = std::ldexp(static_cast<float>(1024 + fraction), exponent - 25);
   }
-  return std::copysign(magnitude, x.bits >> 15 ? -1.0f : 1.0f);
+  return std::copysign(magnitude, bits >> 15 ? -1.0f : 1.0f);
 }
+
+// All halves as floats: tensor cores ask for many.
+struct Halves {
+  float as_float[1 << 16];
+  Halves() {
+    for (int bits = 0; bits < 1 << 16; bits++) as_float[bits] = half_to_float(bits);
+  }
+};
+inline const Halves halves;
+
+}  // namespace cuda_on_host
+
+inline float __half2float(__half x) { return cuda_on_host::halves.as_float[x.bits]; }
 
 inline __half __float2half_rn(float x) {
   const uint16_t sign = std::signbit(x) ? 0x8000 : 0;

@@ -1,6 +1,7 @@
 // Fibers: stacks that take turns on one thread of the machine.
 //
-//   Fiber fiber;  fiber.start(f);     f() is what it runs, from its beginning
+//   Fiber fiber;
+//   fiber.start(f, stack);            f() is what it runs, from its beginning, on kStackBytes
 //   fiber.resume();                   the scheduler: returns when the fiber yields
 //   fiber.yield();                    the fiber: back to the scheduler
 //
@@ -27,7 +28,7 @@
 
 namespace cuda_on_host {
 
-constexpr size_t kStackBytes = 64 * 1024;
+constexpr size_t kStackBytes = 128 * 1024;
 
 #ifdef CUDA_ON_HOST_OWN_SWITCH
 
@@ -44,9 +45,9 @@ constexpr size_t kStackBytes = 64 * 1024;
 
 class Fiber {
  public:
-  void start(void (*f)()) {
+  void start(void (*f)(), char* stack) {
     // f finds the stack as after a call: 8 bytes below a multiple of 16, a return address on top.
-    auto top = reinterpret_cast<uintptr_t>(stack_.get() + kStackBytes) / 16 * 16;
+    auto top = reinterpret_cast<uintptr_t>(stack + kStackBytes) / 16 * 16;
     auto* slots = reinterpret_cast<uintptr_t*>(top) - 8;
     for (int i = 0; i < 8; i++) slots[i] = 0;
     slots[6] = reinterpret_cast<uintptr_t>(f);
@@ -56,7 +57,6 @@ class Fiber {
   void yield() { switch_stacks(&own_, scheduler_); }
 
  private:
-  std::unique_ptr<char[]> stack_{new char[kStackBytes]};
   void* own_ = nullptr;
   void* scheduler_ = nullptr;
 };
@@ -65,9 +65,9 @@ class Fiber {
 
 class Fiber {
  public:
-  void start(void (*f)()) {
+  void start(void (*f)(), char* stack) {
     getcontext(own_.get());
-    own_->uc_stack.ss_sp = stack_.get();
+    own_->uc_stack.ss_sp = stack;
     own_->uc_stack.ss_size = kStackBytes;
     own_->uc_link = nullptr;
     makecontext(own_.get(), f, 0);
@@ -76,7 +76,6 @@ class Fiber {
   void yield() { swapcontext(own_.get(), scheduler_.get()); }
 
  private:
-  std::unique_ptr<char[]> stack_{new char[kStackBytes]};
   // A context has pointers to itself, and fibers lie in a vector that grows.
   std::unique_ptr<ucontext_t> own_{new ucontext_t}, scheduler_{new ucontext_t};
 };

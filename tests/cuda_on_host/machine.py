@@ -1,0 +1,119 @@
+"""The machine that runs the kernels of a library: its random order, its barriers, its counters."""
+
+import contextlib
+import ctypes
+import functools
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+@dataclass
+class Access:
+    """An instruction of a kernel that accesses memory: how often warps come to it, and what it
+    moves. Shared memory is counted in `wavefronts`, of which an access needs `least`; global memory
+    in the bytes that lanes ask for and sectors of 32 bytes."""
+
+    kind: str  # shared-read, shared-write, global-read or global-write
+    place: str  # "file:line", and where it was inlined
+    count: int
+    bytes: int
+    wavefronts: int
+    least: int
+    sectors: int
+
+
+@dataclass
+class Kernel:
+    """What one kernel did in all of its blocks; `shared_bytes` is of one block."""
+
+    blocks: int
+    barriers: int
+    shared_bytes: int
+    accesses: list[Access] = field(default_factory=list)
+    barrier_places: dict[int, str] = field(default_factory=dict)  # by what remove_barrier takes
+
+    def total(self, name: str, kind: str) -> int:
+        """The sum over accesses whose kind begins with `kind`."""
+        return sum(getattr(a, name) for a in self.accesses if a.kind.startswith(kind))
+
+    @property
+    def conflicts(self) -> int:
+        """Wavefronts that shared memory needs because words share a bank."""
+        return self.total("wavefronts", "shared") - self.total("least", "shared")
+
+    @property
+    def useful(self) -> float:
+        """Bytes asked for, of those that global memory moves."""
+        return self.total("bytes", "global") / (32 * self.total("sectors", "global"))
+
+
+class Machine:
+    """Of the library at `path`, which tests.cuda_on_host.library builds."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._library = ctypes.CDLL(str(path))
+        self._library.cuda_on_host_stop_counting.restype = ctypes.c_char_p
+
+    @contextlib.contextmanager
+    def seed(self, seed: int) -> Iterator[None]:
+        """Another order of the threads, in each launch the same."""
+        self._library.cuda_on_host_seed(ctypes.c_uint64(seed))
+        try:
+            yield
+        finally:
+            self._library.cuda_on_host_seed(ctypes.c_uint64(1))
+
+    @contextlib.contextmanager
+    def without_barrier(self, place: int) -> Iterator[None]:
+        """No thread waits there; `place` is a key of Kernel.barrier_places."""
+        self._library.cuda_on_host_remove_barrier(ctypes.c_uint64(place))
+        try:
+            yield
+        finally:
+            self._library.cuda_on_host_remove_barrier(ctypes.c_uint64(0))
+
+    @contextlib.contextmanager
+    def counting(self) -> Iterator[dict[str, Kernel]]:
+        """The kernels of the block, by name with template arguments; filled at its end."""
+        kernels: dict[str, Kernel] = {}
+        self._library.cuda_on_host_start_counting()
+        try:
+            yield kernels
+        finally:
+            text = self._library.cuda_on_host_stop_counting().decode()
+        kernels.update(self._parse(text))
+
+    def _parse(self, text: str) -> dict[str, Kernel]:
+        lines = [
+            (kind, [int(n) for n in numbers])
+            for kind, *numbers in map(str.split, text.splitlines())
+        ]
+        kernels = {numbers[0]: Kernel(*numbers[1:]) for kind, numbers in lines if kind == "kernel"}
+        for kind, (kernel, pc, *numbers) in (line for line in lines if line[0] != "kernel"):
+            if kind == "barrier":
+                kernels[kernel].barrier_places[pc] = where(self._path, pc)
+            else:
+                kernels[kernel].accesses.append(Access(kind, where(self._path, pc), *numbers))
+        return {name_of(self._path, pc): kernel for pc, kernel in kernels.items()}
+
+
+@functools.cache
+def where(path: Path, pc: int) -> str:
+    """The places of the call that returns to `pc`: the function's, and where it was inlined."""
+    places = _addr2line(path, pc - 1)[1::2]
+    return " < ".join(place.rsplit("/", 1)[-1].split()[0] for place in places)
+
+
+@functools.cache
+def name_of(path: Path, pc: int) -> str:
+    """The kernel at `pc`, with its template arguments, without namespaces and parameters."""
+    name = _addr2line(path, pc)[0].replace("(anonymous namespace)::", "")
+    return name.removeprefix("void ").replace("glmkern::cuda::", "").split("(")[0]
+
+
+def _addr2line(path: Path, pc: int) -> list[str]:
+    command = ["addr2line", "-Cfie", path, hex(pc)]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
