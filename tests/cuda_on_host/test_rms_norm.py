@@ -1,34 +1,19 @@
 """The CUDA kernels of rms_norm on the CPU: every dtype, every way of covering a row, odd shapes."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
-import glmkern.ops  # noqa: F401 (defines the schemas that the library implements)
-from tests.cuda_on_host.library import build
+from tests.cuda_on_host.sanitized import assert_sanitizers_find_nothing, load_kernels, unaligned
 from tests.ops import formulas
 from tests.ops.formulas import add_rms_norm_inputs
 from tests.ops.numerics import HALF_AND_SINGLE, matches_fp64, poisoned_memory, same_bits
-from tests.sanitize import sanitizers
 
 EPS = 1e-5
-# A process that was started with the sanitizers loads the sanitized library.
-SANITIZED = "GLMKERN_TEST_SANITIZED"
 
 
 @pytest.fixture(scope="module")
 def kernels():
-    torch.ops.load_library(build(sanitize=SANITIZED in os.environ))
-    return torch.ops.glmkern_cuda
-
-
-def unaligned(x):
-    """A copy of x that starts one element after an address that 16-byte accesses need."""
-    room = torch.empty(x.numel() + 1, dtype=x.dtype)
-    return room[1:].view(x.shape).copy_(x)
+    return load_kernels()
 
 
 def differentiable(kernels, place=torch.Tensor.clone):
@@ -141,27 +126,4 @@ def test_results_are_finite(kernels, rows, hidden, offset):
 
 
 def test_sanitizers_find_nothing():
-    child = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-s",  # a sanitizer ends the process, and what pytest holds back with it
-            "-p",
-            "no:cacheprovider",
-            f"{__file__}::{test_results_are_finite.__name__}",
-        ],
-        env=os.environ
-        | {
-            SANITIZED: "1",
-            "LD_PRELOAD": sanitizers(),
-            "ASAN_OPTIONS": "detect_leaks=0",  # Python and torch keep what they have until the end
-            "UBSAN_OPTIONS": "print_stacktrace=1",
-        },
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    assert child.returncode == 0, child.stdout
-    assert f"{len(SANITIZED_SHAPES)} passed" in child.stdout
+    assert_sanitizers_find_nothing(__file__, [test_results_are_finite], len(SANITIZED_SHAPES))
