@@ -3,6 +3,8 @@
 
 #include <cstdint>
 #include <cstring>
+#include <initializer_list>
+#include <type_traits>
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -76,6 +78,7 @@ __device__ Vec<T, kWidth> load_once(const T* p) {
   }
 }
 
+// Not by an assignment: nvcc splits some of 16 bytes into four.
 template <class T, int kWidth>
 __device__ void store(T* p, const Vec<T, kWidth>& v) {
   if constexpr (kWidth == 1) {
@@ -83,10 +86,26 @@ __device__ void store(T* p, const Vec<T, kWidth>& v) {
   } else {
     uint4 bits;
     memcpy(&bits, &v, sizeof bits);
-    *reinterpret_cast<uint4*>(p) = bits;
+    __stwb(reinterpret_cast<uint4*>(p), bits);
   }
 }
 
-inline bool aligned_to_16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+template <int N>
+using Int = std::integral_constant<int, N>;
+
+// Whether all rows of `columns` elements allow 16 bytes at a time, in each of `tensors`; a null one
+// does not matter.
+template <class T>
+bool fits_wide_rows(int64_t columns, std::initializer_list<const void*> tensors) {
+  bool fits = columns % kVectorWidth<T> == 0;
+  for (const void* tensor : tensors) fits = fits && reinterpret_cast<uintptr_t>(tensor) % 16 == 0;
+  return fits;
+}
+
+// f(width) with the elements of an access to such rows, a type that holds a constant.
+template <class T, class F>
+void with_width(int64_t columns, std::initializer_list<const void*> tensors, F f) {
+  fits_wide_rows<T>(columns, tensors) ? f(Int<kVectorWidth<T>>{}) : f(Int<1>{});
+}
 
 }  // namespace glmkern::cuda

@@ -13,8 +13,8 @@
 #include "cuda/kernels/rms_norm_cuda.h"
 
 #include <initializer_list>
-#include <type_traits>
 
+#include "cuda/device/column_sums.cuh"
 #include "cuda/device/launch.cuh"
 #include "cuda/device/reduce.cuh"
 #include "cuda/device/vec.cuh"
@@ -157,38 +157,13 @@ __global__ void __launch_bounds__(kMaxThreads)
   }
 }
 
-// dweight from the partial sums: a warp's lanes are kWarp columns, and each of its block's kGroups
-// warps takes every kGroups-th split.
-constexpr int kGroups = 8;
-
-template <class T>
-__global__ void __launch_bounds__(kGroups* kWarp) rms_norm_dweight_kernel(RmsNormBackward a) {
-  __shared__ float sums[kGroups][kWarp];
-  const int lane = threadIdx.x % kWarp, group = threadIdx.x / kWarp;
-  const int64_t column = static_cast<int64_t>(blockIdx.x) * kWarp + lane;
-  float sum = 0;
-  if (column < a.hidden) {
-    for (int64_t s = group; s < a.splits; s += kGroups) sum += a.partial[s * a.hidden + column];
-  }
-  sums[group][lane] = sum;
-  __syncthreads();
-  if (group == 0 && column < a.hidden) {
-    for (int g = 1; g < kGroups; g++) sum += sums[g][lane];
-    static_cast<T*>(a.dweight)[column] = from_float<T>(sum);
-  }
-}
-
-template <int N>
-using Int = std::integral_constant<int, N>;
-
 // f(width, vectors, threads), the first two as types that hold constants: how a block covers a row.
-// `tensors` are all that is accessed 16 bytes at a time; a null one does not matter.
+// `tensors` are all that is accessed 16 bytes at a time.
 template <class T, class F>
 void with_cover(int64_t hidden, std::initializer_list<const void*> tensors, F f) {
   constexpr int kWide = kVectorWidth<T>;
   if (hidden > 1 << 30) throw std::runtime_error("rms_norm: rows of more than 2^30 elements");
-  bool wide = hidden % kWide == 0;
-  for (const void* tensor : tensors) wide = wide && aligned_to_16(tensor);
+  const bool wide = fits_wide_rows<T>(hidden, tensors);
   const int64_t vectors = wide ? hidden / kWide : hidden;
   const auto threads = [&](int64_t each) {
     const int64_t needed = ceil_div(vectors, each * kWarp) * kWarp;
@@ -224,8 +199,7 @@ void backward(const RmsNormBackward& a, void* stream) {
            threads, stream, a, piece);
   });
   if constexpr (kWeightGrad) {
-    launch("rms_norm_dweight", rms_norm_dweight_kernel<T>, ceil_div(a.hidden, kWarp),
-           kGroups * kWarp, stream, a);
+    launch_split_sums<T>("rms_norm_dweight", a.partial, a.splits, a.hidden, a.dweight, stream);
   }
 }
 

@@ -99,3 +99,8 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
                      [](const void* call) { (*static_cast<Call*>(call))(); }, &call});
   return cudaSuccess;
 }
+
+template <class T>
+void __stwb(T* p, T value) {
+  *p = value;
+}

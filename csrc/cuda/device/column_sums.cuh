@@ -1,0 +1,58 @@
+// Sums over the rows of a matrix [rows, hidden], in an order that depends on the shape alone.
+//
+// A block sums the rows of a split for a tile of columns (row_tiles.cuh): each warp its own rows in
+// registers, then the warps' sums in shared memory, in order. launch_split_sums sums the splits:
+//
+//     row     0 1 2 3 4 5 6     3 splits of ceil(7 / 3) rows
+//     split   0 0 0 1 1 1 2     result = split 0 + split 1 + split 2
+#pragma once
+
+#include "cuda/device/launch.cuh"
+#include "cuda/device/row_tiles.cuh"
+#include "cuda/device/vec.cuh"
+
+namespace glmkern::cuda {
+
+// add(row, sum) adds this thread's columns of a row begin <= row < end to sum; write(column, sum)
+// gets the sums of the block's columns, one by one. Once a kernel: the memory it shares is static.
+template <int kWidth, class Add, class Write>
+__device__ void sum_columns(int64_t tile, int64_t hidden, int64_t begin, int64_t end, Add add,
+                            Write write) {
+  constexpr int kColumns = kWarp * kWidth;
+  __shared__ float sums[kGroups][kColumns];
+  const int group = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  float sum[kWidth] = {};
+  if (column_of<kWidth>(tile) < hidden) {
+    for_each_row(begin, end, [&](int64_t row) { add(row, sum); });
+  }
+#pragma unroll
+  for (int k = 0; k < kWidth; k++) sums[group][lane * kWidth + k] = sum[k];
+  __syncthreads();
+  for (int c = threadIdx.x; c < kColumns && tile * kColumns + c < hidden; c += kTileThreads) {
+    float total = sums[0][c];
+#pragma unroll
+    for (int g = 1; g < kGroups; g++) total += sums[g][c];
+    write(tile * kColumns + c, total);
+  }
+}
+
+// result [hidden] from partial [splits, hidden].
+template <class T>
+static __global__ void __launch_bounds__(kTileThreads)
+    split_sums_kernel(const float* __restrict__ partial, int64_t splits, int64_t hidden,
+                      T* __restrict__ result) {
+  const int64_t mine = column_of<1>(blockIdx.x);
+  sum_columns<1>(
+      blockIdx.x, hidden, 0, splits,
+      [&](int64_t split, float (&sum)[1]) { sum[0] += partial[split * hidden + mine]; },
+      [&](int64_t column, float sum) { result[column] = from_float<T>(sum); });
+}
+
+template <class T>
+void launch_split_sums(const char* name, const float* partial, int64_t splits, int64_t hidden,
+                       void* result, void* stream) {
+  launch(name, split_sums_kernel<T>, tiles_of_row<1>(hidden), kTileThreads, stream, partial, splits,
+         hidden, static_cast<T*>(result));
+}
+
+}  // namespace glmkern::cuda
