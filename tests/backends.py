@@ -29,7 +29,12 @@ EVERY_OP = {
     "quant_linear",
     "linear_cross_entropy",
 }
-SERVED = {"reference": EVERY_OP, "cpu": EVERY_OP, "triton": EVERY_OP, "cuda": {"rms_norm"}}
+SERVED = {
+    "reference": EVERY_OP,
+    "cpu": EVERY_OP,
+    "triton": EVERY_OP,
+    "cuda": {"rms_norm", "swiglu"},
+}
 
 
 @dataclass(frozen=True)

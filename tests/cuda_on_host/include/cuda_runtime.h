@@ -100,6 +100,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   return cudaSuccess;
 }
 
+inline float __fdividef(float x, float y) { return x / y; }
 template <class T>
 void __stwb(T* p, T value) {
   *p = value;
