@@ -78,6 +78,18 @@ __device__ Vec<T, kWidth> load_once(const T* p) {
   }
 }
 
+// kWidth elements as floats; by 16 bytes where these divide them, and p is aligned to 16 then.
+template <class T, int kWidth>
+__device__ void load_floats(const T* p, float (&x)[kWidth]) {
+  constexpr int kAtOnce = kWidth % kVectorWidth<T> == 0 ? kVectorWidth<T> : 1;
+#pragma unroll
+  for (int i = 0; i < kWidth; i += kAtOnce) {
+    const Vec<T, kAtOnce> v = load<kAtOnce>(p + i);
+#pragma unroll
+    for (int k = 0; k < kAtOnce; k++) x[i + k] = to_float(v.element[k]);
+  }
+}
+
 // Not by an assignment: nvcc splits some of 16 bytes into four.
 template <class T, int kWidth>
 __device__ void store(T* p, const Vec<T, kWidth>& v) {

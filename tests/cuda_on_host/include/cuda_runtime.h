@@ -105,3 +105,5 @@ template <class T>
 void __stwb(T* p, T value) {
   *p = value;
 }
+// A parameter that a kernel reads where it lies.
+#define __grid_constant__
