@@ -29,7 +29,8 @@ FLAGS = [
 # For kernels: the compiler calls machine/accesses.cpp before each access to memory.
 CHECKED = ["-O1", "-g1", "-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0"]
 # Or else AddressSanitizer does its work: no compiler does both.
-SANITIZED = ["-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+SANITIZERS = ["-fsanitize=address,undefined"]
+SANITIZED = ["-O0", "-g1", *SANITIZERS, "-fno-sanitize-recover=all"]
 
 
 def find_compiler() -> list[str]:
@@ -47,11 +48,12 @@ def machine(sanitize: bool = False) -> list[Path]:
     return sorted(folder.glob("*.o"))
 
 
-def compile_program(source: Path, folder: Path) -> Path:
+def compile_program(source: Path, folder: Path, sanitize: bool = False) -> Path:
     """`source` as a program in `folder`."""
-    compile_objects([source], [*FLAGS, *CHECKED], folder)
+    compile_objects([source], [*FLAGS, *(SANITIZED if sanitize else CHECKED)], folder)
     program = folder / source.stem
-    link([*folder.glob("*.o"), *machine(), "-o", program])
+    runtime = SANITIZERS if sanitize else []
+    link([*runtime, *folder.glob("*.o"), *machine(sanitize), "-o", program])
     return program
 
 

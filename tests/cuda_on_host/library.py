@@ -15,6 +15,7 @@ from tests.cuda_on_host.host import (
     FLAGS,
     HERE,
     SANITIZED,
+    SANITIZERS,
     built,
     compile_objects,
     link,
@@ -46,7 +47,7 @@ def build(sanitize: bool = False) -> Path:
     def compile_library(folder: Path) -> None:
         compile_objects(registrations(), [*LIBRARY_FLAGS, *others], folder)
         compile_objects(kernel_sources(), [*LIBRARY_FLAGS, *kernels], folder)
-        runtime = ["-fsanitize=address,undefined"] if sanitize else ["--coverage"]
+        runtime = SANITIZERS if sanitize else ["--coverage"]
         objects = [*folder.glob("*.o"), *machine(sanitize)]
         link(["-shared", *runtime, *objects, TORCH / "lib/libtorch_cpu.so", "-o", folder / NAME])
 

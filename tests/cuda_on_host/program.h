@@ -14,10 +14,13 @@ class HostTensor {
   HostTensor(size_t bytes, size_t offset) : bytes_(bytes + offset, '\xff'), offset_(offset) {}
 
   HostTensor& read() {
-    if (fread(data(), 1, size(), stdin) != size()) throw std::runtime_error("stdin is too short");
+    if (size() && fread(data(), 1, size(), stdin) != size())
+      throw std::runtime_error("stdin is too short");
     return *this;
   }
-  void write() const { fwrite(bytes_.data() + offset_, 1, size(), stdout); }
+  void write() const {
+    if (size()) fwrite(bytes_.data() + offset_, 1, size(), stdout);
+  }
 
   void* data() { return bytes_.data() + offset_; }
   float* floats() { return static_cast<float*>(data()); }
