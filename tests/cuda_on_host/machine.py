@@ -109,9 +109,15 @@ def where(path: Path, pc: int) -> str:
 
 @functools.cache
 def name_of(path: Path, pc: int) -> str:
-    """The kernel at `pc`, with its template arguments, without namespaces and parameters."""
-    name = _addr2line(path, pc)[0].replace("(anonymous namespace)::", "")
-    return name.removeprefix("void ").replace("glmkern::cuda::", "").split("(")[0]
+    """The short name of the kernel at `pc`."""
+    return short_name(_addr2line(path, pc)[0])
+
+
+def short_name(function: str) -> str:
+    """A kernel's name and template arguments, of what a demangler writes."""
+    for part in ("(anonymous namespace)::", "glmkern::cuda::", "glmkern::", "void "):
+        function = function.replace(part, "")
+    return function.split("(")[0]
 
 
 def _addr2line(path: Path, pc: int) -> list[str]:

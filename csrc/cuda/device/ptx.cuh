@@ -138,6 +138,13 @@ __device__ void wait_for_copies() {
   }
 }
 
+// One store of 16 bytes to global memory: nvcc splits some assignments of a uint4 into four.
+__device__ inline void store_16(void* global, uint4 bits) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(global)),
+               "r"(bits.x), "r"(bits.y), "r"(bits.z), "r"(bits.w)
+               : "memory");
+}
+
 // Any function of three bits, for each bit: f(0xf0, 0xcc, 0xaa) of it as kTable.
 template <int kTable>
 __device__ uint32_t lop3(uint32_t a, uint32_t b, uint32_t c) {

@@ -10,6 +10,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include "cuda/device/ptx.cuh"
 #include "ops/dtype.h"
 
 namespace glmkern::cuda {
@@ -90,7 +91,6 @@ __device__ void load_floats(const T* p, float (&x)[kWidth]) {
   }
 }
 
-// Not by an assignment: nvcc splits some of 16 bytes into four.
 template <class T, int kWidth>
 __device__ void store(T* p, const Vec<T, kWidth>& v) {
   if constexpr (kWidth == 1) {
@@ -98,9 +98,11 @@ __device__ void store(T* p, const Vec<T, kWidth>& v) {
   } else {
     uint4 bits;
     memcpy(&bits, &v, sizeof bits);
-    __stwb(reinterpret_cast<uint4*>(p), bits);
+    store_16(p, bits);
   }
 }
+
+inline bool aligned_to_16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
 template <int N>
 using Int = std::integral_constant<int, N>;
@@ -110,7 +112,7 @@ using Int = std::integral_constant<int, N>;
 template <class T>
 bool fits_wide_rows(int64_t columns, std::initializer_list<const void*> tensors) {
   bool fits = columns % kVectorWidth<T> == 0;
-  for (const void* tensor : tensors) fits = fits && reinterpret_cast<uintptr_t>(tensor) % 16 == 0;
+  for (const void* tensor : tensors) fits = fits && aligned_to_16(tensor);
   return fits;
 }
 

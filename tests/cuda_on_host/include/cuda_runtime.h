@@ -13,6 +13,8 @@
 #define __host__
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
+// A parameter that a kernel reads where it lies.
+#define __grid_constant__
 // The thread that launches runs one block at a time, so a block's shared memory can be its own.
 #define __shared__ thread_local
 
@@ -55,10 +57,10 @@ T __shfl_down_sync(unsigned mask, T value, int distance) {
 struct alignas(16) [[gnu::may_alias]] uint4 {
   unsigned x, y, z, w;
 };
+// Accesses of 16 bytes, as on a GPU: of a struct's members the compiler would make four.
+typedef unsigned Vector16 __attribute__((vector_size(16), may_alias));
 inline uint4 __ldcs(const uint4* p) {
-  // One access of 16 bytes, as on a GPU: the compiler would make four of a struct's members.
-  typedef unsigned Vector __attribute__((vector_size(16), may_alias));
-  const Vector bits = *reinterpret_cast<const Vector*>(p);
+  const Vector16 bits = *reinterpret_cast<const Vector16*>(p);
   return {bits[0], bits[1], bits[2], bits[3]};
 }
 
@@ -101,9 +103,3 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
 }
 
 inline float __fdividef(float x, float y) { return x / y; }
-template <class T>
-void __stwb(T* p, T value) {
-  *p = value;
-}
-// A parameter that a kernel reads where it lies.
-#define __grid_constant__

@@ -43,6 +43,10 @@ __forceinline__ void wait_for_copies() {
   cuda_on_host::wait_for_copies(kPending);
 }
 
+__forceinline__ void store_16(void* global, uint4 bits) {
+  *static_cast<Vector16*>(global) = Vector16{bits.x, bits.y, bits.z, bits.w};
+}
+
 template <int kTable>
 __forceinline__ uint32_t lop3(uint32_t a, uint32_t b, uint32_t c) {
   uint32_t result = 0;
