@@ -48,7 +48,8 @@ void with_dtype(DType dtype, F f) {
 template <class T>
 constexpr int kVectorWidth = 16 / sizeof(T);
 
-// kWidth elements that are loaded and stored at once: kVectorWidth<T> of them, or 1.
+// kWidth elements that are loaded and stored at once: kVectorWidth<T> of them, or 1; stored also
+// where they are 8 bytes.
 template <class T, int kWidth>
 struct alignas(sizeof(T) * kWidth) Vec {
   T element[kWidth];
@@ -95,6 +96,10 @@ template <class T, int kWidth>
 __device__ void store(T* p, const Vec<T, kWidth>& v) {
   if constexpr (kWidth == 1) {
     *p = v.element[0];
+  } else if constexpr (sizeof v == 8) {
+    uint2 bits;
+    memcpy(&bits, &v, sizeof bits);
+    *reinterpret_cast<uint2*>(p) = bits;
   } else {
     uint4 bits;
     memcpy(&bits, &v, sizeof bits);

@@ -45,3 +45,26 @@ inline __half __float2half_rn(float x) {
   const auto units = static_cast<uint16_t>(std::nearbyint(std::ldexp(magnitude, 10 - exponent)));
   return {static_cast<uint16_t>(sign | ((exponent + 14) * 1024 + units))};
 }
+
+struct __half2 {
+  __half x, y;
+};
+
+// Sums and products of two halves are exact in float: each result is rounded once.
+inline __half2 __floats2half2_rn(float x, float y) {
+  return {__float2half_rn(x), __float2half_rn(y)};
+}
+inline __half2 __hsub2(__half2 a, __half2 b) {
+  return __floats2half2_rn(__half2float(a.x) - __half2float(b.x),
+                           __half2float(a.y) - __half2float(b.y));
+}
+inline __half2 __hmul2(__half2 a, __half2 b) {
+  return __floats2half2_rn(__half2float(a.x) * __half2float(b.x),
+                           __half2float(a.y) * __half2float(b.y));
+}
+inline __half2 __hfma2(__half2 a, __half2 b, __half2 c) {
+  const auto fma = [](__half a, __half b, __half c) {
+    return __float2half_rn(std::fma(__half2float(a), __half2float(b), __half2float(c)));
+  };
+  return {fma(a.x, b.x, c.x), fma(a.y, b.y, c.y)};
+}

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <stdexcept>
 
 #include "machine.h"
 
@@ -54,14 +55,35 @@ T __shfl_down_sync(unsigned mask, T value, int distance) {
   return cuda_on_host::shuffle(mask, value, cuda_on_host::place.lane() + distance);
 }
 
+inline void __trap() { throw std::logic_error("a kernel for other chips runs"); }
+
 struct alignas(16) [[gnu::may_alias]] uint4 {
   unsigned x, y, z, w;
 };
-// Accesses of 16 bytes, as on a GPU: of a struct's members the compiler would make four.
+struct alignas(8) [[gnu::may_alias]] uint2 {
+  unsigned x, y;
+};
+// Accesses of 8 or 16 bytes, as on a GPU: of a struct's members the compiler would make several.
+typedef unsigned Vector8 __attribute__((vector_size(8), may_alias));
 typedef unsigned Vector16 __attribute__((vector_size(16), may_alias));
-inline uint4 __ldcs(const uint4* p) {
+inline uint2 __ldg(const uint2* p) {
+  const Vector8 bits = *reinterpret_cast<const Vector8*>(p);
+  return {bits[0], bits[1]};
+}
+inline uint4 __ldg(const uint4* p) {
   const Vector16 bits = *reinterpret_cast<const Vector16*>(p);
   return {bits[0], bits[1], bits[2], bits[3]};
+}
+inline uint4 __ldcs(const uint4* p) { return __ldg(p); }
+
+// Byte i of the result is that of y:x that nibble i of the selector names.
+inline uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t selector) {
+  const uint64_t bytes = uint64_t{y} << 32 | x;
+  uint32_t result = 0;
+  for (int i = 0; i < 4; i++) {
+    result |= static_cast<uint32_t>(bytes >> (selector >> 4 * i & 7) * 8 & 0xff) << 8 * i;
+  }
+  return result;
 }
 
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9 };

@@ -65,8 +65,9 @@ void SharedMemory::start_block(int threads, size_t dynamic_bytes) {
 
 void SharedMemory::end_block() {
   for (size_t thread = 0; thread < copies_.size(); thread++) {
-    if (copies_[thread].groups.empty() && copies_[thread].uncommitted.empty()) continue;
-    fail("thread " + std::to_string(thread) + " ends before its copies have landed");
+    bool landed = copies_[thread].uncommitted.empty();
+    for (const auto& group : copies_[thread].groups) landed = landed && group.empty();
+    if (!landed) fail("thread " + std::to_string(thread) + " ends before its copies have landed");
   }
 }
 

@@ -13,6 +13,8 @@
 
 namespace glmkern::cuda {
 
+constexpr int kDeviceArch = 0;
+
 __forceinline__ void mma_m16n8k8(float (&c)[4], const uint32_t (&a)[2], uint32_t b) {
   cuda_on_host::mma_m16n8k8(c, a, b);
 }

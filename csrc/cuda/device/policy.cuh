@@ -1,0 +1,37 @@
+// How kernels with tensor cores differ between generations of chips. A policy is a template
+// argument rather than a question for __CUDA_ARCH__, so that the path of an old chip also runs on a
+// new one.
+#pragma once
+
+#include "cuda/device/ptx.cuh"
+
+namespace glmkern::cuda {
+
+// Turing: products of half, 16 x 8 x 8, and copies to shared memory through registers.
+struct Sm75 {
+  static constexpr bool kAsyncCopies = false;
+  static constexpr int kStages = 2;
+  // Newer chips have Sm80's code; PTX of sm_75 is what runs this one there.
+  static constexpr bool kCompiled = kDeviceArch == 0 || kDeviceArch < 800;
+
+  static __device__ void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                             __half) {
+    mma_m16n8k8(c, {a[0], a[1]}, b[0]);
+    mma_m16n8k8(c, {a[2], a[3]}, b[1]);
+  }
+};
+
+// Ampere and all that came later: half and bfloat16, 16 x 8 x 16, and copies past the registers.
+struct Sm80 {
+  static constexpr bool kAsyncCopies = true;
+  static constexpr int kStages = 3;
+  static constexpr bool kCompiled = kDeviceArch == 0 || kDeviceArch >= 800;
+
+  template <class T>
+  static __device__ void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                             T type) {
+    mma_m16n8k16(c, a, b, type);
+  }
+};
+
+}  // namespace glmkern::cuda

@@ -1,0 +1,45 @@
+// quant_linear on tensor cores: weights of 4 or 8 bits, activations of half or bfloat16.
+#pragma once
+
+#include <cstdint>
+
+#include "ops/quant_linear.h"
+
+namespace glmkern::cuda {
+
+// A block has `tokens` tokens and `warps` warps beside each other, each with results of its own;
+// `depth` times as many share the steps of the sum.
+struct MmaTile {
+  int tokens, warps, depth;
+};
+
+constexpr MmaTile kForwardTiles[] = {{8, 1, 8}, {16, 1, 8}, {32, 4, 1}, {64, 4, 1}};
+constexpr MmaTile kBackwardTiles[] = {{8, 1, 4}, {16, 1, 4}, {32, 4, 1}};
+// Where 16-byte accesses do not fit: more registers for addresses, so fewer tokens.
+constexpr MmaTile kNarrowTile = {16, 1, 4};
+
+constexpr int kForwardRows = 32;    // of the weight, a warp
+constexpr int kForwardBytes = 64;   // of each, a step of a warp
+constexpr int kBackwardBytes = 64;  // of each row of the weight, a warp: its columns
+constexpr int kBackwardRows = 128;  // a step of a block
+
+// How a product is shared out. It depends on its shape alone, so that a result's bits do too.
+struct MmaPlan {
+  MmaTile tile;
+  bool wide;
+  int token_blocks, result_blocks;
+  int steps, splits;  // of the sum
+  int64_t blocks() const { return int64_t{token_blocks} * result_blocks * splits; }
+};
+
+MmaPlan plan_mma(const QuantLinear& a);
+
+// Results, or with several splits their sums: partial [splits, rows, columns]. Chips before sm_80
+// have the first, in half only, all others the second.
+void mma_sm75(const QuantLinear& a, const MmaPlan& plan, float* partial, void* stream);
+void mma_sm80(const QuantLinear& a, const MmaPlan& plan, float* partial, void* stream);
+
+// The results from these sums.
+void mma_add_splits(const QuantLinear& a, const MmaPlan& plan, const float* partial, void* stream);
+
+}  // namespace glmkern::cuda

@@ -1,0 +1,99 @@
+// The kernels of quant_linear on tensor cores, and the start of the one that a plan names.
+#pragma once
+
+#include <algorithm>
+
+#include "cuda/device/launch.cuh"
+#include "cuda/kernels/quant_linear/mma.h"
+#include "cuda/kernels/quant_linear/mma_backward.cuh"
+#include "cuda/kernels/quant_linear/mma_forward.cuh"
+
+namespace glmkern::cuda {
+
+// How many blocks of 128 threads a multiprocessor is to hold: their registers then suffice for the
+// sums of 64 tokens by 32 rows, 32 by 32, and 32 by 128 columns, without a spill.
+constexpr int blocks_at_once(int tokens, int depth, bool backward) {
+  return depth > 1 ? 1 : tokens == 32 && !backward ? 3 : 2;
+}
+
+template <class Policy, class T, int kBits, int kTokens, int kWarps, int kDepth, bool kWide>
+static __global__ void __launch_bounds__(kWarps * kDepth * kWarp,
+                                         blocks_at_once(kTokens, kDepth, false))
+    mma_forward_kernel(const __grid_constant__ MmaArguments m) {
+  if constexpr (Policy::kCompiled) {
+    mma_forward<Policy, T, kBits, kTokens, kWarps, kDepth, kWide>(m);
+  } else {
+    __trap();
+  }
+}
+
+template <class Policy, class T, int kBits, int kTokens, int kWarps, int kDepth, bool kWide>
+static __global__ void __launch_bounds__(kWarps * kDepth * kWarp,
+                                         blocks_at_once(kTokens, kDepth, true))
+    mma_backward_kernel(const __grid_constant__ MmaArguments m) {
+  if constexpr (Policy::kCompiled) {
+    mma_backward<Policy, T, kBits, kTokens, kWarps, kDepth, kWide>(m);
+  } else {
+    __trap();
+  }
+}
+
+template <class Policy, class T, int kBits, bool kBackward, int kTokens, int kWarps, int kDepth,
+          bool kWide>
+void launch_mma(const MmaArguments& m, int64_t blocks, void* stream) {
+  if constexpr (kBackward) {
+    using Tile = BackwardTile<T, kBits, kTokens, kWarps, kDepth>;
+    constexpr int kTileBytes =
+        Policy::kStages * 16 * (kTokens * Tile::kChunks + Tile::kScaleChunks);
+    launch_with_shared("quant_linear_bwd",
+                       mma_backward_kernel<Policy, T, kBits, kTokens, kWarps, kDepth, kWide>,
+                       blocks, Tile::kThreads, std::max(kTileBytes, Tile::kSumBytes), stream, m);
+  } else {
+    using Tile = ForwardTile<T, kBits, kTokens, kWarps, kDepth>;
+    constexpr int kTileBytes = Policy::kStages * 16 * kDepth * kTokens * Tile::kChunks;
+    launch_with_shared("quant_linear_fwd",
+                       mma_forward_kernel<Policy, T, kBits, kTokens, kWarps, kDepth, kWide>, blocks,
+                       Tile::kThreads, std::max(kTileBytes, Tile::kSumBytes), stream, m);
+  }
+}
+
+template <class Policy, class T, int kBits, bool kBackward>
+void launch_tile(const MmaArguments& m, const MmaPlan& plan, void* stream) {
+  constexpr MmaTile kNarrow = kNarrowTile;
+  if (!plan.wide) {
+    return launch_mma<Policy, T, kBits, kBackward, kNarrow.tokens, kNarrow.warps, kNarrow.depth,
+                      false>(m, plan.blocks(), stream);
+  }
+  const auto launch = [&](auto tokens, auto warps, auto depth) {
+    if (plan.tile.tokens != decltype(tokens)::value) return;
+    launch_mma<Policy, T, kBits, kBackward, decltype(tokens)::value, decltype(warps)::value,
+               decltype(depth)::value, true>(m, plan.blocks(), stream);
+  };
+  if constexpr (kBackward) {
+    constexpr const MmaTile(&kTiles)[3] = kBackwardTiles;
+    launch(Int<kTiles[0].tokens>{}, Int<kTiles[0].warps>{}, Int<kTiles[0].depth>{});
+    launch(Int<kTiles[1].tokens>{}, Int<kTiles[1].warps>{}, Int<kTiles[1].depth>{});
+    launch(Int<kTiles[2].tokens>{}, Int<kTiles[2].warps>{}, Int<kTiles[2].depth>{});
+  } else {
+    constexpr const MmaTile(&kTiles)[4] = kForwardTiles;
+    launch(Int<kTiles[0].tokens>{}, Int<kTiles[0].warps>{}, Int<kTiles[0].depth>{});
+    launch(Int<kTiles[1].tokens>{}, Int<kTiles[1].warps>{}, Int<kTiles[1].depth>{});
+    launch(Int<kTiles[2].tokens>{}, Int<kTiles[2].warps>{}, Int<kTiles[2].depth>{});
+    launch(Int<kTiles[3].tokens>{}, Int<kTiles[3].warps>{}, Int<kTiles[3].depth>{});
+  }
+}
+
+template <class Policy, class T>
+void mma(const QuantLinear& a, const MmaPlan& plan, float* partial, void* stream) {
+  const MmaArguments m{a,          partial,           a.columns(),       plan.splits,
+                       plan.steps, plan.token_blocks, plan.result_blocks};
+  if (a.format == WeightFormat::kInt4) {
+    a.backward ? launch_tile<Policy, T, 4, true>(m, plan, stream)
+               : launch_tile<Policy, T, 4, false>(m, plan, stream);
+  } else {
+    a.backward ? launch_tile<Policy, T, 8, true>(m, plan, stream)
+               : launch_tile<Policy, T, 8, false>(m, plan, stream);
+  }
+}
+
+}  // namespace glmkern::cuda
