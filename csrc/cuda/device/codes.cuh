@@ -116,15 +116,19 @@ __device__ void decode_columns(uint32_t word, uint32_t (&pairs)[16 / kBits]) {
   }
 }
 
-// Byte i of a word of row n and of row n + 1: a pair of rows for each of its columns.
-template <class T, int kBits, int i>
-__device__ void decode_rows(uint32_t row, uint32_t next_row, uint32_t (&pairs)[8 / kBits]) {
-  const uint32_t joined = join_bytes<i>(row, next_row);
-  if constexpr (kBits == 4) {
-    pairs[0] = high_nibbles<T>(joined);
-    pairs[1] = low_nibbles<T>(joined);
-  } else {
-    pairs[0] = low_bytes<T>(joined);
+// Words of row n and of row n + 1: a pair of rows for each of their columns.
+template <class T, int kBits>
+__device__ void decode_rows(uint32_t row, uint32_t next_row, uint32_t (&pairs)[32 / kBits]) {
+  const uint32_t joined[4] = {join_bytes<0>(row, next_row), join_bytes<1>(row, next_row),
+                              join_bytes<2>(row, next_row), join_bytes<3>(row, next_row)};
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    if constexpr (kBits == 4) {
+      pairs[2 * i] = high_nibbles<T>(joined[i]);
+      pairs[2 * i + 1] = low_nibbles<T>(joined[i]);
+    } else {
+      pairs[i] = low_bytes<T>(joined[i]);
+    }
   }
 }
 

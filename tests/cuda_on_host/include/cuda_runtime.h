@@ -63,13 +63,9 @@ struct alignas(16) [[gnu::may_alias]] uint4 {
 struct alignas(8) [[gnu::may_alias]] uint2 {
   unsigned x, y;
 };
-// Accesses of 8 or 16 bytes, as on a GPU: of a struct's members the compiler would make several.
-typedef unsigned Vector8 __attribute__((vector_size(8), may_alias));
+// Accesses of 16 bytes, as on a GPU: of a struct's members the compiler would make four.
 typedef unsigned Vector16 __attribute__((vector_size(16), may_alias));
-inline uint2 __ldg(const uint2* p) {
-  const Vector8 bits = *reinterpret_cast<const Vector8*>(p);
-  return {bits[0], bits[1]};
-}
+inline uint32_t __ldg(const uint32_t* p) { return *p; }
 inline uint4 __ldg(const uint4* p) {
   const Vector16 bits = *reinterpret_cast<const Vector16*>(p);
   return {bits[0], bits[1], bits[2], bits[3]};

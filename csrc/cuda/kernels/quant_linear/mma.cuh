@@ -15,7 +15,7 @@
 #include "cuda/device/reduce.cuh"
 #include "cuda/device/shared_memory.cuh"
 #include "cuda/device/staged_tile.cuh"
-#include "ops/quant_linear.h"
+#include "cuda/kernels/quant_linear/mma.h"
 
 namespace glmkern::cuda {
 
@@ -41,20 +41,29 @@ struct MmaBlock {
   int token, result, split, begin, end;
 };
 
-// The kBytes bytes at p of which `left` exist, as words; zeros, the code 0, for the rest.
-template <int kBytes, bool kWide>
-__device__ void load_words(const uint8_t* p, int left, uint32_t (&words)[kBytes / 4]) {
-  memset(words, 0, sizeof words);
-  if constexpr (!kWide) {
-    for (int i = 0; i < kBytes && i < left; i++) words[i / 4] |= uint32_t{p[i]} << i % 4 * 8;
-  } else if (left > 0) {
-    if constexpr (kBytes == 16) {
-      const uint4 v = __ldg(reinterpret_cast<const uint4*>(p));
-      words[0] = v.x, words[1] = v.y, words[2] = v.z, words[3] = v.w;
-    } else {
-      const uint2 v = __ldg(reinterpret_cast<const uint2*>(p));
-      words[0] = v.x, words[1] = v.y;
+// The bytes at p of which `left` exist, as words; zeros, the code 0, for the rest.
+template <bool kWide>
+__device__ uint32_t load_word(const uint8_t* p, int left) {
+  uint32_t word = 0;
+  if constexpr (kWide) {
+    if (left > 0) word = __ldg(reinterpret_cast<const uint32_t*>(p));
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      if (i < left) word |= uint32_t{p[i]} << 8 * i;
     }
+  }
+  return word;
+}
+template <bool kWide>
+__device__ void load_words(const uint8_t* p, int left, uint32_t (&words)[4]) {
+  if constexpr (kWide) {
+    uint4 v{};
+    if (left > 0) v = __ldg(reinterpret_cast<const uint4*>(p));
+    memcpy(words, &v, sizeof words);
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; i++) words[i] = load_word<false>(p + 4 * i, left - 4 * i);
   }
 }
 

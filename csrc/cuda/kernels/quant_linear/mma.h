@@ -14,14 +14,14 @@ struct MmaTile {
 };
 
 constexpr MmaTile kForwardTiles[] = {{8, 1, 8}, {16, 1, 8}, {32, 4, 1}, {64, 4, 1}};
-constexpr MmaTile kBackwardTiles[] = {{8, 1, 4}, {16, 1, 4}, {32, 4, 1}};
+constexpr MmaTile kBackwardTiles[] = {{8, 1, 4}, {16, 1, 4}, {32, 4, 1}, {64, 4, 1}};
 // Where 16-byte accesses do not fit: more registers for addresses, so fewer tokens.
 constexpr MmaTile kNarrowTile = {16, 1, 4};
 
 constexpr int kForwardRows = 32;    // of the weight, a warp
 constexpr int kForwardBytes = 64;   // of each, a step of a warp
-constexpr int kBackwardBytes = 64;  // of each row of the weight, a warp: its columns
-constexpr int kBackwardRows = 128;  // a step of a block
+constexpr int kBackwardBytes = 32;  // of each row of the weight, a warp: its columns
+constexpr int backward_rows(int depth) { return 32 * (depth > 1 ? depth : 2); }  // of a step
 
 // How a product is shared out. It depends on its shape alone, so that a result's bits do too.
 struct MmaPlan {

@@ -25,8 +25,6 @@ struct ForwardTile {
   static constexpr int kRows = 32;                     // of the weight, a warp
   static constexpr int kLaneColumns = 16 * 8 / kBits;  // 16 bytes
   static constexpr int kColumns = 4 * kLaneColumns;    // a step of one warp
-  static constexpr int kStepColumns = kDepth * kColumns;
-  static constexpr int kBlockRows = kRowWarps * kRows;
   static constexpr int kThreads = kRowWarps * kDepth * kWarp;
   static constexpr int kChunks = kColumns / 8;  // of a token in a step of one warp
   static constexpr int kLaneChunks = kChunks / 4;
@@ -78,8 +76,8 @@ __device__ void mma_forward(const MmaArguments& m) {
     const int byte = ((step * kDepth + depth) * 4 + t) * 16;
 #pragma unroll
     for (int r = 0; r < 4; r++) {
-      load_words<16, kWide>(weight + r * row_bytes + byte, r < rows_left ? row_bytes - byte : 0,
-                            words[r]);
+      load_words<kWide>(weight + r * row_bytes + byte, r < rows_left ? row_bytes - byte : 0,
+                        words[r]);
     }
   };
 

@@ -10,15 +10,12 @@
 
 namespace glmkern::cuda {
 
-// How many blocks of 128 threads a multiprocessor is to hold: their registers then suffice for the
-// sums of 64 tokens by 32 rows, 32 by 32, and 32 by 128 columns, without a spill.
-constexpr int blocks_at_once(int tokens, int depth, bool backward) {
-  return depth > 1 ? 1 : tokens == 32 && !backward ? 3 : 2;
-}
+// How many blocks of 128 threads a multiprocessor is to hold: registers suffice for the sums of so
+// many tokens, without a spill.
+constexpr int blocks_at_once(int tokens, int depth) { return depth > 1 ? 1 : tokens == 32 ? 3 : 2; }
 
 template <class Policy, class T, int kBits, int kTokens, int kWarps, int kDepth, bool kWide>
-static __global__ void __launch_bounds__(kWarps * kDepth * kWarp,
-                                         blocks_at_once(kTokens, kDepth, false))
+static __global__ void __launch_bounds__(kWarps * kDepth * kWarp, blocks_at_once(kTokens, kDepth))
     mma_forward_kernel(const __grid_constant__ MmaArguments m) {
   if constexpr (Policy::kCompiled) {
     mma_forward<Policy, T, kBits, kTokens, kWarps, kDepth, kWide>(m);
@@ -28,8 +25,7 @@ static __global__ void __launch_bounds__(kWarps * kDepth * kWarp,
 }
 
 template <class Policy, class T, int kBits, int kTokens, int kWarps, int kDepth, bool kWide>
-static __global__ void __launch_bounds__(kWarps * kDepth * kWarp,
-                                         blocks_at_once(kTokens, kDepth, true))
+static __global__ void __launch_bounds__(kWarps * kDepth * kWarp, blocks_at_once(kTokens, kDepth))
     mma_backward_kernel(const __grid_constant__ MmaArguments m) {
   if constexpr (Policy::kCompiled) {
     mma_backward<Policy, T, kBits, kTokens, kWarps, kDepth, kWide>(m);
@@ -69,18 +65,11 @@ void launch_tile(const MmaArguments& m, const MmaPlan& plan, void* stream) {
     launch_mma<Policy, T, kBits, kBackward, decltype(tokens)::value, decltype(warps)::value,
                decltype(depth)::value, true>(m, plan.blocks(), stream);
   };
-  if constexpr (kBackward) {
-    constexpr const MmaTile(&kTiles)[3] = kBackwardTiles;
-    launch(Int<kTiles[0].tokens>{}, Int<kTiles[0].warps>{}, Int<kTiles[0].depth>{});
-    launch(Int<kTiles[1].tokens>{}, Int<kTiles[1].warps>{}, Int<kTiles[1].depth>{});
-    launch(Int<kTiles[2].tokens>{}, Int<kTiles[2].warps>{}, Int<kTiles[2].depth>{});
-  } else {
-    constexpr const MmaTile(&kTiles)[4] = kForwardTiles;
-    launch(Int<kTiles[0].tokens>{}, Int<kTiles[0].warps>{}, Int<kTiles[0].depth>{});
-    launch(Int<kTiles[1].tokens>{}, Int<kTiles[1].warps>{}, Int<kTiles[1].depth>{});
-    launch(Int<kTiles[2].tokens>{}, Int<kTiles[2].warps>{}, Int<kTiles[2].depth>{});
-    launch(Int<kTiles[3].tokens>{}, Int<kTiles[3].warps>{}, Int<kTiles[3].depth>{});
-  }
+  constexpr const MmaTile(&kTiles)[4] = kBackward ? kBackwardTiles : kForwardTiles;
+  launch(Int<kTiles[0].tokens>{}, Int<kTiles[0].warps>{}, Int<kTiles[0].depth>{});
+  launch(Int<kTiles[1].tokens>{}, Int<kTiles[1].warps>{}, Int<kTiles[1].depth>{});
+  launch(Int<kTiles[2].tokens>{}, Int<kTiles[2].warps>{}, Int<kTiles[2].depth>{});
+  launch(Int<kTiles[3].tokens>{}, Int<kTiles[3].warps>{}, Int<kTiles[3].depth>{});
 }
 
 template <class Policy, class T>

@@ -20,7 +20,7 @@ MmaTile tile_for(const MmaTile (&tiles)[kCount], int64_t rows) {
 bool fits_wide(const QuantLinear& a) {
   const bool fits_tokens = a.depth() % 8 == 0 && aligned_to_16(a.x);
   if (!a.backward) return fits_tokens && a.row_bytes % 16 == 0 && aligned_to_16(a.weight);
-  return fits_tokens && a.row_bytes % 8 == 0 && aligned_to_16(a.weight) && aligned_to_16(a.scale);
+  return fits_tokens && a.row_bytes % 4 == 0 && aligned_to_16(a.weight) && aligned_to_16(a.scale);
 }
 
 // y = the sum of the splits, in order, times the row's scale, plus bias.
@@ -52,9 +52,9 @@ __global__ void __launch_bounds__(kFlatThreads)
 
 }  // namespace
 
-// Splits make 256 blocks, which keep the chips with most multiprocessors busy, but have four steps
-// at least: a split's sums are written and read once more. With few tokens a block's eight warps
-// share the steps already.
+// Splits make up to 216 blocks, two for each multiprocessor of an A100, and have four steps at
+// least: a split's sums are written and read once more. With few tokens a block's warps share the
+// steps already, and a second kernel costs more than idle multiprocessors.
 MmaPlan plan_mma(const QuantLinear& a) {
   MmaPlan plan{};
   plan.wide = fits_wide(a);
@@ -63,12 +63,13 @@ MmaPlan plan_mma(const QuantLinear& a) {
                            : tile_for(kForwardTiles, a.rows);
   const int64_t codes = a.format == WeightFormat::kInt4 ? 2 : 1;  // of a byte
   const int64_t results = plan.tile.warps * (a.backward ? kBackwardBytes * codes : kForwardRows);
-  const int64_t step = a.backward ? kBackwardRows : plan.tile.depth * kForwardBytes * codes;
+  const int64_t step =
+      a.backward ? backward_rows(plan.tile.depth) : plan.tile.depth * kForwardBytes * codes;
   plan.token_blocks = static_cast<int>(ceil_div(a.rows, plan.tile.tokens));
   plan.result_blocks = static_cast<int>(ceil_div(a.columns(), results));
   plan.steps = static_cast<int>(ceil_div(a.depth(), step));
   const int64_t blocks = int64_t{plan.token_blocks} * plan.result_blocks;
-  const int64_t wanted = plan.tile.depth > 1 ? 128 : 256, least_steps = plan.tile.depth > 1 ? 2 : 4;
+  const int64_t wanted = plan.tile.depth > 1 ? 128 : 216, least_steps = plan.tile.depth > 1 ? 2 : 4;
   plan.splits = static_cast<int>(
       std::max<int64_t>(1, std::min<int64_t>(wanted / blocks, plan.steps / least_steps)));
   return plan;
