@@ -107,6 +107,19 @@ __device__ void store(T* p, const Vec<T, kWidth>& v) {
   }
 }
 
+// Stores floats as load_floats loads them.
+template <int kWidth>
+__device__ void store_floats(float* p, const float (&x)[kWidth]) {
+  constexpr int kAtOnce = kWidth % kVectorWidth<float> == 0 ? kVectorWidth<float> : 1;
+#pragma unroll
+  for (int i = 0; i < kWidth; i += kAtOnce) {
+    Vec<float, kAtOnce> v;
+#pragma unroll
+    for (int k = 0; k < kAtOnce; k++) v.element[k] = x[i + k];
+    store(p + i, v);
+  }
+}
+
 inline bool aligned_to_16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
 template <int N>

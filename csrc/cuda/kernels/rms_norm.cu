@@ -100,11 +100,11 @@ __global__ void __launch_bounds__(kMaxThreads)
   const int64_t last = first + piece < a.rows ? first + piece : a.rows;
 
   constexpr int kKept = kVectors > 0 ? kVectors : 1;
+  // 8 vectors of dy beside those of x and the sums would spill: they are read again, from cache.
+  constexpr bool kKeepDy = kVectors > 0 && !(kWeightGrad && kVectors == 8);
   float dweight[kKept][kWidth] = {};
   if constexpr (kWeightGrad && kVectors == 0) {
-    for_each_vector<kWidth, 0>(hidden, [&](int, int i) {
-      for (int k = 0; k < kWidth; k++) partial[i + k] = 0;
-    });
+    for_each_vector<kWidth, 0>(hidden, [&](int, int i) { store_floats(partial + i, dweight[0]); });
   }
 
   for (int64_t r = first; r < last; r++) {
@@ -115,45 +115,44 @@ __global__ void __launch_bounds__(kMaxThreads)
     T* __restrict__ dx = static_cast<T*>(a.dx) + row;
     const float rstd = a.rstd[r];
 
-    V kept_x[kKept], kept_dy[kKept];
+    V kept_x[kKept], kept_dy[kKeepDy ? kKept : 1];
     float dot = 0;
     for_each_vector<kWidth, kVectors>(hidden, [&](int v, int i) {
-      kept_x[v] = load<kWidth>(x + i);
-      kept_dy[v] = load<kWidth>(dy + i);
-      const V w = load<kWidth>(weight + i);
+      const V x_v = load<kWidth>(x + i), dy_v = load<kWidth>(dy + i), w = load<kWidth>(weight + i);
 #pragma unroll
       for (int k = 0; k < kWidth; k++) {
-        dot += to_float(kept_dy[v].element[k]) * to_float(w.element[k]) *
-               to_float(kept_x[v].element[k]);
+        dot += to_float(dy_v.element[k]) * to_float(w.element[k]) * to_float(x_v.element[k]);
       }
+      if constexpr (kVectors > 0) kept_x[v] = x_v;
+      if constexpr (kKeepDy) kept_dy[v] = dy_v;
     });
     const float slope = rstd * rstd * (block_sum(dot, scratch[r % 2]) / hidden);
 
     for_each_vector<kWidth, kVectors>(hidden, [&](int v, int i) {
       if constexpr (kVectors == 0) {
         kept_x[0] = load<kWidth>(x + i);
-        kept_dy[0] = load<kWidth>(dy + i);
+        if constexpr (kWeightGrad) load_floats(partial + i, dweight[0]);
       }
+      if constexpr (!kKeepDy) kept_dy[0] = load<kWidth>(dy + i);
+      const V& dy_v = kept_dy[kKeepDy ? v : 0];
       const V w = load<kWidth>(weight + i);
       V other{}, result;
       if (dresidual != nullptr) other = load_once<kWidth>(dresidual + row + i);
 #pragma unroll
       for (int k = 0; k < kWidth; k++) {
-        const float x_k = to_float(kept_x[v].element[k]), dy_k = to_float(kept_dy[v].element[k]);
+        const float x_k = to_float(kept_x[v].element[k]), dy_k = to_float(dy_v.element[k]);
         const float gradient = rstd * (dy_k * to_float(w.element[k]) - x_k * slope);
         result.element[k] = from_float<T>(gradient + to_float(other.element[k]));
-        if constexpr (kWeightGrad && kVectors > 0) dweight[v][k] += dy_k * (x_k * rstd);
-        if constexpr (kWeightGrad && kVectors == 0) partial[i + k] += dy_k * (x_k * rstd);
+        if constexpr (kWeightGrad) dweight[v][k] += dy_k * (x_k * rstd);
       }
+      if constexpr (kWeightGrad && kVectors == 0) store_floats(partial + i, dweight[0]);
       store(dx + i, result);
     });
   }
 
   if constexpr (kWeightGrad && kVectors > 0) {
-    for_each_vector<kWidth, kVectors>(hidden, [&](int v, int i) {
-#pragma unroll
-      for (int k = 0; k < kWidth; k++) partial[i + k] = dweight[v][k];
-    });
+    for_each_vector<kWidth, kVectors>(hidden,
+                                      [&](int v, int i) { store_floats(partial + i, dweight[v]); });
   }
 }
 
@@ -192,7 +191,8 @@ template <class T, bool kWeightGrad>
 void backward(const RmsNormBackward& a, void* stream) {
   const int64_t piece = kWeightGrad ? ceil_div(a.rows, a.splits) : 1;
   const int64_t blocks = kWeightGrad ? a.splits : a.rows;
-  const auto tensors = {a.dy, a.x, a.weight, a.dresidual, static_cast<const void*>(a.dx)};
+  const std::initializer_list<const void*> tensors = {a.dy,        a.x,  a.weight,
+                                                      a.dresidual, a.dx, a.partial};
   with_cover<T>(a.hidden, tensors, [&](auto w, auto v, int threads) {
     launch("rms_norm_bwd",
            rms_norm_backward_kernel<T, decltype(w)::value, decltype(v)::value, kWeightGrad>, blocks,
