@@ -8,7 +8,7 @@ Every launch is the one that would be made on that GPU (fake_gpu.py). Its time i
     bytes      of its arguments, at SHARE of the data sheet's bandwidth; what a launch has just
                written for the next one, a slab of weights or a split's sums, at the L2 cache's
     tensor     the products of its tiles, padding included, at the data sheet's rate times what the
-               compiled loop lets the tensor cores do (triton_loops.py): the mean of all overlapped
+               compiled loop lets the tensor cores do (sass.py): the mean of all overlapped
                and all in turn; of torch's products SHARE_OF_TORCH
     issue      instructions of its compiled code, for kernels without tensor cores
     latency    turns of a loop that loads, waits and computes, one after the other
@@ -33,8 +33,8 @@ from bench.bench_full_size import chatglm2_6b
 from bench.fake_gpu import DEVICE, LAUNCH, Call, Event, fake_gpu
 from bench.gpu.cases import CHATGLM2_6B, OPS, Case, as_tuple
 from bench.launches import events_of_pack, events_of_token
+from bench.sass import Kernel, kernel_of
 from bench.train_models import ADVERTISEGEN_ROWS
-from bench.triton_loops import Kernel, kernel_of
 from bench.triton_resources import CHIPS, Chip, compile_for, cuobjdump, usage_of
 from glmkern.plan.machines import GPUS, DataSheet
 

@@ -46,12 +46,13 @@ class Chip:
 
     sm: int
     warps: int  # resident on a multiprocessor
-    shared_kib: int  # of a multiprocessor; a block may have 1 KiB less
+    shared_kib: int  # of a multiprocessor
     registers: int = 65536
+    reserved_kib: int = 1  # of shared memory, a block, beside what it asks for
 
     @property
     def block_kib(self) -> int:
-        return self.shared_kib - 1
+        return self.shared_kib - self.reserved_kib
 
 
 CHIPS = (
@@ -150,11 +151,10 @@ def usage_of(launch: Launch, chip: Chip) -> Usage:
 
 def occupancy(chip: Chip, registers: int, shared: int, num_warps: int) -> float:
     """Resident warps over the chip's limit. Each quarter of a multiprocessor holds whole warps, and
-    each thread gets registers in multiples of 8. A block takes 1 KiB of shared memory more than it
-    asks for."""
+    each thread gets registers in multiples of 8."""
     warp_registers = -(-registers // 8) * 8 * 32
     by_registers = chip.registers // 4 // warp_registers * 4 // num_warps
-    by_shared = chip.shared_kib * 1024 // (shared + 1024)
+    by_shared = chip.shared_kib * 1024 // max(shared + chip.reserved_kib * 1024, 1)
     blocks = min(by_registers, by_shared, chip.warps // num_warps)
     return round(blocks * num_warps / chip.warps, 3)
 

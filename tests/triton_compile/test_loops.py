@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from bench.triton_loops import Loop, kernel_of
+from bench.sass import Loop, kernel_of
 
 # Launches whose half-precision products are in loops.
 ATTENTION = {
