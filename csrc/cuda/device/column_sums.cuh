@@ -13,18 +13,13 @@
 
 namespace glmkern::cuda {
 
-// add(row, sum) adds this thread's columns of a row begin <= row < end to sum; write(column, sum)
-// gets the sums of the block's columns, one by one. Once a kernel: the memory it shares is static.
-template <int kWidth, class Add, class Write>
-__device__ void sum_columns(int64_t tile, int64_t hidden, int64_t begin, int64_t end, Add add,
-                            Write write) {
+// The block's sums for a tile of columns, of those of its warps' threads, in order: write(column,
+// sum) gets them, one by one. The memory it shares is static: a barrier lies between two calls.
+template <int kWidth, class Write>
+__device__ void sum_groups(int64_t tile, int64_t hidden, const float (&sum)[kWidth], Write write) {
   constexpr int kColumns = kWarp * kWidth;
   __shared__ float sums[kGroups][kColumns];
   const int group = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  float sum[kWidth] = {};
-  if (column_of<kWidth>(tile) < hidden) {
-    for_each_row(begin, end, [&](int64_t row) { add(row, sum); });
-  }
 #pragma unroll
   for (int k = 0; k < kWidth; k++) sums[group][lane * kWidth + k] = sum[k];
   __syncthreads();
@@ -34,6 +29,18 @@ __device__ void sum_columns(int64_t tile, int64_t hidden, int64_t begin, int64_t
     for (int g = 1; g < kGroups; g++) total += sums[g][c];
     write(tile * kColumns + c, total);
   }
+}
+
+// add(row, sum) adds this thread's columns of a row begin <= row < end to sum; write(column, sum)
+// as above. Once a kernel.
+template <int kWidth, class Add, class Write>
+__device__ void sum_columns(int64_t tile, int64_t hidden, int64_t begin, int64_t end, Add add,
+                            Write write) {
+  float sum[kWidth] = {};
+  if (column_of<kWidth>(tile) < hidden) {
+    for_each_row(begin, end, [&](int64_t row) { add(row, sum); });
+  }
+  sum_groups<kWidth>(tile, hidden, sum, write);
 }
 
 // result [hidden] from partial [splits, hidden].
