@@ -1,22 +1,19 @@
 // swiglu on NVIDIA GPUs: its registration. The kernels are in cuda/kernels/swiglu.cu.
 #include "cuda/kernels/swiglu_cuda.h"
 #include "cuda/library.h"
+#include "cuda/swiglu_cuda_run.h"
 #include "ops/swiglu_binding.h"
 
 namespace glmkern {
-namespace {
 
-struct SwigluCuda {
-  static void forward(const SwigluForward& a, const Tensor& like) {
-    on_device_of(like, [&](void* stream) { cuda::swiglu_fwd(a, stream); });
-  }
+void SwigluCuda::forward(const SwigluForward& a, const Tensor& like) {
+  on_device_of(like, [&](void* stream) { cuda::swiglu_fwd(a, stream); });
+}
 
-  static void backward(const SwigluBackward& a, const Tensor& like) {
-    on_device_of(like, [&](void* stream) { cuda::swiglu_bwd(a, stream); });
-  }
-};
+void SwigluCuda::backward(const SwigluBackward& a, const Tensor& like) {
+  on_device_of(like, [&](void* stream) { cuda::swiglu_bwd(a, stream); });
+}
 
-}  // namespace
 }  // namespace glmkern
 
 STABLE_TORCH_LIBRARY_IMPL(glmkern_cuda, GLMKERN_CUDA_KEY, m) {
