@@ -233,7 +233,7 @@ def test_the_cuda_library_compiles(tmp_path):
         glmkern.ops
         ctypes.CDLL({str(tmp_path / "stand_in.so")!r}, ctypes.RTLD_GLOBAL)
         torch.ops.load_library({str(library)!r})
-        for name in ("rms_norm_fwd", "add_rms_norm_fwd", "rms_norm_bwd"):
+        for name in ("rms_norm_fwd", "add_rms_norm_fwd", "rms_norm_bwd", "quant_linear_fwd"):
             assert torch._C._dispatch_has_kernel_for_dispatch_key("glmkern_cuda::" + name, "CUDA")
         """
     inspect(sys.executable, "-c", code)

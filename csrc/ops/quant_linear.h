@@ -24,6 +24,7 @@ struct QuantLinear {
   const void* bias;       // [n] or null
   void* y;                // [rows, n], backward [rows, k]
 
+  bool has_codes() const { return format == WeightFormat::kInt4 || format == WeightFormat::kInt8; }
   int64_t depth() const { return backward ? n : k; }    // that is summed over
   int64_t columns() const { return backward ? k : n; }  // of the result
 };

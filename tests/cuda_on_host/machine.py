@@ -49,6 +49,11 @@ class Kernel:
         return self.total("bytes", "global") / (32 * self.total("sectors", "global"))
 
 
+# Of quant_linear, as csrc/cuda/quant_linear_cuda_run.h numbers them.
+VARIANTS = ("gemv", "slab")
+L2_BYTES = 4 << 20
+
+
 class Machine:
     """Of the library at `path`, which tests.cuda_on_host.library builds."""
 
@@ -74,6 +79,24 @@ class Machine:
             yield
         finally:
             self._library.cuda_on_host_remove_barrier(ctypes.c_uint64(0))
+
+    @contextlib.contextmanager
+    def l2_cache(self, size: int) -> Iterator[None]:
+        """Programs are told of an L2 cache of so many bytes."""
+        self._library.cuda_on_host_l2_bytes(ctypes.c_int(size))
+        try:
+            yield
+        finally:
+            self._library.cuda_on_host_l2_bytes(ctypes.c_int(L2_BYTES))
+
+    @contextlib.contextmanager
+    def variant(self, name: str) -> Iterator[None]:
+        """quant_linear takes that one of VARIANTS."""
+        self._library.cuda_on_host_force_quant_linear(ctypes.c_int(VARIANTS.index(name)))
+        try:
+            yield
+        finally:
+            self._library.cuda_on_host_force_quant_linear(ctypes.c_int(-1))
 
     @contextlib.contextmanager
     def counting(self) -> Iterator[dict[str, Kernel]]:

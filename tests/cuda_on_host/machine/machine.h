@@ -25,6 +25,9 @@ struct Dim3 {
   Dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 
+// What a launching program is told of the L2 cache, which is not emulated: a test sets it.
+extern int l2_bytes;
+
 // The special registers of the thread that runs, and where it is.
 struct Place {
   Dim3 thread, block, block_size, grid;
