@@ -33,7 +33,7 @@ SERVED = {
     "reference": EVERY_OP,
     "cpu": EVERY_OP,
     "triton": EVERY_OP,
-    "cuda": {"rms_norm", "bias_dropout", "rope", "swiglu", "quant_linear"},
+    "cuda": EVERY_OP - {"prefix_attention"},
 }
 
 

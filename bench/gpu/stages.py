@@ -19,7 +19,7 @@ BENCHES = (
 )
 ROUNDS = 5
 # Those with kernels in CUDA C++.
-CUDA_OPS = ("rms_norm", "bias_dropout", "rope", "swiglu", "quant_linear")
+CUDA_OPS = ("rms_norm", "bias_dropout", "rope", "swiglu", "quant_linear", "linear_cross_entropy")
 # Names of tests, as pytest -k takes them: what runs on the GPU, and of that every op's kernels once
 # at small sizes, as compute-sanitizer slows a kernel by ten to a hundred.
 ON_GPU = "(triton or cuda or gpu) and not official_record"  # which needs recorded files

@@ -4,7 +4,8 @@
 //     softmax DTYPE OFFSET ROWS CLASSES SMOOTHING GRADIENT    logits, labels, row_weight from
 //     stdin;
 //                                                             the loss and the logits to stdout
-//     scale DTYPE OFFSET ELEMENTS                             dloss, dhidden; the result
+//     scatter DTYPE OFFSET COUNT WIDTH RESULT_ROWS            gradient, row_weight, rows; the
+//     result scale DTYPE OFFSET ELEMENTS                             dloss, dhidden; the result
 #include <string>
 
 #include "cuda/kernels/linear_cross_entropy.cu"
@@ -30,6 +31,16 @@ void softmax(DType dtype, int offset, int rows, int classes, float smoothing, bo
   loss.write(), logits.write();
 }
 
+void scatter(DType dtype, int offset, int count, int width, int result_rows) {
+  HostTensor gradient(count * width * bytes_of(dtype), offset), weight(count * sizeof(float), 0);
+  HostTensor rows(count * sizeof(int64_t), 0), result(result_rows * width * sizeof(float), 0);
+  gradient.read(), weight.read(), rows.read();
+  cuda::scatter_rows({dtype, count, width, gradient.data(), weight.floats(),
+                      static_cast<const int64_t*>(rows.data()), result.floats()},
+                     nullptr);
+  result.write();
+}
+
 void scale(DType dtype, int offset, int elements) {
   HostTensor dloss(sizeof(float), 0), dhidden(elements * sizeof(float), offset ? 4 : 0);
   HostTensor result(elements * bytes_of(dtype), offset);
@@ -46,6 +57,9 @@ int main(int, char** argv) {
     const DType dtype = dtype_named(argv[2]);
     const int offset = atoi(argv[3]), count = atoi(argv[4]);
     if (argv[1] == std::string("scale")) return scale(dtype, offset, count);
+    if (argv[1] == std::string("scatter")) {
+      return scatter(dtype, offset, count, atoi(argv[5]), atoi(argv[6]));
+    }
     softmax(dtype, offset, count, atoi(argv[5]), static_cast<float>(atof(argv[6])),
             atoi(argv[7]) != 0);
   });

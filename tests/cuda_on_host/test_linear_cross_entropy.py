@@ -1,12 +1,21 @@
 """The CUDA kernels of linear_cross_entropy on the CPU, under the sanitizers: every dtype, aligned
-and unaligned rows, large logits."""
+and unaligned rows, large logits. And the whole op where it takes several chunks."""
 
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from glmkern.ops.quant_linear import as_stored
 from tests.cuda_on_host.host import HERE, compile_program, run
-from tests.ops.numerics import FORWARD, GRADIENT, HALF_AND_SINGLE, assert_close_to_fp64, same_bits
+from tests.cuda_on_host.sanitized import load_kernels
+from tests.ops.numerics import (
+    FORWARD,
+    GRADIENT,
+    HALF_AND_SINGLE,
+    assert_close_to_fp64,
+    poisoned_memory,
+    same_bits,
+)
 
 ROWS = 7
 
@@ -101,6 +110,18 @@ def test_no_rows(program):
 
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
 @pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("width", [5, 16, 1032])
+def test_scatter(program, width, offset, dtype):
+    """One product, of the rows that are named alone."""
+    gradient, weight, rows = torch.randn(3, width).to(dtype), torch.rand(3), torch.tensor([1, 4, 5])
+    arguments = ["scatter", name_of(dtype), offset * dtype.itemsize, 3, width, 7]
+    (result,) = run(program, arguments, [gradient, weight, rows], [((7, width), torch.float32)])
+    assert same_bits(result[rows], gradient.float() * weight.unsqueeze(1))
+    assert result[[0, 2, 3, 6]].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
+@pytest.mark.parametrize("offset", [0, 1])
 @pytest.mark.parametrize("elements", [0, 1, 7, 8, 4096, 4099])
 def test_backward(program, elements, offset, dtype):
     """One product, rounded once."""
@@ -108,3 +129,46 @@ def test_backward(program, elements, offset, dtype):
     arguments = ["scale", name_of(dtype), offset * dtype.itemsize, elements]
     (result,) = run(program, arguments, [dloss, dhidden], [((elements,), dtype)])
     assert same_bits(result, (dhidden * dloss).to(dtype))
+
+
+def whole(hidden, weight, labels, ignore_index):
+    """Loss and gradient by the op itself, twice to the same bits."""
+    stored, kernel = as_stored(weight), load_kernels().linear_cross_entropy_fwd
+    with poisoned_memory():
+        first, second = (
+            kernel(hidden, *stored, labels, None, ignore_index, 0.0, True) for _ in range(2)
+        )
+    assert all(map(same_bits, first, second))
+    return first
+
+
+@pytest.mark.parametrize("ignore_index", [-100, None])
+def test_several_chunks(ignore_index):
+    """Of at most 512 rows: 515 or 520 make two, about equal."""
+    classes = 8200
+    hidden, weight = torch.randn(520, 2), torch.randn(classes, 2)
+    labels = torch.randint(classes, (520,))
+    if ignore_index is not None:
+        labels[::104] = ignore_index
+    losses = []
+    for dtype in (torch.float64, torch.float32):
+        x = hidden.to(dtype).requires_grad_()
+        loss = cross_entropy(x @ weight.to(dtype).T, labels)
+        losses.append((loss.detach(), *torch.autograd.grad(loss, x)))
+    loss, gradient = whole(hidden, weight, labels, ignore_index)
+    (exact, exact_gradient), (single, single_gradient) = losses
+    assert_close_to_fp64(loss, exact, single, FORWARD, "loss")
+    assert_close_to_fp64(gradient, exact_gradient, single_gradient, GRADIENT, "gradient")
+
+
+@pytest.mark.parametrize(("ignore_index", "counted"), [(-100, True), (None, False)])
+def test_the_host_counts_rows_only_where_some_may_be_ignored(ignore_index, counted):
+    hidden, weight, labels = torch.randn(5, 4), torch.randn(9, 4), torch.randint(9, (5,))
+    with torch.profiler.profile() as profile:
+        whole(hidden, weight, labels, ignore_index)
+    assert ("aten::nonzero" in {event.name for event in profile.events()}) == counted
+
+
+def test_no_labelled_row():
+    loss, gradient = whole(torch.randn(3, 4), torch.randn(9, 4), torch.full((3,), -100), -100)
+    assert loss == 0 and gradient.equal(torch.zeros(3, 4))

@@ -15,6 +15,7 @@
 #include <cfloat>
 #include <type_traits>
 
+#include "cuda/device/flat.cuh"
 #include "cuda/device/launch.cuh"
 #include "cuda/device/reduce.cuh"
 #include "cuda/device/vec.cuh"
@@ -96,6 +97,25 @@ __global__ void __launch_bounds__(kRowThreads) cross_entropy_kernel(CrossEntropy
   });
 }
 
+// A vector of the gradient a thread.
+template <class T, int kWidth>
+__global__ void __launch_bounds__(kFlatThreads) scatter_kernel(ScatterRows a) {
+  const int64_t i = flat_element<kWidth>();
+  if (i >= a.count * a.width) return;
+  const int64_t row = i / a.width, to = a.rows != nullptr ? a.rows[row] : row;
+  const float weight = a.row_weight[row];
+  const auto gradient = load<kWidth>(static_cast<const T*>(a.gradient) + i);
+  float* result = a.result + i + (to - row) * a.width;
+  constexpr int kAtOnce = kWidth > 1 ? kVectorWidth<float> : 1;
+#pragma unroll
+  for (int first = 0; first < kWidth; first += kAtOnce) {
+    Vec<float, kAtOnce> y;
+#pragma unroll
+    for (int k = 0; k < kAtOnce; k++) y.element[k] = to_float(gradient.element[first + k]) * weight;
+    store(result + first, y);
+  }
+}
+
 // result = dhidden * dloss, a vector of the result a thread.
 template <class T>
 __global__ void __launch_bounds__(kScaleThreads)
@@ -129,6 +149,16 @@ void cross_entropy_rows(const CrossEntropyRows& a, void* stream) {
     const auto kernel =
         a.smoothing > 0 ? cross_entropy_kernel<T, true> : cross_entropy_kernel<T, false>;
     launch("cross_entropy", kernel, a.rows, threads, stream, a);
+  });
+}
+
+void scatter_rows(const ScatterRows& a, void* stream) {
+  with_dtype(a.dtype, [&](auto element) {
+    using T = decltype(element);
+    with_width<T>(a.width, {a.gradient, a.result}, [&](auto w) {
+      constexpr int kWidth = decltype(w)::value;
+      launch_flat<kWidth>("scatter_rows", scatter_kernel<T, kWidth>, a.count * a.width, stream, a);
+    });
   });
 }
 
