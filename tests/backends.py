@@ -81,6 +81,11 @@ def slow(*values):
     return pytest.param(*values, marks=pytest.mark.slow_when_interpreted)
 
 
+def very_slow(*values):
+    """One that takes the emulation of any GPU too long."""
+    return pytest.param(*values, marks=pytest.mark.slow_when_emulated)
+
+
 TRITON = Backend("triton", "cpu" if INTERPRETED else "cuda")
 CUDA = Backend("cuda", "cuda" if torch.cuda.is_available() else "cpu")
 REFERENCE = Backend("reference")

@@ -24,6 +24,7 @@ def pytest_configure(config):
     for mark in (
         "backends(*names): of the backends that serve an op, the ones to test",
         "slow_when_interpreted: not for Triton's interpreter",
+        "slow_when_emulated: not for that, and not for CUDA kernels on the host",
     ):
         config.addinivalue_line("markers", mark)
 

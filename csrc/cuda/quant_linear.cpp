@@ -2,6 +2,7 @@
 // kernels are in cuda/kernels/quant_linear/.
 #include <algorithm>
 
+#include "cuda/kernels/quant_linear/mma.h"
 #include "cuda/kernels/quant_linear/quant_linear_cuda.h"
 #include "cuda/library.h"
 #include "cuda/quant_linear_cuda_run.h"
@@ -28,6 +29,14 @@ void gemv(const QuantLinear& a, const Tensor& like, void* stream) {
   const int64_t partial_sums = splits > 1 ? splits * a.rows * a.k : 0;
   const Tensor partial = torch::stable::new_empty(like, {partial_sums}, ScalarType::Float);
   cuda::gemv_fp32_bwd(a, splits, floats_of(partial), stream);
+}
+
+void mma(const QuantLinear& a, const Tensor& like, void* stream) {
+  cuda::MmaPlan plan = cuda::plan_mma(a);
+  if (forced_splits > 0) plan.splits = std::min(forced_splits, plan.steps);
+  const int64_t partial_sums = plan.splits > 1 ? plan.splits * a.rows * a.columns() : 0;
+  const Tensor partial = torch::stable::new_empty(like, {partial_sums}, ScalarType::Float);
+  cuda::mma(a, plan, floats_of(partial), stream);
 }
 
 // The widest tile of a matrix product's: slabs of whole tiles leave none half empty.
@@ -109,25 +118,35 @@ Tensor quant_linear_swiglu_fwd(const Tensor& x, const Tensor& packed,
 
 }  // namespace
 
-// A slab of float32 costs 8 bytes a weight in the L2 cache, written once and read once, 1.5 ps at
-// 5.5 TB/s, and its decoding what it costs the gemv. Then torch's product needs an FMA a token and
-// weight, as the gemv does; tiles of 32 or more rows are mostly empty at 8. The gemv has six
-// instructions a weight at one token and twelve at eight: 0.2 and 0.4 ps on an H100 with 2.9e13
-// instructions a second, 0.15 ps of reading included. So it wins wherever it can serve.
+// float32: a slab costs 8 bytes a weight in the L2 cache, written once and read once: 1.5 ps at
+// 5.5 TB/s. Its decoding and torch's product come on top, with an FMA a token and weight, as the
+// gemv has it. The gemv's loops for sm_90 have seven instructions a weight at one token and
+// fourteen at eight. An H100, with 2.9e13 instructions a second, needs 0.24 and 0.5 ps for them,
+// and 0.15 ps to read a code. So the gemv is the faster one wherever it can serve.
+//
+// Half and bfloat16: bench/results/cuda_products.md expects 0.67 to 0.90 of the tensor cores' rate
+// at 192 and 512 tokens, which torch's product reaches too (0.7 to 0.8). A slab costs 4 bytes a
+// weight in the L2 cache and the reading of its codes besides: 5 ps on a T4 at 1.2 TB/s and 1.1 ps
+// on an A100, a quarter of a product of 512 tokens, 20 and 4.7 ps. With more tokens that share
+// falls, while our loop decodes the weight again for every 64.
 //
 // A dense weight of x's own dtype is torch's product alone; one of another dtype is converted, slab
 // by slab.
+constexpr int64_t kMmaTokens = 512;
+
 Variant choose(const QuantLinear& a) {
   const bool few = a.rows <= cuda::kGemvTokens;
-  return a.dtype == DType::kFloat && a.has_codes() && few ? Variant::kGemv : Variant::kSlab;
+  if (a.dtype == DType::kFloat && a.has_codes() && few) return Variant::kGemv;
+  return a.rows <= kMmaTokens && a.depth() > 0 && cuda::mma_serves(a) ? Variant::kMma
+                                                                      : Variant::kSlab;
 }
 
 void quant_linear_run(const QuantLinear& a, const Tensor& like) {
   if (a.rows == 0 || a.columns() == 0) return;
-  const Variant variant = forced_variant.value_or(choose(a));
   on_device_of(like, [&](void* stream) {
-    switch (variant) {
+    switch (forced_variant.value_or(choose(a))) {
       case Variant::kGemv: return gemv(a, like, stream);
+      case Variant::kMma: return mma(a, like, stream);
       case Variant::kSlab: return slab(a, like, stream);
     }
   });

@@ -10,6 +10,7 @@ namespace glmkern {
 
 enum class Variant {
   kGemv,  // up to eight rows of x in float32: codes are decoded in registers
+  kMma,   // tensor cores: codes are decoded on their way there
   kSlab,  // torch's product, over a weight that is dequantised a slab at a time
 };
 
@@ -18,6 +19,9 @@ Variant choose(const QuantLinear& a);
 
 // Taken instead of what `choose` says, for tests.
 inline std::optional<Variant> forced_variant;
+
+// Likewise, of the sum on tensor cores, where positive.
+inline int forced_splits = 0;
 
 // Computes `a` on the device of `like`, where working memory is allocated too.
 void quant_linear_run(const QuantLinear& a, const Tensor& like);

@@ -26,8 +26,12 @@ FLAGS = [
     f"-I{HERE / 'machine'}",
     f"-I{CSRC}",
 ]
-# For kernels: the compiler calls machine/accesses.cpp before each access to memory.
-CHECKED = ["-O1", "-g1", "-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0"]
+# For kernels: the compiler calls machine/accesses.cpp before each access to memory. It must not
+# take structs apart, as 16 bytes at a time are what a GPU is to access.
+CHECKED = [
+    *("-O1", "-g1", "-fno-tree-sra"),
+    *("-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0"),
+]
 # Or else AddressSanitizer does its work: no compiler does both.
 SANITIZERS = ["-fsanitize=address,undefined"]
 SANITIZED = ["-O0", "-g1", *SANITIZERS, "-fno-sanitize-recover=all"]

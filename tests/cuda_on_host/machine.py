@@ -7,6 +7,7 @@ import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 
 @dataclass
@@ -49,9 +50,27 @@ class Kernel:
         return self.total("bytes", "global") / (32 * self.total("sectors", "global"))
 
 
+class Plan(NamedTuple):
+    """How quant_linear's tensor cores share out a product, as csrc/cuda/kernels/quant_linear/mma.h
+    names it."""
+
+    tokens: int
+    warps: int
+    depth: int
+    token_blocks: int
+    result_blocks: int
+    steps: int
+    splits: int
+
+    @property
+    def blocks(self) -> int:
+        return self.token_blocks * self.result_blocks * self.splits
+
+
 # Of quant_linear, as csrc/cuda/quant_linear_cuda_run.h numbers them.
-VARIANTS = ("gemv", "slab")
+VARIANTS = ("gemv", "mma", "slab")
 L2_BYTES = 4 << 20
+CODE_VERSION = 80
 
 
 class Machine:
@@ -90,6 +109,24 @@ class Machine:
             self._library.cuda_on_host_l2_bytes(ctypes.c_int(L2_BYTES))
 
     @contextlib.contextmanager
+    def splits(self, count: int) -> Iterator[None]:
+        """quant_linear's sums on tensor cores go in so many splits."""
+        self._library.cuda_on_host_force_splits(ctypes.c_int(count))
+        try:
+            yield
+        finally:
+            self._library.cuda_on_host_force_splits(ctypes.c_int(0))
+
+    @contextlib.contextmanager
+    def code_version(self, version: int) -> Iterator[None]:
+        """The code that runs was compiled for sm_<version>."""
+        self._library.cuda_on_host_code_version(ctypes.c_int(version))
+        try:
+            yield
+        finally:
+            self._library.cuda_on_host_code_version(ctypes.c_int(CODE_VERSION))
+
+    @contextlib.contextmanager
     def variant(self, name: str) -> Iterator[None]:
         """quant_linear takes that one of VARIANTS."""
         self._library.cuda_on_host_force_quant_linear(ctypes.c_int(VARIANTS.index(name)))
@@ -97,6 +134,13 @@ class Machine:
             yield
         finally:
             self._library.cuda_on_host_force_quant_linear(ctypes.c_int(-1))
+
+    def plan(self, rows: int, n: int, k: int, backward: bool) -> Plan:
+        """Of `rows` tokens with a weight [n, k] of 4 bits."""
+        numbers = (ctypes.c_int * len(Plan._fields))()
+        sizes = [ctypes.c_int64(size) for size in (rows, n, k)]
+        self._library.cuda_on_host_plan_mma(*sizes, ctypes.c_bool(backward), numbers)
+        return Plan(*numbers)
 
     @contextlib.contextmanager
     def counting(self) -> Iterator[dict[str, Kernel]]:

@@ -27,8 +27,11 @@ def pytest_collection_modifyitems(config, items):
 
 def too_slow(item: pytest.Item) -> bool:
     backend = item.callspec.params.get("backend") if hasattr(item, "callspec") else None
-    slow = item.get_closest_marker("slow_when_interpreted")
-    return bool(slow and backend and backend.interpreted)
+    marked = {mark.name for mark in item.iter_markers()}
+    return backend is not None and (
+        (backend.interpreted and "slow_when_interpreted" in marked)
+        or (backend.emulated and "slow_when_emulated" in marked)
+    )
 
 
 @pytest.fixture

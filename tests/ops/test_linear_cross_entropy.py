@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from glmkern import ops
 from glmkern.triton_kernels import linear_cross_entropy as kernels
-from tests.backends import slow
+from tests.backends import slow, very_slow
 from tests.ops.formulas import linear_cross_entropy
 from tests.ops.numerics import HALF_AND_SINGLE, matches_fp64, poisoned_memory, same_bits
 
@@ -18,9 +18,16 @@ OP = "linear_cross_entropy_fwd"
 library = torch.ops.glmkern
 # tokens, width, classes, whether with token_weight; 33 classes are two blocks of 32. The loss is
 # one number a draw, so that there are many draws, and an interpreter needs milliseconds a row.
-CASES = [(1, 1, 2, False), (4, 3, 7, True), (5, 20, 33, False)] + [
-    slow(*shape, weighted)
-    for shape in [(1, 1, 2), (5, 3, 7), (17, 64, 100), (63, 33, 257), (700, 20, 150)]
+CASES = [(1, 1, 2, False), (4, 3, 7, True), (5, 20, 33, False)]
+CASES += [
+    mark(*shape, weighted)
+    for mark, shape in [
+        (slow, (1, 1, 2)),
+        (slow, (5, 3, 7)),
+        (slow, (17, 64, 100)),
+        (slow, (63, 33, 257)),
+        (very_slow, (700, 20, 150)),
+    ]
     for weighted in (False, True)
     if (*shape, weighted) != (1, 1, 2, False)
 ]

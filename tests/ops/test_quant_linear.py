@@ -110,7 +110,7 @@ def test_dense_against_fp64(backend, m, n, k, dtype, stored):
     check_dense(m, n, k, dtype, (torch.randn(n, k) * 0.02).to(stored))
 
 
-@pytest.mark.slow_when_interpreted  # a matter of the C++ kernels
+@pytest.mark.slow_when_emulated  # a matter of the C++ kernels
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
 @pytest.mark.parametrize("size", [2.0**-20, 1.0, 2.0**10, "outlier", "zero"])
 @pytest.mark.parametrize("k", [4098, 66000])

@@ -18,15 +18,19 @@ namespace glmkern::cuda {
 template <int kWidth, class Write>
 __device__ void sum_groups(int64_t tile, int64_t hidden, const float (&sum)[kWidth], Write write) {
   constexpr int kColumns = kWarp * kWidth;
-  __shared__ float sums[kGroups][kColumns];
+  // Column k of each lane side by side, and so far from column k + 1 that neither the writing of
+  // one column by all lanes nor the reading of neighbouring columns has two words in a bank.
+  constexpr int kStride = kWidth == 1 ? kWarp : kWarp + kWarp / kWidth;
+  __shared__ float sums[kGroups][kWidth * kStride];
   const int group = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
 #pragma unroll
-  for (int k = 0; k < kWidth; k++) sums[group][lane * kWidth + k] = sum[k];
+  for (int k = 0; k < kWidth; k++) sums[group][k * kStride + lane] = sum[k];
   __syncthreads();
   for (int c = threadIdx.x; c < kColumns && tile * kColumns + c < hidden; c += kTileThreads) {
-    float total = sums[0][c];
+    const int at = c % kWidth * kStride + c / kWidth;
+    float total = sums[0][at];
 #pragma unroll
-    for (int g = 1; g < kGroups; g++) total += sums[g][c];
+    for (int g = 1; g < kGroups; g++) total += sums[g][at];
     write(tile * kColumns + c, total);
   }
 }

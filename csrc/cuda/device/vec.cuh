@@ -48,8 +48,8 @@ void with_dtype(DType dtype, F f) {
 template <class T>
 constexpr int kVectorWidth = 16 / sizeof(T);
 
-// kWidth elements that are loaded and stored at once: kVectorWidth<T> of them, or 1; stored also
-// where they are 8 bytes.
+// kWidth elements that are loaded and stored at once: kVectorWidth<T> of them, or 1, or
+// what makes 8 bytes.
 template <class T, int kWidth>
 struct alignas(sizeof(T) * kWidth) Vec {
   T element[kWidth];
@@ -60,6 +60,9 @@ __device__ Vec<T, kWidth> load(const T* p) {
   Vec<T, kWidth> v;
   if constexpr (kWidth == 1) {
     v.element[0] = *p;
+  } else if constexpr (sizeof v == 8) {
+    const uint2 bits = *reinterpret_cast<const uint2*>(p);
+    memcpy(&v, &bits, sizeof v);
   } else {
     const uint4 bits = *reinterpret_cast<const uint4*>(p);
     memcpy(&v, &bits, sizeof v);

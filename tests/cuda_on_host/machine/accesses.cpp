@@ -15,9 +15,8 @@ namespace {
 
 enum class Alignment { kNatural, kAny };
 
-void access(const void* address, size_t size, bool write, Alignment alignment, const void* code) {
+void report(const void* address, size_t size, bool write, Alignment alignment, const void* code) {
   if (!stacks.contain(__builtin_frame_address(0))) return;  // code of the host
-  if (stacks.contain(address)) return;                      // a thread's registers
   const int bytes = static_cast<int>(size), thread = place.index;
   const Pc pc = pc_of(code);
   if (alignment == Alignment::kNatural && reinterpret_cast<uintptr_t>(address) % size != 0) {
@@ -31,6 +30,12 @@ void access(const void* address, size_t size, bool write, Alignment alignment, c
   } else if (!in_image(address)) {
     counters.access(write ? Kind::kGlobalWrite : Kind::kGlobalRead, address, bytes, thread, pc);
   }
+}
+
+// Most accesses are to a thread's registers, which are on its stack here.
+inline void access(const void* address, size_t size, bool write, Alignment alignment,
+                   const void* code) {
+  if (!stacks.contain(address)) report(address, size, write, alignment, code);
 }
 
 }  // namespace

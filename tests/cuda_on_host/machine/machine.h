@@ -28,6 +28,9 @@ struct Dim3 {
 // What a launching program is told of the L2 cache, which is not emulated: a test sets it.
 extern int l2_bytes;
 
+// For which chips the code that runs was compiled, likewise: 80 is sm_80.
+extern int code_version;
+
 // The special registers of the thread that runs, and where it is.
 struct Place {
   Dim3 thread, block, block_size, grid;

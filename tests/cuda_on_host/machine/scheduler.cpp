@@ -18,6 +18,7 @@ namespace cuda_on_host {
 Place place;
 Pc removed_barrier = 0;
 int l2_bytes = 4 << 20;
+int code_version = 80;
 
 namespace {
 
@@ -247,6 +248,9 @@ extern "C" {
 [[gnu::visibility("default")]] void cuda_on_host_seed(uint64_t seed) { cuda_on_host::seed = seed; }
 [[gnu::visibility("default")]] void cuda_on_host_remove_barrier(uint64_t pc) {
   cuda_on_host::removed_barrier = pc;
+}
+[[gnu::visibility("default")]] void cuda_on_host_code_version(int version) {
+  cuda_on_host::code_version = version;
 }
 [[gnu::visibility("default")]] void cuda_on_host_l2_bytes(int bytes) {
   cuda_on_host::l2_bytes = bytes;

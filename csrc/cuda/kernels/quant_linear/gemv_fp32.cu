@@ -42,7 +42,7 @@ constexpr int kRowsInFlight = 4;
 
 // kBytes of a row's codes from `byte` on, zeros past its end; they are read once.
 template <bool kNarrow, int kBytes>
-__device__ void load_codes(const uint8_t* row, int64_t byte, int64_t row_bytes,
+__device__ void load_codes(const uint8_t* row, int byte, int row_bytes,
                            uint32_t (&words)[kBytes / 4]) {
 #pragma unroll
   for (int w = 0; w < kBytes / 4; w++) words[w] = 0;
@@ -63,7 +63,7 @@ __device__ void load_codes(const uint8_t* row, int64_t byte, int64_t row_bytes,
 
 // Four columns of x, zeros past its row's end.
 template <bool kNarrow>
-__device__ Vec<float, 4> load_quad(const float* row, int64_t column, int64_t columns) {
+__device__ Vec<float, 4> load_quad(const float* row, int column, int columns) {
   Vec<float, 4> quad{};
   if constexpr (kNarrow) {
 #pragma unroll
@@ -80,50 +80,52 @@ template <int kTokens>
 constexpr int kRowsOfWarp = kTokens <= 2 ? 2 : 4;
 
 template <int kBits, int kTokens, bool kNarrow>
-__global__ void __launch_bounds__(kGemvThreads, 2) gemv_forward_kernel(QuantLinear a) {
-  constexpr int kCodes = 128 / kBits, kWordCodes = 32 / kBits;  // of 16 bytes, and of a word
+__global__ void __launch_bounds__(kGemvThreads, kNarrow ? 1 : 2)
+    gemv_forward_kernel(QuantLinear a) {
+  constexpr int kCodes = 128 / kBits;  // of 16 bytes
   constexpr int kChunk = kWarp * kCodes, kSteps = kCodes / 4;
   constexpr int kRows = kRowsOfWarp<kTokens>;
   __shared__ Vec<float, 4> staged[kTokens][kSteps][kWarp + 1];
   const int lane = threadIdx.x % kWarp;
+  const int k = static_cast<int>(a.k), row_bytes = static_cast<int>(a.row_bytes);
   const int64_t first =
       (static_cast<int64_t>(blockIdx.x) * kGemvWarps + threadIdx.x / kWarp) * kRows;
   const float* __restrict__ x = static_cast<const float*>(a.x);
   const uint8_t* __restrict__ weight = a.weight;
 
   float sum[kTokens][kRows] = {};
-  for (int64_t chunk = 0; chunk < a.k; chunk += kChunk) {
+  for (int chunk = 0; chunk < k; chunk += kChunk) {
     uint32_t words[kRows][4];
-    const int64_t byte = (chunk / kCodes + lane) * 16;
+    const int byte = (chunk / kCodes + lane) * 16;
 #pragma unroll
     for (int r = 0; r < kRows; r++) {
       const int64_t row = first + r;
-      load_codes<kNarrow, 16>(weight + row * a.row_bytes, byte, row < a.n ? a.row_bytes : 0,
+      load_codes<kNarrow, 16>(weight + row * a.row_bytes, byte, row < a.n ? row_bytes : 0,
                               words[r]);
     }
     __syncthreads();
     for (int i = threadIdx.x; i < kTokens * kChunk / 4; i += kGemvThreads) {
       const int token = i / (kChunk / 4), quad = i % (kChunk / 4);
       const Vec<float, 4> of_token =
-          load_quad<kNarrow>(x + token * a.k, chunk + quad * 4, token < a.rows ? a.k : 0);
+          load_quad<kNarrow>(x + token * a.k, chunk + quad * 4, token < a.rows ? k : 0);
       staged[token][quad % kSteps][quad / kSteps] = of_token;
     }
     __syncthreads();
 #pragma unroll
-    for (int w = 0; w < 4; w++) {
-      float code[kRows][kWordCodes];
+    for (int step = 0; step < kSteps; step++) {
+      float code[kRows][4];
 #pragma unroll
-      for (int r = 0; r < kRows; r++) decode<kBits>(&words[r][w], code[r]);
+      for (int r = 0; r < kRows; r++) {
+        const uint32_t of_step = words[r][step * kBits / 8] >> step * 4 * kBits % 32;
+        decode<kBits>(&of_step, code[r]);
+      }
 #pragma unroll
       for (int token = 0; token < kTokens; token++) {
+        const Vec<float, 4> quad = staged[token][step][lane];
 #pragma unroll
-        for (int c = 0; c < kWordCodes; c += 4) {
-          const Vec<float, 4> quad = staged[token][(w * kWordCodes + c) / 4][lane];
+        for (int e = 0; e < 4; e++) {
 #pragma unroll
-          for (int e = 0; e < 4; e++) {
-#pragma unroll
-            for (int r = 0; r < kRows; r++) sum[token][r] += quad.element[e] * code[r][c + e];
-          }
+          for (int r = 0; r < kRows; r++) sum[token][r] += quad.element[e] * code[r][e];
         }
       }
     }
@@ -155,27 +157,30 @@ __global__ void __launch_bounds__(kTileThreads)
   __shared__ Vec<float, kTokens> scaled[kGroups][kWarp];
   const int lane = threadIdx.x % kWarp, group = threadIdx.x / kWarp;
   const RowTile mine(a.n, piece, tiles);
-  const int64_t byte = (static_cast<int64_t>(mine.tile) * kWarp + lane) * 4;
-  const float* __restrict__ dy = static_cast<const float*>(a.x);
-  const uint8_t* __restrict__ weight = a.weight;
+  const int byte = (static_cast<int>(mine.tile) * kWarp + lane) * 4;
+  const int row_bytes = static_cast<int>(a.row_bytes);
+  const int rows = static_cast<int>(mine.end - mine.begin);  // none in a split past the end
+  const float* __restrict__ dy = static_cast<const float*>(a.x) + mine.begin;
+  const float* __restrict__ scale = a.scale + mine.begin;
+  const uint8_t* __restrict__ weight = a.weight + mine.begin * a.row_bytes;
 
   float sum[kTokens][kCodes] = {};
-  for (int64_t first = mine.begin + group * kWarp; first < mine.end; first += kTileThreads) {
-    const int64_t own = first + lane;
-    const float scale = own < mine.end ? a.scale[own] : 0;
+  for (int first = group * kWarp; first < rows; first += kTileThreads) {
+    const int own = first + lane;
+    const float scale_of_own = own < rows ? scale[own] : 0;
     __syncwarp();
 #pragma unroll
     for (int token = 0; token < kTokens; token++) {
-      const bool there = own < mine.end && token < a.rows;
-      scaled[group][lane].element[token] = there ? dy[token * a.n + own] * scale : 0;
+      const bool there = own < rows && token < a.rows;
+      scaled[group][lane].element[token] = there ? dy[token * a.n + own] * scale_of_own : 0;
     }
     __syncwarp();
-    for (int r = 0; r < kWarp && first + r < mine.end; r += kRowsInFlight) {
+    for (int r = 0; r < kWarp && first + r < rows; r += kRowsInFlight) {
       uint32_t word[kRowsInFlight][1];
 #pragma unroll
       for (int i = 0; i < kRowsInFlight; i++) {
-        const int64_t row = first + r + i;
-        load_codes<kNarrow, 4>(weight + row * a.row_bytes, byte, row < mine.end ? a.row_bytes : 0,
+        const int row = first + r + i;
+        load_codes<kNarrow, 4>(weight + row * a.row_bytes, byte, row < rows ? row_bytes : 0,
                                word[i]);
       }
 #pragma unroll
@@ -208,6 +213,9 @@ template <class F>
 void with_kernel(const QuantLinear& a, bool narrow, F f) {
   if (a.dtype != DType::kFloat || !a.has_codes() || a.rows > kGemvTokens) {
     throw std::runtime_error("quant_linear: the gemv takes codes and up to 8 rows of float32");
+  }
+  if (a.n > 1 << 30 || a.k > 1 << 30) {
+    throw std::runtime_error("quant_linear: more than 2^30 rows or columns");
   }
   const auto with_tokens = [&](auto bits) {
     if (narrow) return f(bits, Int<kGemvTokens>{}, std::true_type{});

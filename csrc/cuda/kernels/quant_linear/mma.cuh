@@ -67,6 +67,22 @@ __device__ void load_words(const uint8_t* p, int left, uint32_t (&words)[4]) {
   }
 }
 
+// The numbers at p of which `left` exist, at once where memory allows.
+template <class T, int kCount>
+__device__ void read_row(const T* p, int left, float (&numbers)[kCount]) {
+  Vec<T, kCount> v{};
+  if (left >= kCount && reinterpret_cast<uintptr_t>(p) % sizeof v == 0) {
+    v = load<kCount>(p);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kCount; i++) {
+      if (i < left) v.element[i] = p[i];
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kCount; i++) numbers[i] = to_float(v.element[i]);
+}
+
 // Rounds and writes those of a row's results that exist, `left`: at once where memory allows.
 template <class T, int kCount>
 __device__ void write_row(T* p, int left, const float (&results)[kCount]) {
@@ -101,7 +117,7 @@ __device__ void write_results(const MmaArguments& m, const MmaBlock& block, int 
     return;
   }
 #pragma unroll
-  for (int i = 0; i < kCount; i++) sums[i] = finish(i < left ? i : 0, sums[i]);
+  for (int i = 0; i < kCount; i++) sums[i] = finish(i, sums[i]);
   write_row(static_cast<T*>(m.a.y) + at, left, sums);
 }
 

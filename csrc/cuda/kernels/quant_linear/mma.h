@@ -13,7 +13,7 @@ struct MmaTile {
   int tokens, warps, depth;
 };
 
-constexpr MmaTile kForwardTiles[] = {{8, 1, 8}, {16, 1, 8}, {32, 4, 1}, {64, 4, 1}};
+constexpr MmaTile kForwardTiles[] = {{8, 1, 8}, {16, 1, 4}, {32, 4, 1}, {64, 4, 1}};
 constexpr MmaTile kBackwardTiles[] = {{8, 1, 4}, {16, 1, 4}, {32, 4, 1}, {64, 4, 1}};
 // Where 16-byte accesses do not fit: more registers for addresses, so fewer tokens.
 constexpr MmaTile kNarrowTile = {16, 1, 4};
@@ -34,12 +34,14 @@ struct MmaPlan {
 
 MmaPlan plan_mma(const QuantLinear& a);
 
-// Results, or with several splits their sums: partial [splits, rows, columns]. Chips before sm_80
-// have the first, in half only, all others the second.
+// Whether the kernels take `a` on the current device: before sm_80 there is no bfloat16.
+bool mma_serves(const QuantLinear& a);
+
+// y, on `stream`; partial [splits, rows, columns] is memory for the sums of several splits.
+void mma(const QuantLinear& a, const MmaPlan& plan, float* partial, void* stream);
+
+// Its parts: sums, or results where there is one split, and the results from the sums.
 void mma_sm75(const QuantLinear& a, const MmaPlan& plan, float* partial, void* stream);
 void mma_sm80(const QuantLinear& a, const MmaPlan& plan, float* partial, void* stream);
-
-// The results from these sums.
-void mma_add_splits(const QuantLinear& a, const MmaPlan& plan, const float* partial, void* stream);
 
 }  // namespace glmkern::cuda

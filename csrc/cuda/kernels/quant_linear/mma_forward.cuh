@@ -30,9 +30,9 @@ struct ForwardTile {
   static constexpr int kLaneChunks = kChunks / 4;
   static constexpr int kSumBytes = kDepth > 1 ? kDepth * kTokens * kRows * 4 : 0;
 
-  // Where a token's chunk is. The lanes that shared memory serves at once read chunks kLaneChunks
-  // apart of two tokens; these places are eight different sixteenths of the 32 banks, as are those
-  // of neighbouring chunks, which are written at once.
+  // Where a token's chunk is. The eight lanes that shared memory serves at once read chunks
+  // kLaneChunks apart of two tokens, and write neighbouring ones: either way these places have no
+  // bank in common.
   static __device__ int place(int token, int chunk) {
     const int parity = token % 2;
     return kLaneChunks == 4 ? chunk ^ chunk / 8 ^ 2 * parity : chunk ^ parity;
@@ -144,13 +144,18 @@ __device__ void mma_forward(const MmaArguments& m) {
       }
     }
   };
-  const auto write = [&](int token, int row, float (&sums)[4]) {
-    const int first = row_of_warp + row;
-    const auto finish = [&](int i, float total) {
-      const float bias = a.bias != nullptr ? to_float(static_cast<const T*>(a.bias)[first + i]) : 0;
-      return total * a.scale[first + i] + bias;
-    };
-    write_results<T>(m, block, first_token + token, first, sums, finish);
+  // What this thread writes are the same four rows of each of its tokens.
+  const int first = row_of_warp + 4 * (kDepth == 1 ? g : threadIdx.x % (Tile::kRows / 4));
+  float scale[4] = {}, bias[4] = {};
+  if (m.splits == 1) {
+    read_row(a.scale + first, static_cast<int>(a.n) - first, scale);
+    if (a.bias != nullptr) {
+      read_row(static_cast<const T*>(a.bias) + first, static_cast<int>(a.n) - first, bias);
+    }
+  }
+  const auto write = [&](int token, int, float (&sums)[4]) {
+    write_results<T>(m, block, first_token + token, first, sums,
+                     [&](int i, float total) { return total * scale[i] + bias[i]; });
   };
   if constexpr (kDepth == 1) {
     for_each_four(write);

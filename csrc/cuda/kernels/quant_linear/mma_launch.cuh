@@ -73,7 +73,7 @@ void launch_tile(const MmaArguments& m, const MmaPlan& plan, void* stream) {
 }
 
 template <class Policy, class T>
-void mma(const QuantLinear& a, const MmaPlan& plan, float* partial, void* stream) {
+void launch_plan(const QuantLinear& a, const MmaPlan& plan, float* partial, void* stream) {
   const MmaArguments m{a,          partial,           a.columns(),       plan.splits,
                        plan.steps, plan.token_blocks, plan.result_blocks};
   if (a.format == WeightFormat::kInt4) {

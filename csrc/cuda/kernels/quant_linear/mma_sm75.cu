@@ -4,7 +4,7 @@
 namespace glmkern::cuda {
 
 void mma_sm75(const QuantLinear& a, const MmaPlan& plan, float* partial, void* stream) {
-  mma<Sm75, __half>(a, plan, partial, stream);
+  launch_plan<Sm75, __half>(a, plan, partial, stream);
 }
 
 }  // namespace glmkern::cuda

@@ -5,8 +5,8 @@
 namespace glmkern::cuda {
 
 void mma_sm80(const QuantLinear& a, const MmaPlan& plan, float* partial, void* stream) {
-  a.dtype == DType::kHalf ? mma<Sm80, __half>(a, plan, partial, stream)
-                          : mma<Sm80, __nv_bfloat16>(a, plan, partial, stream);
+  a.dtype == DType::kHalf ? launch_plan<Sm80, __half>(a, plan, partial, stream)
+                          : launch_plan<Sm80, __nv_bfloat16>(a, plan, partial, stream);
 }
 
 }  // namespace glmkern::cuda
