@@ -33,7 +33,8 @@ JOBS = 2
 RESERVED_IS_PRINTED = 90
 
 TEMPLATE = re.compile(
-    r"template <([^>]*)>\s*(?:static )?__global__ void\s*(?:__launch_bounds__\(\w+\))?\s*(\w+)\("
+    r"template <([^>]*)>\s*(?:static )?__global__ void\s*"
+    r"(?:__launch_bounds__\((?:[^()]|\([^()]*\))*\))?\s*(\w+)\("
 )
 RESOURCES = re.compile(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 
@@ -109,9 +110,9 @@ def commands_of_files() -> dict[Path, list[str]]:
         "CMAKE_EXPORT_COMPILE_COMMANDS": "ON",
     }
     folder = FOLDER / "cmake"
+    where = ["-G", "Ninja", "-S", str(ROOT), "-B", str(folder)]
     subprocess.run(
-        [cmake, "-G", "Ninja", "-S", ROOT, "-B", folder]
-        + [f"-D{name}={value}" for name, value in options.items()],
+        [cmake, *where, *(f"-D{name}={value}" for name, value in options.items())],
         env=os.environ | {"PATH": path, "GLMKERN_CUDA_ARCHS": "75-virtual"},
         check=True,
         capture_output=True,
@@ -171,6 +172,8 @@ def instances_of(cubin: Path, file: str, chip: Chip) -> Iterator[Instance]:
     resources = RESOURCES.findall(dump(cubin, "res-usage"))
     names = demangled([symbol for symbol, *_ in resources])
     for (symbol, *numbers), (kernel, arguments) in zip(resources, names, strict=True):
+        if is_for_other_chips(code[symbol]):
+            continue
         registers, stack, shared, local = map(int, numbers)
         if chip.sm >= RESERVED_IS_PRINTED:
             shared = max(shared - chip.reserved_kib * 1024, 0)
@@ -186,6 +189,11 @@ def instances_of(cubin: Path, file: str, chip: Chip) -> Iterator[Instance]:
             shared,
             code[symbol],
         )
+
+
+def is_for_other_chips(sass: str) -> bool:
+    """Whether there is a trap in the place of a kernel that this chip can't run."""
+    return "BPT.TRAP" in sass and "LDG" not in sass
 
 
 def sass_by_symbol(printed: str) -> dict[str, str]:
@@ -214,6 +222,7 @@ def short_name(declaration: str) -> tuple[str, tuple[str, ...]]:
     """("f", ("half", "8")) of "void a::(anonymous namespace)::f<__half, 8>(int)"."""
     text = declaration.replace("(anonymous namespace)::", "").removeprefix("void ")
     text = text.replace("__half", "half").replace("__nv_bfloat16", "bfloat16")
+    text = re.sub(r"(\w+::)+(?=Sm\d)", "", text)
     depth, parts = 0, [""]
     for letter in text:
         depth += (letter in "<(") - (letter in ">)")

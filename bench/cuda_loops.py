@@ -5,7 +5,7 @@
 
 Needs no GPU, but nvcc: kernels are compiled as bench/cuda_binaries.py does it, and bench/sass.py
 says what of a loop is counted. What a branch can skip counts. A kernel of which no loop accesses
-global memory is looked at as a whole, as if every instruction ran once.
+global memory or multiplies matrices is looked at as a whole, as if every instruction ran once.
 
 For code without products of tensor cores, the shares say how long its instructions take beside the
 bytes that it moves, at the data sheet's bandwidth: under 100 % memory is the bound. They are those
@@ -39,9 +39,9 @@ class Share(NamedTuple):
 
 
 def regions(kernel: Kernel) -> list[Loop]:
-    """The code that moves the kernel's data: loops that access global memory, or all of it where
-    no loop does."""
-    return [loop for loop in kernel.loops if loop.global_bytes] or [kernel.whole]
+    """The code that does the kernel's work: loops that access global memory or have products, or
+    all of it where there are none."""
+    return [loop for loop in kernel.loops if loop.global_bytes or loop.fmas] or [kernel.whole]
 
 
 def hottest(kernel: Kernel) -> Loop:

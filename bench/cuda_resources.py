@@ -58,7 +58,7 @@ def measure(sms: Sequence[int] = SMS, pattern: str = "") -> dict:
     """Compiles what has changed; the dictionary is what the JSON file holds."""
     rows: dict[tuple[str, str], dict] = {}
     for instance in instances(sms, pattern):
-        row = {
+        row: dict = {
             "file": instance.file,
             "kernel": instance.kernel,
             "parameters": list(instance.parameters),
@@ -85,7 +85,8 @@ registers of a thread. {spills}
 
 * shared: static bytes of a block
 * occupancy: the lowest that registers and `shared` allow, with blocks of the largest size
-* 16 bytes: loads and stores of that width in the code for sm_90
+* 16 bytes: loads and stores of that width in the code for sm_90, or for the newest chip that has
+  the kernel
 """
 
 
@@ -118,7 +119,7 @@ def _markdown_row(row: dict) -> str:
         occupied += f" on sm_{', '.join(where)}"
     cells = [_cell(usage.get(sm)) for sm in SMS]
     shared = " or ".join(map(str, sorted({u["shared"] for u in usage.values()})))
-    counts = usage[90]["counts"] if 90 in usage else {}
+    counts = usage.get(90, row["usage"][-1])["counts"]
     wide = f"{counts.get('LDG.128', 0)} / {counts.get('STG.128', 0)}"
     name = ", ".join(row["arguments"]) or row["kernel"]
     return f"| {name} | {' | '.join(cells)} | {shared} | {occupied} | {wide} |\n"
