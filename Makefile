@@ -1,4 +1,5 @@
-# make test    virtual environment, install, native build, tests     (TESTS=tests/ops for some)
+# make test    virtual environment, install, native build, tests     (TESTS=tests/ops for some);
+#              then which lines of CUDA C++ they have run, at least 95 % of all
 # make demo    the same without the tests' packages, then tunes a prefix in about a minute
 # make bench   kernels against the machine's limits, a training step against its peer: some minutes,
 #              on a machine that does nothing else; writes bench/results
@@ -29,6 +30,7 @@ export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
 
 test: $(VENV)/.installed-test
 	$(VENV)/bin/python -m pytest -q -n $(WORKERS) --dist loadfile $(TESTS)
+	$(if $(filter tests,$(TESTS)),$(VENV)/bin/python -m tests.cuda_on_host.coverage)
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/python -m glmkern demo
