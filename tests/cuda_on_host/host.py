@@ -16,6 +16,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 CSRC = ROOT / "csrc"
 FOLDER = ROOT / "build/cuda_on_host"
+KEPT = 12
 FLAGS = [
     "-std=c++17",
     "-Wall",
@@ -78,15 +79,18 @@ def link(arguments: Sequence[str | Path]) -> None:
 
 def built(sources: Sequence[Path], flags: Sequence[str], build: Callable[[Path], None]) -> Path:
     """A folder that `build` has filled, named after everything that it is made of. Where it is not
-    there yet, one process builds it while others wait."""
+    there yet, one process builds it while others wait. Only the KEPT last used ones stay."""
     folder = FOLDER / digest(sources, flags)
     folder.mkdir(parents=True, exist_ok=True)
+    os.utime(folder)
     complete = folder / "complete"
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not complete.exists():
             build(folder)
             complete.touch()
+            for unused in sorted(FOLDER.iterdir(), key=lambda path: path.stat().st_mtime)[:-KEPT]:
+                shutil.rmtree(unused, ignore_errors=True)
     return folder
 
 

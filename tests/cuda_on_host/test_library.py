@@ -1,5 +1,6 @@
 """The library of CUDA kernels for the host: who builds it, and how often."""
 
+import os
 import threading
 import time
 
@@ -29,6 +30,15 @@ def test_who_asks_at_the_same_time_gets_the_one_that_is_built(tmp_path, monkeypa
     assert len(made) == 1 and found == [found[0]] * 3
     assert (found[0] / "library").read_text() == "a library"
     assert host.built([], ["-O0"], build_slowly) != found[0] and len(made) == 2
+
+
+def test_what_was_not_used_for_long_goes(tmp_path, monkeypatch):
+    monkeypatch.setattr(host, "FOLDER", tmp_path)
+    monkeypatch.setattr(host, "KEPT", 2)
+    first, second = (host.built([], [flag], lambda folder: None) for flag in ("-a", "-b"))
+    os.utime(second, (1, 1))
+    third = host.built([], ["-c"], lambda folder: None)
+    assert set(tmp_path.iterdir()) == {first, third}
 
 
 def test_a_build_that_fails_is_none(tmp_path, monkeypatch):
