@@ -24,7 +24,8 @@ from torch._ops import OpOverload
 from glmkern import native
 
 NAMES = ("cpu", "triton", "cuda", "reference")
-# Triton before CUDA C++ on a GPU: the CUDA kernels exist for chips that Triton does not serve.
+# Triton before CUDA C++, which serves older chips too: where both do, their predicted times are
+# equal (bench/NOTES.md).
 ORDER = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}
 MINIMUM_TRITON = (3, 6)
 # Backends whose kernels check values themselves: C++ reads a CPU tensor faster than Python does,
