@@ -75,6 +75,7 @@ def define_op(
     supports: Mapping[str, Predicate],
     check_values: ValueCheck | None = None,
     reference_reads_values: bool = False,
+    waits_on_gpu: bool = False,
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
 ) -> None:
@@ -95,13 +96,15 @@ def define_op(
             CPU, and everywhere under GLMKERN_CHECK=1.
         reference_reads_values: the reference reads these values on every device, so they are
             checked wherever it runs.
+        waits_on_gpu: kernels read values back to the host, so that no CUDA graph can hold a call.
         setup_context, backward: the derivative as torch.library.register_autograd takes it; without
             them, differentiating the op (a second derivative, for a `_bwd`) is an error.
     """
     predicates = {**supports, "reference": _supports_everything}
     op = OPS[name] = Op(name, module, reference, predicates, check_values, reference_reads_values)
+    tags = (torch.Tag.cudagraph_unsafe,) if waits_on_gpu else ()
     for library in _libraries.values():
-        library.define(name + schema)
+        library.define(name + schema, tags=tags)
 
     def call(*args: Any) -> Any:
         device = args[0].device

@@ -233,6 +233,7 @@ define_op(
     fake=_fwd_fake,
     supports=supports_of_kernels(),
     check_values=_check_values,
+    waits_on_gpu=True,  # how many rows are labelled
     setup_context=_setup_context,
     backward=_backward,
 )

@@ -283,3 +283,10 @@ def test_errors(backend, checked_values, arguments, sentence):
     call |= backend.on_device(arguments)
     with pytest.raises(ValueError, match=sentence):
         ops.linear_cross_entropy(call.pop("hidden"), call.pop("weight"), call.pop("labels"), **call)
+
+
+def test_no_cuda_graph_takes_the_op():
+    """It reads from a GPU how many rows are labelled: torch.compile must leave it outside."""
+    unsafe = torch.Tag.cudagraph_unsafe
+    assert unsafe in library.linear_cross_entropy_fwd.default.tags
+    assert unsafe not in library.linear_cross_entropy_bwd.default.tags
