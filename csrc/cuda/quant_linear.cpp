@@ -39,13 +39,17 @@ void mma(const QuantLinear& a, const Tensor& like, void* stream) {
   cuda::mma(a, plan, floats_of(partial), stream);
 }
 
-// The widest tile of a matrix product's: slabs of whole tiles leave none half empty.
-constexpr int64_t kSlabMultiple = 128;
+// The widest tile of a matrix product's: slabs of whole tiles leave none half empty. And columns
+// that give all multiprocessors of a small chip a tile.
+constexpr int64_t kSlabMultiple = 128, kSlabColumns = 1024;
 
 // How many of `length` rows or columns a slab has: at most half the L2 cache, and all slabs about
-// equal, as a product's last tiles would wait for those of a short slab.
+// equal, as a product's last tiles would wait for those of a short slab. Where a small cache holds
+// few columns, up to sixteen times as much: what a slab costs a T4's memory is a quarter of what
+// tiles that keep few multiprocessors busy cost it.
 int64_t slab_size(int64_t length, int64_t bytes_each, int64_t l2_bytes) {
-  int64_t most = l2_bytes / 2 / std::max<int64_t>(bytes_each, 1);
+  const int64_t cached = l2_bytes / 2 / std::max<int64_t>(bytes_each, 1);
+  int64_t most = std::max(cached, std::min(kSlabColumns, 16 * cached));
   const int64_t multiple = most >= kSlabMultiple ? kSlabMultiple : 2;  // even: two columns a byte
   most = std::max<int64_t>(most / multiple, 1) * multiple;
   const int64_t slabs = ceil_div(length, most);
@@ -118,6 +122,8 @@ Tensor quant_linear_swiglu_fwd(const Tensor& x, const Tensor& packed,
 
 }  // namespace
 
+constexpr int64_t kMmaTokens = 512;
+
 // float32: a slab costs 8 bytes a weight in the L2 cache, written once and read once: 1.5 ps at
 // 5.5 TB/s. Its decoding and torch's product come on top, with an FMA a token and weight, as the
 // gemv has it. The gemv's loops for sm_90 have seven instructions a weight at one token and
@@ -132,8 +138,6 @@ Tensor quant_linear_swiglu_fwd(const Tensor& x, const Tensor& packed,
 //
 // A dense weight of x's own dtype is torch's product alone; one of another dtype is converted, slab
 // by slab.
-constexpr int64_t kMmaTokens = 512;
-
 Variant choose(const QuantLinear& a) {
   const bool few = a.rows <= cuda::kGemvTokens;
   if (a.dtype == DType::kFloat && a.has_codes() && few) return Variant::kGemv;

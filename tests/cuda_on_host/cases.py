@@ -20,7 +20,7 @@ from tests.ops.numerics import HALF_AND_SINGLE, poisoned_memory
 from tests.ops.test_rope import table
 
 ROWS = 37  # two splits of bias_dropout's, of unequal lengths
-L2_BYTES = 1 << 14
+L2_BYTES = 1 << 10
 Kernels = SimpleNamespace  # torch.ops.glmkern_cuda
 
 

@@ -155,7 +155,7 @@ def test_gemv_wastes_no_memory_access(kernels, machine):
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
 @pytest.mark.parametrize(
     ("m", "n", "k", "l2"),
-    [(1, 36, 34, 2**9), (9, 70, 136, 2**13), (17, 300, 320, 2**18), (5, 1, 2, 1)],
+    [(1, 36, 34, 2**5), (9, 70, 136, 2**9), (17, 300, 320, 2**14), (5, 1, 2, 1)],
 )
 def test_slabs(kernels, machine, m, n, k, l2, dtype, bits):
     """Of two rows or columns, and of 128; the last one is smaller."""
@@ -171,7 +171,7 @@ def test_slabs_are_the_dequantised_weight(kernels, machine, place, n, k, dtype, 
     """To the last bit: a product with the unit matrix adds zeros to it."""
     packed, scale, _ = qweight = quantized(n, k, bits)
     weight, stored = ops.dequantize(qweight, dtype), (place(packed), place(scale), bits)
-    for l2 in (2**11, 2**17, 2**22):
+    for l2 in (2**7, 2**13, 2**18):
         with machine.variant("slab"), machine.l2_cache(l2), poisoned_memory():
             y = kernels.quant_linear_fwd(torch.eye(k, dtype=dtype), *stored, None)
             dx = kernels.quant_linear_bwd(torch.eye(n, dtype=dtype), *stored)
@@ -183,7 +183,7 @@ def test_slabs_are_the_dequantised_weight(kernels, machine, place, n, k, dtype, 
 @pytest.mark.parametrize("m", [1, 9])
 def test_dense_weights_of_any_dtype(kernels, machine, m, dtype, stored):
     weight = torch.randn(50, 34).to(stored)
-    with machine.l2_cache(2**11):
+    with machine.l2_cache(2**7):
         matches_fp64(
             differentiable(kernels, (weight, None, 8 * weight.element_size())),
             lambda x, b: F.linear(x, weight.to(dtype).to(x.dtype), b),
