@@ -84,7 +84,8 @@ test compiles again and compares. A line is an instance of a kernel's template. 
 registers of a thread. {spills}
 
 * shared: static bytes of a block
-* occupancy: the lowest that registers and `shared` allow, with blocks of the largest size
+* occupancy: the lowest that registers and `shared` allow, with blocks of the largest size; memory
+  that a launch asks for besides is in cuda_memory.md, up to 48 KiB for tensor cores
 * 16 bytes: loads and stores of that width in the code for sm_90, or for the newest chip that has
   the kernel
 """

@@ -60,8 +60,8 @@ static __global__ void __launch_bounds__(kTileThreads)
 }
 
 template <class T>
-void launch_split_sums(const char* name, const float* partial, int64_t splits, int64_t hidden,
-                       void* result, void* stream) {
+static void launch_split_sums(const char* name, const float* partial, int64_t splits,
+                              int64_t hidden, void* result, void* stream) {
   launch(name, split_sums_kernel<T>, tiles_of_row<1>(hidden), kTileThreads, stream, partial, splits,
          hidden, static_cast<T*>(result));
 }

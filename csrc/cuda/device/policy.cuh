@@ -1,6 +1,6 @@
 // How kernels with tensor cores differ between generations of chips. A policy is a template
-// argument rather than a question for __CUDA_ARCH__, so that the path of an old chip also runs on a
-// new one.
+// argument rather than a question for __CUDA_ARCH__, so that as PTX the path of an old chip runs on
+// a new one.
 #pragma once
 
 #include "cuda/device/ptx.cuh"
@@ -11,6 +11,7 @@ namespace glmkern::cuda {
 struct Sm75 {
   static constexpr bool kAsyncCopies = false;
   static constexpr int kStages = 2;
+  static constexpr int kSharedBytes = 32 * 1024;  // of a block: two fit a multiprocessor
   // Newer chips have Sm80's code; PTX of sm_75 is what runs this one there.
   static constexpr bool kCompiled = kDeviceArch == 0 || kDeviceArch < 800;
 
@@ -25,6 +26,7 @@ struct Sm75 {
 struct Sm80 {
   static constexpr bool kAsyncCopies = true;
   static constexpr int kStages = 3;
+  static constexpr int kSharedBytes = 49 * 1024;  // likewise, on chips with 100 KiB
   static constexpr bool kCompiled = kDeviceArch == 0 || kDeviceArch >= 800;
 
   template <class T>

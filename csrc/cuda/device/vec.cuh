@@ -64,6 +64,7 @@ __device__ Vec<T, kWidth> load(const T* p) {
     const uint2 bits = *reinterpret_cast<const uint2*>(p);
     memcpy(&v, &bits, sizeof v);
   } else {
+    static_assert(sizeof v == 16);
     const uint4 bits = *reinterpret_cast<const uint4*>(p);
     memcpy(&v, &bits, sizeof v);
   }

@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(kMaxThreads) rms_norm_forward_kernel(RmsNormFo
   V kept[kVectors > 0 ? kVectors : 1];  // h, which is x without a residual
   float squares = 0;
   for_each_vector<kWidth, kVectors>(hidden, [&](int v, int i) {
-    V h = load_once<kWidth>(x + i);
+    V h = kVectors > 0 || kResidual ? load_once<kWidth>(x + i) : load<kWidth>(x + i);
     if constexpr (kResidual) {
       const V residual = load_once<kWidth>(static_cast<const T*>(a.residual) + row + i);
 #pragma unroll

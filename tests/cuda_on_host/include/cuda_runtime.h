@@ -98,8 +98,9 @@ struct cudaLaunchConfig_t {
 };
 
 enum cudaDeviceAttr { cudaDevAttrL2CacheSize = 38 };
+// A chip for each version of the code: programs keep what they know of a device.
 inline cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
+  *device = cuda_on_host::code_version >= 80 ? 0 : 1;
   return cudaSuccess;
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {

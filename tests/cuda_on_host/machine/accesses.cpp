@@ -78,6 +78,11 @@ void __tsan_read_range(void* p, size_t size) {
 void __tsan_write_range(void* p, size_t size) {
   cuda_on_host::access(p, size, true, cuda_on_host::Alignment::kAny, __builtin_return_address(0));
 }
+// Of the launching code; kernels have none.
+int __tsan_atomic32_load(const volatile int* p, int order) { return __atomic_load_n(p, order); }
+void __tsan_atomic32_store(volatile int* p, int value, int order) {
+  __atomic_store_n(p, value, order);
+}
 void __tsan_init() {}
 void __tsan_vptr_read(void**) {}
 void __tsan_vptr_update(void**, void*) {}

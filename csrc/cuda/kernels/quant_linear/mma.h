@@ -23,7 +23,8 @@ constexpr int kForwardBytes = 64;   // of each, a step of a warp
 constexpr int kBackwardBytes = 32;  // of each row of the weight, a warp: its columns
 constexpr int backward_rows(int depth) { return 32 * (depth > 1 ? depth : 2); }  // of a step
 
-// How a product is shared out. It depends on its shape alone, so that a result's bits do too.
+// How a product is shared out. It depends on its shape and its tensors' alignment alone, so that a
+// result's bits do too.
 struct MmaPlan {
   MmaTile tile;
   bool wide;

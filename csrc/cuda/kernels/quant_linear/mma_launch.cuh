@@ -10,8 +10,8 @@
 
 namespace glmkern::cuda {
 
-// How many blocks of 128 threads a multiprocessor is to hold: registers suffice for the sums of so
-// many tokens, without a spill.
+// How many blocks a multiprocessor is to hold of those with 128 threads and no depth: registers
+// suffice for the sums of so many tokens, without a spill.
 constexpr int blocks_at_once(int tokens, int depth) { return depth > 1 ? 1 : tokens == 32 ? 3 : 2; }
 
 template <class Policy, class T, int kBits, int kTokens, int kWarps, int kDepth, bool kWide>
@@ -39,14 +39,18 @@ template <class Policy, class T, int kBits, bool kBackward, int kTokens, int kWa
 void launch_mma(const MmaArguments& m, int64_t blocks, void* stream) {
   if constexpr (kBackward) {
     using Tile = BackwardTile<T, kBits, kTokens, kWarps, kDepth>;
+    static_assert(Tile::kColumns * kBits / 8 == kBackwardBytes);
     constexpr int kTileBytes =
         Policy::kStages * 16 * (kTokens * Tile::kChunks + Tile::kScaleChunks);
+    static_assert(std::max(kTileBytes, Tile::kSumBytes) <= Policy::kSharedBytes);
     launch_with_shared("quant_linear_bwd",
                        mma_backward_kernel<Policy, T, kBits, kTokens, kWarps, kDepth, kWide>,
                        blocks, Tile::kThreads, std::max(kTileBytes, Tile::kSumBytes), stream, m);
   } else {
     using Tile = ForwardTile<T, kBits, kTokens, kWarps, kDepth>;
+    static_assert(Tile::kRows == kForwardRows && Tile::kColumns * kBits / 8 == kForwardBytes);
     constexpr int kTileBytes = Policy::kStages * 16 * kDepth * kTokens * Tile::kChunks;
+    static_assert(std::max(kTileBytes, Tile::kSumBytes) <= Policy::kSharedBytes);
     launch_with_shared("quant_linear_fwd",
                        mma_forward_kernel<Policy, T, kBits, kTokens, kWarps, kDepth, kWide>, blocks,
                        Tile::kThreads, std::max(kTileBytes, Tile::kSumBytes), stream, m);

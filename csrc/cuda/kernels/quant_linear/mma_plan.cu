@@ -1,6 +1,7 @@
 // How quant_linear's products on tensor cores are shared out, by which kernels, and the sum of
 // those that are split.
 #include <algorithm>
+#include <atomic>
 
 #include "cuda/device/flat.cuh"
 #include "cuda/kernels/quant_linear/mma.cuh"
@@ -65,10 +66,18 @@ void add_splits(const QuantLinear& a, int splits, const float* partial, void* st
   }
 }
 
+// Asking the driver takes some microseconds, so that each device is asked once.
+constexpr int kDevices = 64;
+std::atomic<int> known_version[kDevices];
+
 // Which code of this library the current device runs: 80 for what was compiled for sm_80.
 int code_version() {
+  int device = 0;
+  require_success("quant_linear", cudaGetDevice(&device));
+  if (device < kDevices && known_version[device] > 0) return known_version[device];
   cudaFuncAttributes attributes{};
   require_success("quant_linear", cudaFuncGetAttributes(&attributes, add_splits_kernel<__half, 1>));
+  if (device < kDevices) known_version[device] = attributes.ptxVersion;
   return attributes.ptxVersion;
 }
 
