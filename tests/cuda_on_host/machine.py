@@ -4,7 +4,8 @@ import contextlib
 import ctypes
 import functools
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -81,59 +82,41 @@ class Machine:
         self._library = ctypes.CDLL(str(path))
         self._library.cuda_on_host_stop_counting.restype = ctypes.c_char_p
 
-    @contextlib.contextmanager
-    def seed(self, seed: int) -> Iterator[None]:
+    def seed(self, seed: int) -> AbstractContextManager[None]:
         """Another order of the threads, in each launch the same."""
-        self._library.cuda_on_host_seed(ctypes.c_uint64(seed))
-        try:
-            yield
-        finally:
-            self._library.cuda_on_host_seed(ctypes.c_uint64(1))
+        return self._setting("seed", ctypes.c_uint64, seed, otherwise=1)
 
-    @contextlib.contextmanager
-    def without_barrier(self, place: int) -> Iterator[None]:
+    def without_barrier(self, place: int) -> AbstractContextManager[None]:
         """No thread waits there; `place` is a key of Kernel.barrier_places."""
-        self._library.cuda_on_host_remove_barrier(ctypes.c_uint64(place))
-        try:
-            yield
-        finally:
-            self._library.cuda_on_host_remove_barrier(ctypes.c_uint64(0))
+        return self._setting("remove_barrier", ctypes.c_uint64, place, otherwise=0)
 
-    @contextlib.contextmanager
-    def l2_cache(self, size: int) -> Iterator[None]:
+    def l2_cache(self, size: int) -> AbstractContextManager[None]:
         """Programs are told of an L2 cache of so many bytes."""
-        self._library.cuda_on_host_l2_bytes(ctypes.c_int(size))
-        try:
-            yield
-        finally:
-            self._library.cuda_on_host_l2_bytes(ctypes.c_int(L2_BYTES))
+        return self._setting("l2_bytes", ctypes.c_int, size, otherwise=L2_BYTES)
 
-    @contextlib.contextmanager
-    def splits(self, count: int) -> Iterator[None]:
+    def splits(self, count: int) -> AbstractContextManager[None]:
         """quant_linear's sums on tensor cores go in so many splits."""
-        self._library.cuda_on_host_force_splits(ctypes.c_int(count))
-        try:
-            yield
-        finally:
-            self._library.cuda_on_host_force_splits(ctypes.c_int(0))
+        return self._setting("force_splits", ctypes.c_int, count, otherwise=0)
 
-    @contextlib.contextmanager
-    def code_version(self, version: int) -> Iterator[None]:
+    def code_version(self, version: int) -> AbstractContextManager[None]:
         """The code that runs was compiled for sm_<version>."""
-        self._library.cuda_on_host_code_version(ctypes.c_int(version))
-        try:
-            yield
-        finally:
-            self._library.cuda_on_host_code_version(ctypes.c_int(CODE_VERSION))
+        return self._setting("code_version", ctypes.c_int, version, otherwise=CODE_VERSION)
+
+    def variant(self, name: str) -> AbstractContextManager[None]:
+        """quant_linear takes that one of VARIANTS."""
+        return self._setting("force_quant_linear", ctypes.c_int, VARIANTS.index(name), otherwise=-1)
 
     @contextlib.contextmanager
-    def variant(self, name: str) -> Iterator[None]:
-        """quant_linear takes that one of VARIANTS."""
-        self._library.cuda_on_host_force_quant_linear(ctypes.c_int(VARIANTS.index(name)))
+    def _setting(
+        self, name: str, ctype: Callable[[int], object], value: int, otherwise: int
+    ) -> Iterator[None]:
+        """The library's cuda_on_host_<name> is told `value` here, and `otherwise` after."""
+        tell = getattr(self._library, f"cuda_on_host_{name}")
+        tell(ctype(value))
         try:
             yield
         finally:
-            self._library.cuda_on_host_force_quant_linear(ctypes.c_int(-1))
+            tell(ctype(otherwise))
 
     def plan(self, rows: int, n: int, k: int, backward: bool) -> Plan:
         """Of `rows` tokens with a weight [n, k] of 4 bits."""
