@@ -4,18 +4,13 @@ elements, one tensor unaligned at a time, splits of every kind, many sequences."
 import pytest
 import torch
 
-from tests.cuda_on_host.sanitized import load_kernels, unaligned
+from tests.cuda_on_host.sanitized import unaligned
 from tests.ops.numerics import HALF_AND_SINGLE, poisoned_memory, same_bits
 from tests.ops.test_bias_dropout import SEED, expected_mask, sequences
 
 # rows, hidden: vectors and single elements, a tile with lanes to spare and several tiles
 SHAPES = [(1, 1), (9, 17), (17, 64), (3, 1032), (33, 300)]
 seed = torch.tensor(SEED)
-
-
-@pytest.fixture(scope="module")
-def kernels():
-    return load_kernels()
 
 
 def inputs(rows, hidden, dtype):

@@ -9,28 +9,13 @@ import pytest
 
 from tests.cuda_on_host import test_rope
 from tests.cuda_on_host.cases import every_case
-from tests.cuda_on_host.machine import Machine, short_name
-from tests.cuda_on_host.sanitized import (
-    SANITIZED,
-    assert_sanitizers_find_nothing,
-    library,
-    load_kernels,
-)
+from tests.cuda_on_host.machine import short_name
+from tests.cuda_on_host.sanitized import SANITIZED, assert_sanitizers_find_nothing, library
 from tests.ops.numerics import same_bits
 
 # AddressSanitizer looks at accesses, which no order of threads changes.
 SEEDS = () if SANITIZED in os.environ else (2, 3, 4, 5, 6)
 CASES = {str(case): case for case in every_case()}
-
-
-@pytest.fixture(scope="module")
-def kernels():
-    return load_kernels()
-
-
-@pytest.fixture(scope="module")
-def machine(kernels):
-    return Machine(library())
 
 
 @pytest.fixture(scope="module")

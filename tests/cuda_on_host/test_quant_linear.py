@@ -6,19 +6,8 @@ import torch
 import torch.nn.functional as F
 
 from glmkern import ops
-from tests.cuda_on_host.machine import Machine
-from tests.cuda_on_host.sanitized import library, load_kernels, unaligned
+from tests.cuda_on_host.sanitized import unaligned
 from tests.ops.numerics import HALF_AND_SINGLE, matches_fp64, poisoned_memory, same_bits
-
-
-@pytest.fixture(scope="module")
-def kernels():
-    return load_kernels()
-
-
-@pytest.fixture(scope="module")
-def machine(kernels):
-    return Machine(library())
 
 
 def quantized(n, k, bits, scale_dtype=torch.float32):

@@ -3,17 +3,12 @@
 import pytest
 import torch
 
-from tests.cuda_on_host.sanitized import load_kernels, unaligned
+from tests.cuda_on_host.sanitized import unaligned
 from tests.ops import formulas
 from tests.ops.formulas import add_rms_norm_inputs
 from tests.ops.numerics import HALF_AND_SINGLE, matches_fp64, poisoned_memory, same_bits
 
 EPS = 1e-5
-
-
-@pytest.fixture(scope="module")
-def kernels():
-    return load_kernels()
 
 
 def differentiable(kernels, place=torch.Tensor.clone):

@@ -5,7 +5,7 @@ blocks."""
 import pytest
 import torch
 
-from tests.cuda_on_host.sanitized import load_kernels, unaligned
+from tests.cuda_on_host.sanitized import unaligned
 from tests.ops.formulas import rotated
 from tests.ops.numerics import HALF_AND_SINGLE, matches_fp64, poisoned_memory, same_bits
 from tests.ops.test_rope import split_qkv, table
@@ -19,11 +19,6 @@ QKV_SHAPES = [
 ]
 TABLE_DTYPES = HALF_AND_SINGLE
 TENSORS = ("qkv", "bias", "table", "keys", "values")
-
-
-@pytest.fixture(scope="module")
-def kernels():
-    return load_kernels()
 
 
 def qkv_inputs(shape, dtype, table_dtype=torch.float32):

@@ -4,16 +4,11 @@ and single elements, one tensor unaligned at a time, no rows."""
 import pytest
 import torch
 
-from tests.cuda_on_host.sanitized import load_kernels, unaligned
+from tests.cuda_on_host.sanitized import unaligned
 from tests.ops.numerics import HALF_AND_SINGLE, poisoned_memory, same_bits
 
 # rows, width: vectors and single elements, blocks of several rows and rows of several blocks
 SHAPES = [(1, 1), (5, 17), (9, 64), (3, 1032), (2, 1100), (1, 13696)]
-
-
-@pytest.fixture(scope="module")
-def kernels():
-    return load_kernels()
 
 
 def inputs(rows, width, dtype):
