@@ -61,15 +61,15 @@ def matches_fp64(
     `inputs` are the ones whose gradients are compared. The kernel runs in poisoned memory.
 
     `inputs` may be a function that draws inputs. It is called until the smallest compared tensor
-    has met `sample` elements, and many times more if the rule seems broken then.
+    that has elements has met `sample` elements, and many times more if the rule seems broken then.
     """
     if not callable(inputs):
         _check_all([_compare(kernel, formula, inputs)])
         return
     draws = [_compare(kernel, formula, inputs())]
-    smallest = min((exact.numel() for _, exact, _, _ in draws[0].values()), default=0)
-    if smallest > 0:
-        draws += [_compare(kernel, formula, inputs()) for _ in range(sample // smallest)]
+    sizes = [exact.numel() for _, exact, _, _ in draws[0].values() if exact.numel() > 0]
+    smallest = min(sizes, default=LARGE_SAMPLE)
+    draws += [_compare(kernel, formula, inputs()) for _ in range(sample // smallest)]
     if _broken_rule(draws) is not None:
         count = min(max(LARGE_SAMPLE // smallest, MORE_DRAWS.start), MORE_DRAWS.stop)
         draws += [_compare(kernel, formula, inputs()) for _ in range(count)]
