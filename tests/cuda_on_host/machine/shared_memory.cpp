@@ -13,6 +13,13 @@ thread_local uint4 dynamic_shared_memory[cuda_on_host::kMaxSharedBytes / sizeof(
 
 namespace cuda_on_host {
 
+// Without the calls of accesses.cpp, only what the machine itself writes.
+#ifdef __SANITIZE_ADDRESS__
+constexpr bool kWritesAreSeen = false;
+#else
+constexpr bool kWritesAreSeen = true;
+#endif
+
 SharedMemory shared_memory;
 
 namespace {
@@ -110,6 +117,7 @@ void SharedMemory::read(const void* address, int size, int thread, Pc pc) {
   for (uintptr_t i = offset_of(address); i < offset_of(address) + size; i++) {
     Byte& byte = bytes_[i];
     if (!usable(byte, "reads", thread, pc)) return;
+    if (!kWritesAreSeen) continue;
     if (byte.block != block_) {
       fail("thread " + std::to_string(thread) + " reads at " + where(pc) + " " + byte_at(i, size) +
            " that this block has not written");
