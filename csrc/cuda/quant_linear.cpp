@@ -2,6 +2,7 @@
 // kernels are in cuda/kernels/quant_linear/.
 #include <algorithm>
 
+#include "cuda/forced_splits.h"
 #include "cuda/kernels/quant_linear/mma.h"
 #include "cuda/kernels/quant_linear/quant_linear_cuda.h"
 #include "cuda/library.h"

@@ -20,9 +20,6 @@ Variant choose(const QuantLinear& a);
 // Taken instead of what `choose` says, for tests.
 inline std::optional<Variant> forced_variant;
 
-// Likewise, of the sum on tensor cores, where positive.
-inline int forced_splits = 0;
-
 // Computes `a` on the device of `like`, where working memory is allocated too.
 void quant_linear_run(const QuantLinear& a, const Tensor& like);
 

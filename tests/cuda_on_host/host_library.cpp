@@ -5,6 +5,7 @@
 
 #include "cuda/library.h"
 
+#include "cuda/forced_splits.h"
 #include "cuda/kernels/quant_linear/mma.h"
 #include "cuda/quant_linear_cuda_run.h"
 
@@ -20,7 +21,7 @@ extern "C" [[gnu::visibility("default")]] void cuda_on_host_force_quant_linear(i
   if (variant >= 0) glmkern::forced_variant = static_cast<glmkern::Variant>(variant);
 }
 
-// Into how many splits its sum on tensor cores goes, or 0.
+// Into how many splits sums go, or 0 for as many as the ops see fit.
 extern "C" [[gnu::visibility("default")]] void cuda_on_host_force_splits(int splits) {
   glmkern::forced_splits = splits;
 }

@@ -95,7 +95,7 @@ class Machine:
         return self._setting("l2_bytes", ctypes.c_int, size, otherwise=L2_BYTES)
 
     def splits(self, count: int) -> AbstractContextManager[None]:
-        """quant_linear's sums on tensor cores go in so many splits."""
+        """The sums of quant_linear on tensor cores and of prefix_attention go in so many splits."""
         return self._setting("force_splits", ctypes.c_int, count, otherwise=0)
 
     def code_version(self, version: int) -> AbstractContextManager[None]:

@@ -14,28 +14,11 @@
 #include <cstdint>
 #include <cstring>
 
-#include "cuda/device/ptx.cuh"
+#include "cuda/device/vec.cuh"
 
 namespace glmkern::cuda {
 
-constexpr int kAndXor = (0xf0 & 0xcc) ^ 0xaa;  // lop3: (a & b) ^ c
-constexpr int kAndOr = (0xf0 & 0xcc) | 0xaa;   // lop3: (a & b) | c
-
 // Arithmetic on two numbers in a register.
-template <class Pair>
-__device__ uint32_t bits_of(Pair pair) {
-  static_assert(sizeof(Pair) == 4);
-  uint32_t bits;
-  memcpy(&bits, &pair, sizeof bits);
-  return bits;
-}
-template <class Pair>
-__device__ Pair pair_of(uint32_t bits) {
-  Pair pair;
-  memcpy(&pair, &bits, sizeof pair);
-  return pair;
-}
-
 template <class T>
 struct PairOf;
 template <>
@@ -57,13 +40,6 @@ __device__ uint32_t multiply(uint32_t a, uint32_t b) {
   using Pair = typename PairOf<T>::Type;
   return bits_of(__hmul2(pair_of<Pair>(a), pair_of<Pair>(b)));
 }
-__device__ inline uint32_t rounded_pair(float a, float b, __half) {
-  return bits_of(__floats2half2_rn(a, b));
-}
-__device__ inline uint32_t rounded_pair(float a, float b, __nv_bfloat16) {
-  return bits_of(__floats2bfloat162_rn(a, b));
-}
-
 // Byte i of a into byte 0, byte i of b into byte 2. The others do not matter.
 template <int i>
 __device__ uint32_t join_bytes(uint32_t a, uint32_t b) {

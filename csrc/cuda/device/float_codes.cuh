@@ -27,7 +27,7 @@ __device__ float code_at(uint32_t word, int at) {
   const uint32_t sign = 1u << (kBits - 1) << at;
   const uint32_t magic = static_cast<uint32_t>(127 + 23 - at) << 23;
   // nvcc makes two of `(word & mask) ^ (magic | sign)`.
-  const uint32_t bits = lop3<(0xf0 & 0xcc) ^ 0xaa>(word, mask, magic | sign);
+  const uint32_t bits = lop3<kAndXor>(word, mask, magic | sign);
   float result;
   memcpy(&result, &bits, sizeof result);
   return result - static_cast<float>((1 << (23 - at)) + (1 << (kBits - 1)));

@@ -145,7 +145,16 @@ __device__ inline void store_16(void* global, uint4 bits) {
                : "memory");
 }
 
+// 2^x, to two units of the last place.
+__device__ inline float exp2_approximate(float x) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
 // Any function of three bits, for each bit: f(0xf0, 0xcc, 0xaa) of it as kTable.
+constexpr int kAndXor = (0xf0 & 0xcc) ^ 0xaa;  // (a & b) ^ c
+constexpr int kAndOr = (0xf0 & 0xcc) | 0xaa;   // (a & b) | c
 template <int kTable>
 __device__ uint32_t lop3(uint32_t a, uint32_t b, uint32_t c) {
   uint32_t result;

@@ -8,7 +8,7 @@
 //       wait_for_tiles<Policy>()     this thread's part of the step's tiles is there
 //       __syncthreads()              all threads' parts are; nobody reads the step before any more
 //       tile.start(step + kStages - 1, ...); end_of_starts<Policy>()
-//       ...                          work on tile.chunk(step, ...)
+//       ...                          work on tile.chunks(step)
 //       tile.finish(step + kStages - 1, ...)
 #pragma once
 
@@ -24,6 +24,24 @@ struct Chunk {
   int count;
 };
 
+// Wide chunks exist as a whole or not at all, and are aligned to 16 bytes.
+template <bool kWide, class T>
+__device__ uint4 read_chunk(const Chunk<T>& chunk) {
+  constexpr int kCount = kVectorWidth<T>;
+  Vec<T, kCount> v{};
+  if constexpr (kWide) {
+    if (chunk.count > 0) v = load<kCount>(chunk.from);
+  } else {
+#pragma unroll
+    for (int k = 0; k < kCount; k++) {
+      if (k < chunk.count) v.element[k] = chunk.from[k];
+    }
+  }
+  uint4 bits;
+  memcpy(&bits, &v, sizeof bits);
+  return bits;
+}
+
 template <class Policy, class T, int kChunks, int kThreads, bool kWide>
 class StagedTile {
  public:
@@ -31,18 +49,17 @@ class StagedTile {
 
   __device__ explicit StagedTile(uint4* memory) : memory_(memory) {}
 
-  // source(i) is the Chunk i of this tile, place(i) its place from 0 to kChunks - 1. Wide chunks
-  // exist as a whole or not at all, and are aligned to 16 bytes.
+  // source(i) is the Chunk i of this tile, place(i) its place from 0 to kChunks - 1.
   template <class Source, class Place>
   __device__ void start(int step, Source source, Place place) {
     for_each([&](int k, int i) {
       const Chunk<T> chunk = source(i);
       if constexpr (kWide && Policy::kAsyncCopies) {
-        copy_async(memory_ + at(step, place(i)), chunk.from, chunk.count > 0 ? 16 : 0);
+        copy_async(chunks(step) + place(i), chunk.from, chunk.count > 0 ? 16 : 0);
       } else if constexpr (Policy::kAsyncCopies) {
-        memory_[at(step, place(i))] = read(chunk);
+        chunks(step)[place(i)] = read_chunk<kWide>(chunk);
       } else {
-        held_[k] = read(chunk);
+        held_[k] = read_chunk<kWide>(chunk);
       }
     });
   }
@@ -50,11 +67,11 @@ class StagedTile {
   template <class Place>
   __device__ void finish(int step, Place place) {
     if constexpr (!Policy::kAsyncCopies) {
-      for_each([&](int k, int i) { memory_[at(step, place(i))] = held_[k]; });
+      for_each([&](int k, int i) { chunks(step)[place(i)] = held_[k]; });
     }
   }
 
-  __device__ uint4 chunk(int step, int place) const { return memory_[at(step, place)]; }
+  __device__ uint4* chunks(int step) const { return memory_ + step % Policy::kStages * kChunks; }
 
  private:
   static constexpr int kEach = (kChunks + kThreads - 1) / kThreads;
@@ -64,27 +81,9 @@ class StagedTile {
   static __device__ void for_each(F f) {
 #pragma unroll
     for (int k = 0; k < kEach; k++) {
-      const int i = k * kThreads + threadIdx.x;
+      const unsigned i = k * kThreads + threadIdx.x % kThreads;  // says that it is below kThreads
       if (kChunks % kThreads == 0 || i < kChunks) f(k, i);
     }
-  }
-
-  static __device__ int at(int step, int place) { return step % Policy::kStages * kChunks + place; }
-
-  static __device__ uint4 read(const Chunk<T>& chunk) {
-    constexpr int kCount = kVectorWidth<T>;
-    Vec<T, kCount> v{};
-    if constexpr (kWide) {
-      if (chunk.count > 0) v = load<kCount>(chunk.from);
-    } else {
-#pragma unroll
-      for (int k = 0; k < kCount; k++) {
-        if (k < chunk.count) v.element[k] = chunk.from[k];
-      }
-    }
-    uint4 bits;
-    memcpy(&bits, &v, sizeof bits);
-    return bits;
   }
 
   uint4* memory_;

@@ -35,6 +35,28 @@ __device__ inline __nv_bfloat16 from_float(float x) {
   return __float2bfloat16_rn(x);
 }
 
+// Two numbers in a register, the first one in the lower half.
+template <class Pair>
+__device__ uint32_t bits_of(Pair pair) {
+  static_assert(sizeof(Pair) == 4);
+  uint32_t bits;
+  memcpy(&bits, &pair, sizeof bits);
+  return bits;
+}
+template <class Pair>
+__device__ Pair pair_of(uint32_t bits) {
+  Pair pair;
+  memcpy(&pair, &bits, sizeof pair);
+  return pair;
+}
+
+__device__ inline uint32_t rounded_pair(float a, float b, __half) {
+  return bits_of(__floats2half2_rn(a, b));
+}
+__device__ inline uint32_t rounded_pair(float a, float b, __nv_bfloat16) {
+  return bits_of(__floats2bfloat162_rn(a, b));
+}
+
 // f(T{}) with the element type that `dtype` names.
 template <class F>
 void with_dtype(DType dtype, F f) {
@@ -121,6 +143,47 @@ __device__ void store_floats(float* p, const float (&x)[kWidth]) {
 #pragma unroll
     for (int k = 0; k < kAtOnce; k++) v.element[k] = x[i + k];
     store(p + i, v);
+  }
+}
+
+// How many of a row's kCount numbers an access has.
+template <class T, int kCount>
+constexpr int kRowWidth = kCount < kVectorWidth<T> ? kCount : kVectorWidth<T>;
+
+// The numbers at p of which `left` exist, at once where memory allows; zeros for the rest.
+template <class T, int kCount>
+__device__ void read_row(const T* p, int left, float (&numbers)[kCount]) {
+  constexpr int kAtOnce = kRowWidth<T, kCount>;
+  if (left >= kCount && reinterpret_cast<uintptr_t>(p) % (kAtOnce * sizeof(T)) == 0) {
+#pragma unroll
+    for (int i = 0; i < kCount; i += kAtOnce) {
+      const Vec<T, kAtOnce> v = load<kAtOnce>(p + i);
+#pragma unroll
+      for (int k = 0; k < kAtOnce; k++) numbers[i + k] = to_float(v.element[k]);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kCount; i++) numbers[i] = i < left ? to_float(p[i]) : 0;
+  }
+}
+
+// Rounds and writes those of a row's results that exist, `left`: at once where memory allows.
+template <class T, int kCount>
+__device__ void write_row(T* p, int left, const float (&results)[kCount]) {
+  constexpr int kAtOnce = kRowWidth<T, kCount>;
+  if (left >= kCount && reinterpret_cast<uintptr_t>(p) % (kAtOnce * sizeof(T)) == 0) {
+#pragma unroll
+    for (int i = 0; i < kCount; i += kAtOnce) {
+      Vec<T, kAtOnce> v;
+#pragma unroll
+      for (int k = 0; k < kAtOnce; k++) v.element[k] = from_float<T>(results[i + k]);
+      store(p + i, v);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kCount; i++) {
+      if (i < left) p[i] = from_float<T>(results[i]);
+    }
   }
 }
 

@@ -41,6 +41,13 @@ struct MmaBlock {
   int token, result, split, begin, end;
 };
 
+// Of the i-th chunk of a tile, token by token.
+template <class Tile>
+__device__ int place_of_chunk(int i) {
+  const int chunk = i % Tile::kChunks;
+  return i - chunk + Tile::place(i / Tile::kChunks, chunk);
+}
+
 // The bytes at p of which `left` exist, as words; zeros, the code 0, for the rest.
 template <bool kWide>
 __device__ uint32_t load_word(const uint8_t* p, int left) {
@@ -64,43 +71,6 @@ __device__ void load_words(const uint8_t* p, int left, uint32_t (&words)[4]) {
   } else {
 #pragma unroll
     for (int i = 0; i < 4; i++) words[i] = load_word<false>(p + 4 * i, left - 4 * i);
-  }
-}
-
-// The numbers at p of which `left` exist, at once where memory allows.
-template <class T, int kCount>
-__device__ void read_row(const T* p, int left, float (&numbers)[kCount]) {
-  Vec<T, kCount> v{};
-  if (left >= kCount && reinterpret_cast<uintptr_t>(p) % sizeof v == 0) {
-    v = load<kCount>(p);
-  } else {
-#pragma unroll
-    for (int i = 0; i < kCount; i++) {
-      if (i < left) v.element[i] = p[i];
-    }
-  }
-#pragma unroll
-  for (int i = 0; i < kCount; i++) numbers[i] = to_float(v.element[i]);
-}
-
-// Rounds and writes those of a row's results that exist, `left`: at once where memory allows.
-template <class T, int kCount>
-__device__ void write_row(T* p, int left, const float (&results)[kCount]) {
-  constexpr int kBytes = kCount * sizeof(T) < 16 ? kCount * sizeof(T) : 16;
-  constexpr int kAtOnce = kBytes / sizeof(T);
-  if (left >= kCount && reinterpret_cast<uintptr_t>(p) % kBytes == 0) {
-#pragma unroll
-    for (int i = 0; i < kCount; i += kAtOnce) {
-      Vec<T, kAtOnce> v;
-#pragma unroll
-      for (int k = 0; k < kAtOnce; k++) v.element[k] = from_float<T>(results[i + k]);
-      store(p + i, v);
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < kCount; i++) {
-      if (i < left) p[i] = from_float<T>(results[i]);
-    }
   }
 }
 

@@ -34,6 +34,11 @@ struct BackwardTile {
   static constexpr int kScaleChunks = kTileRows / 4;  // of four floats
   static constexpr int kSumBytes = kDepth > 1 ? kDepth * kTokens * kColumns * 4 : 0;
 
+  template <class Policy, bool kWide>
+  using Tokens = StagedTile<Policy, T, kTokens * kChunks, kThreads, kWide>;
+  template <class Policy, bool kWide>
+  using Scales = StagedTile<Policy, float, kScaleChunks, kThreads, kWide>;
+
   // As ForwardTile's: lanes t read neighbouring chunks of two tokens.
   static __device__ int place(int token, int chunk) { return chunk ^ 4 * (token % 2); }
 };
@@ -41,8 +46,8 @@ struct BackwardTile {
 template <class Policy, class T, int kBits, int kTokens, int kColumnWarps, int kDepth, bool kWide>
 __device__ void mma_backward(const MmaArguments& m) {
   using Tile = BackwardTile<T, kBits, kTokens, kColumnWarps, kDepth>;
-  using Tokens = StagedTile<Policy, T, kTokens * Tile::kChunks, Tile::kThreads, kWide>;
-  using Scales = StagedTile<Policy, float, Tile::kScaleChunks, Tile::kThreads, kWide>;
+  using Tokens = typename Tile::template Tokens<Policy, kWide>;
+  using Scales = typename Tile::template Scales<Policy, kWide>;
   constexpr int kTokenTiles = kTokens / 8;
   const QuantLinear& a = m.a;
   const MmaBlock block(m);
@@ -52,10 +57,6 @@ __device__ void mma_backward(const MmaArguments& m) {
 
   Tokens tokens(dynamic_shared_memory);
   Scales scales(dynamic_shared_memory + Tokens::kBytes / 16);
-  const auto place = [](int i) {
-    const int chunk = i % Tile::kChunks;
-    return i - chunk + Tile::place(i / Tile::kChunks, chunk);
-  };
   const auto in_order = [](int i) { return i; };
   const int first_token = block.token * kTokens, rows = static_cast<int>(a.n);
   const int tokens_left = static_cast<int>(a.rows) - first_token;
@@ -70,11 +71,11 @@ __device__ void mma_backward(const MmaArguments& m) {
       const int row = first_row + 4 * i;
       return Chunk<float>{a.scale + row, rows - row};
     };
-    tokens.start(stage, source, place);
+    tokens.start(stage, source, place_of_chunk<Tile>);
     scales.start(stage, scale_source, in_order);
   };
   const auto finish = [&](int stage) {
-    tokens.finish(stage, place);
+    tokens.finish(stage, place_of_chunk<Tile>);
     scales.finish(stage, in_order);
   };
 
@@ -97,7 +98,7 @@ __device__ void mma_backward(const MmaArguments& m) {
     uint32_t pairs[4][Tile::kLaneColumns];  // of rows 2 p and 2 p + 1, by column
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-      const uint4 bits = scales.chunk(stage, 8 * step + 2 * t + half);
+      const uint4 bits = scales.chunks(stage)[8 * step + 2 * t + half];
       float s[4];
       memcpy(s, &bits, sizeof s);
 #pragma unroll
@@ -112,7 +113,7 @@ __device__ void mma_backward(const MmaArguments& m) {
     for (int j = 0; j < kTokenTiles; j++) {
       const int token = 8 * j + g;
       const uint4 dy =
-          tokens.chunk(stage, token * Tile::kChunks + Tile::place(token, 4 * step + t));
+          tokens.chunks(stage)[token * Tile::kChunks + Tile::place(token, 4 * step + t)];
 #pragma unroll
       for (int i = 0; i < Tile::kInstructions; i++) {
         const int other = i + Tile::kInstructions;

@@ -30,6 +30,9 @@ struct ForwardTile {
   static constexpr int kLaneChunks = kChunks / 4;
   static constexpr int kSumBytes = kDepth > 1 ? kDepth * kTokens * kRows * 4 : 0;
 
+  template <class Policy, bool kWide>
+  using Tokens = StagedTile<Policy, T, kDepth * kTokens * kChunks, kThreads, kWide>;
+
   // Where a token's chunk is. The eight lanes that shared memory serves at once read chunks
   // kLaneChunks apart of two tokens, and write neighbouring ones: either way these places have no
   // bank in common.
@@ -42,7 +45,7 @@ struct ForwardTile {
 template <class Policy, class T, int kBits, int kTokens, int kRowWarps, int kDepth, bool kWide>
 __device__ void mma_forward(const MmaArguments& m) {
   using Tile = ForwardTile<T, kBits, kTokens, kRowWarps, kDepth>;
-  using Tokens = StagedTile<Policy, T, kDepth * kTokens * Tile::kChunks, Tile::kThreads, kWide>;
+  using Tokens = typename Tile::template Tokens<Policy, kWide>;
   constexpr int kRowTiles = 2, kTokenTiles = kTokens / 8;
   const QuantLinear& a = m.a;
   const MmaBlock block(m);
@@ -62,10 +65,6 @@ __device__ void mma_forward(const MmaArguments& m) {
           (step * kDepth + i / (kTokens * Tile::kChunks)) * Tile::kColumns + i % Tile::kChunks * 8;
       return Chunk<T>{x + token * columns + column, token < tokens_left ? columns - column : 0};
     };
-  };
-  const auto place = [](int i) {
-    const int chunk = i % Tile::kChunks;
-    return i - chunk + Tile::place(i / Tile::kChunks, chunk);
   };
 
   // The 16 bytes of each of this lane's rows.
@@ -100,8 +99,8 @@ __device__ void mma_forward(const MmaArguments& m) {
 #pragma unroll
       for (int j = 0; j < kTokenTiles; j++) {
         const int token = depth * kTokens + 8 * j + g;
-        const uint4 x = tokens.chunk(
-            step, token * Tile::kChunks + Tile::place(token, t * Tile::kLaneChunks + c));
+        const uint4 x = tokens.chunks(
+            step)[token * Tile::kChunks + Tile::place(token, t * Tile::kLaneChunks + c)];
 #pragma unroll
         for (int i = 0; i < kRowTiles; i++) {
           const uint32_t (&even)[4] = pairs[2 * i], (&odd)[4] = pairs[2 * i + 1];
@@ -117,19 +116,19 @@ __device__ void mma_forward(const MmaArguments& m) {
   load_weights(block.begin, words);
 #pragma unroll
   for (int step = 0; step < Policy::kStages - 1; step++) {
-    if (step < steps) tokens.start(step, source(block.begin + step), place);
-    tokens.finish(step, place);
+    if (step < steps) tokens.start(step, source(block.begin + step), place_of_chunk<Tile>);
+    tokens.finish(step, place_of_chunk<Tile>);
     end_of_starts<Policy>();
   }
   for (int step = 0; step < steps; step++) {
     wait_for_tiles<Policy>();
     __syncthreads();
     const int ahead = step + Policy::kStages - 1;
-    if (ahead < steps) tokens.start(ahead, source(block.begin + ahead), place);
+    if (ahead < steps) tokens.start(ahead, source(block.begin + ahead), place_of_chunk<Tile>);
     end_of_starts<Policy>();
     if (step + 1 < steps) load_weights(block.begin + step + 1, next_words);
     multiply(step, words);
-    if (ahead < steps) tokens.finish(ahead, place);
+    if (ahead < steps) tokens.finish(ahead, place_of_chunk<Tile>);
     memcpy(words, next_words, sizeof words);
   }
 

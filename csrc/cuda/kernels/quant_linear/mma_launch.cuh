@@ -41,7 +41,7 @@ void launch_mma(const MmaArguments& m, int64_t blocks, void* stream) {
     using Tile = BackwardTile<T, kBits, kTokens, kWarps, kDepth>;
     static_assert(Tile::kColumns * kBits / 8 == kBackwardBytes);
     constexpr int kTileBytes =
-        Policy::kStages * 16 * (kTokens * Tile::kChunks + Tile::kScaleChunks);
+        Tile::template Tokens<Policy, kWide>::kBytes + Tile::template Scales<Policy, kWide>::kBytes;
     static_assert(std::max(kTileBytes, Tile::kSumBytes) <= Policy::kSharedBytes);
     launch_with_shared("quant_linear_bwd",
                        mma_backward_kernel<Policy, T, kBits, kTokens, kWarps, kDepth, kWide>,
@@ -49,7 +49,7 @@ void launch_mma(const MmaArguments& m, int64_t blocks, void* stream) {
   } else {
     using Tile = ForwardTile<T, kBits, kTokens, kWarps, kDepth>;
     static_assert(Tile::kRows == kForwardRows && Tile::kColumns * kBits / 8 == kForwardBytes);
-    constexpr int kTileBytes = Policy::kStages * 16 * kDepth * kTokens * Tile::kChunks;
+    constexpr int kTileBytes = Tile::template Tokens<Policy, kWide>::kBytes;
     static_assert(std::max(kTileBytes, Tile::kSumBytes) <= Policy::kSharedBytes);
     launch_with_shared("quant_linear_fwd",
                        mma_forward_kernel<Policy, T, kBits, kTokens, kWarps, kDepth, kWide>, blocks,

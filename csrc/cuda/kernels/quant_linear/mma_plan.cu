@@ -4,6 +4,7 @@
 #include <atomic>
 
 #include "cuda/device/flat.cuh"
+#include "cuda/kernels/code_version.h"
 #include "cuda/kernels/quant_linear/mma.cuh"
 #include "ops/ceil_div.h"
 
@@ -70,17 +71,6 @@ void add_splits(const QuantLinear& a, int splits, const float* partial, void* st
 constexpr int kDevices = 64;
 std::atomic<int> known_version[kDevices];
 
-// Which code of this library the current device runs: 80 for what was compiled for sm_80.
-int code_version() {
-  int device = 0;
-  require_success("quant_linear", cudaGetDevice(&device));
-  if (device < kDevices && known_version[device] > 0) return known_version[device];
-  cudaFuncAttributes attributes{};
-  require_success("quant_linear", cudaFuncGetAttributes(&attributes, add_splits_kernel<__half, 1>));
-  if (device < kDevices) known_version[device] = attributes.ptxVersion;
-  return attributes.ptxVersion;
-}
-
 // The share of multiprocessors that have work, on the mean of a T4, an A100, an RTX 4090 and an
 // H100, all blocks taking the same time.
 double busy_share(int64_t blocks) {
@@ -109,6 +99,17 @@ int best_splits(const QuantLinear& a, int64_t blocks, int64_t steps, int64_t lea
 
 }  // namespace
 
+int code_version() {
+  int device = 0;
+  require_success("of this library", cudaGetDevice(&device));
+  if (device < kDevices && known_version[device] > 0) return known_version[device];
+  cudaFuncAttributes attributes{};
+  require_success("of this library",
+                  cudaFuncGetAttributes(&attributes, add_splits_kernel<__half, 1>));
+  if (device < kDevices) known_version[device] = attributes.ptxVersion;
+  return attributes.ptxVersion;
+}
+
 MmaPlan plan_mma(const QuantLinear& a) {
   MmaPlan plan{};
   plan.wide = fits_wide(a);
@@ -129,8 +130,8 @@ MmaPlan plan_mma(const QuantLinear& a) {
 
 bool mma_serves(const QuantLinear& a) {
   constexpr int64_t kMost = 1 << 24;  // places within a block's tiles are counted in 32 bits
-  const bool codes = a.format == WeightFormat::kInt4 || a.format == WeightFormat::kInt8;
-  if (!codes || a.dtype == DType::kFloat || std::max({a.n, a.k, a.rows}) > kMost) return false;
+  if (!a.has_codes() || a.dtype == DType::kFloat || std::max({a.n, a.k, a.rows}) > kMost)
+    return false;
   return a.dtype == DType::kHalf || code_version() >= 80;
 }
 

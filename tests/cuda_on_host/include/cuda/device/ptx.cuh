@@ -49,6 +49,9 @@ __forceinline__ void store_16(void* global, uint4 bits) {
   *static_cast<Vector16*>(global) = Vector16{bits.x, bits.y, bits.z, bits.w};
 }
 
+__forceinline__ float exp2_approximate(float x) { return std::exp2(x); }
+
+constexpr int kAndXor = (0xf0 & 0xcc) ^ 0xaa, kAndOr = (0xf0 & 0xcc) | 0xaa;
 template <int kTable>
 __forceinline__ uint32_t lop3(uint32_t a, uint32_t b, uint32_t c) {
   uint32_t result = 0;
