@@ -29,12 +29,7 @@ EVERY_OP = {
     "quant_linear",
     "linear_cross_entropy",
 }
-SERVED = {
-    "reference": EVERY_OP,
-    "cpu": EVERY_OP,
-    "triton": EVERY_OP,
-    "cuda": EVERY_OP - {"prefix_attention"},
-}
+SERVED = {"reference": EVERY_OP, "cpu": EVERY_OP, "triton": EVERY_OP, "cuda": EVERY_OP}
 
 
 @dataclass(frozen=True)

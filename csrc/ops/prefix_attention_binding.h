@@ -103,7 +103,8 @@ struct AttentionSequences {
   AttentionSequences(const AttentionTensors& tensors, const Tensor& any_cu_seqlens,
                      const Tensor& any_ids, const std::optional<Tensor>& any_seed, double p)
       : cu_seqlens(torch::stable::contiguous(any_cu_seqlens)) {
-    require(tensors.q.dim() == 3, "prefix_attention: q must be [T, N, C]");
+    require(tensors.q.dim() == 3 && tensors.k.size(0) == tensors.q.size(0),
+            "prefix_attention: q must be [T, N, C], and k and v have as many tokens");
     const int64_t count = cu_seqlens.numel() - 1;
     require(cu_seqlens.scalar_type() == ScalarType::Int && count >= 1 && any_ids.numel() == count,
             "prefix_attention: cu_seqlens must be int32 [B+1], and sequence_ids have B elements");
@@ -173,7 +174,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prefix_attention_bwd(
   require_like(op, "out", out, q, q.scalar_type(), q.numel());
   require_like(op, "lse", lse, q, ScalarType::Float, q.numel() / tensors.shape.channels);
   require(any_dout.scalar_type() == q.scalar_type() && any_dout.device() == q.device() &&
-              any_dout.dim() == 3 && any_dout.numel() == q.numel() && any_dout.size(2) == q.size(2),
+              any_dout.dim() == 3 && any_dout.numel() == q.numel() &&
+              any_dout.size(0) == q.size(0) && any_dout.size(2) == q.size(2),
           std::string(op) + ": dout must be like q");
   const Tensor dout = with_dense_heads(any_dout);
   auto a = tensors.arguments<PrefixAttentionBackward>(scale);

@@ -101,31 +101,50 @@ def bias_dropout(
     return Case(f"bias_dropout-{cu_seqlens}x{hidden}-{dtype}-{place.__name__}", run)
 
 
+RopeShape = Sequence[int]  # tokens, heads, groups, channels, pairs, interleaved
+
+
+def qkv_inputs(
+    shape: RopeShape, dtype: torch.dtype, table_dtype: torch.dtype = torch.float32
+) -> list[Tensor]:
+    """qkv, bias, table and positions; a dense qkv, unlike that of the shared tests."""
+    tokens, heads, groups, channels, pairs, _ = shape
+    width = (heads + 2 * groups) * channels
+    angles = table(50, pairs).to(table_dtype), torch.randint(50, (tokens,))
+    return [torch.randn(tokens, width).to(dtype), torch.randn(width).to(dtype), *angles]
+
+
+def every_form_of_rope(
+    kernels: Kernels, shape: RopeShape, inputs: Sequence[Tensor], place: Callable = aligned
+) -> list[Tensor]:
+    """The results of every form, with `place` between an input and the kernel."""
+    _, heads, groups, channels, _, interleaved = shape
+    qkv, bias, cos_sin, positions = inputs
+    angles, layout = (place(cos_sin), positions), (heads, groups, interleaved)
+    entries = [place(torch.zeros(len(qkv) + 2, groups, channels).to(qkv)) for _ in range(2)]
+    slots = torch.arange(len(qkv) + 1, 1, -1)
+    parts = kernels.qkv_rope_fwd(place(qkv), place(bias), *angles, *layout)
+    q = kernels.qkv_rope_cache_fwd(place(qkv), None, *angles, *layout, *entries, slots)
+    return [
+        *parts,
+        kernels.qkv_rope_bwd(*map(place, parts), *angles, interleaved),
+        kernels.rope_fwd(place(parts[0]), *angles),
+        kernels.rope_bwd(place(parts[1]), *angles),
+        q,
+        *entries,
+    ]
+
+
 def rope(
-    shape: Sequence[int],
+    shape: RopeShape,
     dtype: torch.dtype,
     table_dtype: torch.dtype = torch.float32,
     place: Callable = aligned,
 ) -> Case:
-    """shape: tokens, heads, groups, channels, pairs, interleaved."""
-    tokens, heads, groups, channels, pairs, interleaved = shape
-    width = (heads + 2 * groups) * channels
-    qkv, bias = torch.randn(tokens, width).to(dtype), torch.randn(width).to(dtype)
-    cos_sin, positions = table(50, pairs).to(table_dtype), torch.arange(50 - tokens, 50)
-    slots = torch.arange(tokens + 1, 1, -1)
+    inputs = qkv_inputs(shape, dtype, table_dtype)
 
     def run(kernels: Kernels) -> list[Tensor]:
-        angles = place(cos_sin), positions
-        layout = heads, groups, interleaved
-        entries = [place(torch.zeros(tokens + 2, groups, channels).to(dtype)) for _ in range(2)]
-        q, k, v = kernels.qkv_rope_fwd(place(qkv), place(bias), *angles, *layout)
-        return [
-            *(q, k, v, *entries),
-            kernels.qkv_rope_cache_fwd(place(qkv), None, *angles, *layout, *entries, slots),
-            kernels.qkv_rope_bwd(place(q), place(k), place(v), *angles, interleaved),
-            kernels.rope_fwd(place(q), *angles),
-            kernels.rope_bwd(place(k), *angles),
-        ]
+        return every_form_of_rope(kernels, shape, inputs, place)
 
     return Case(f"rope-{shape}-{dtype}-{table_dtype}-{place.__name__}", run)
 
@@ -181,6 +200,52 @@ def linear_cross_entropy(
     return Case(f"linear_cross_entropy-{width}x{classes}-{dtype}-{ignore_index}-{smoothing}", run)
 
 
+def prefix_attention(
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    code_version: int = CODE_VERSION,
+    place: Callable = aligned,
+    splits: int = 0,
+    prefix_dtype: torch.dtype = torch.float32,
+    cu_seqlens: Sequence[int] = (0, 21, 22, 45),
+) -> Case:
+    """shape: heads, groups, channels, prefix. Also where cu_seqlens do not fit the tokens, which a
+    GPU does not check: then without results, as tokens of no sequence have none."""
+    (heads, groups, channels, prefix), tokens, rows = shape, 45, 2
+    q, k, v = (torch.randn(tokens, n, channels).to(dtype) for n in (heads, groups, groups))
+    prefixes = torch.randn(2, prefix, groups, channels).to(prefix_dtype)
+    batch = torch.tensor(cu_seqlens, dtype=torch.int32), torch.arange(len(cu_seqlens) - 1)
+    ends = cu_seqlens[0], cu_seqlens[-1]
+    fits = ends == (0, tokens) and list(cu_seqlens) == sorted(cu_seqlens)
+    new = torch.randn(rows, 3, heads, channels).to(dtype)
+    caches = torch.randn(2, rows, tokens, groups, channels).to(dtype)
+    lens, new_lens = torch.tensor([tokens, 3]), torch.tensor([3, 1])
+
+    def run(kernels: Kernels) -> list[Tensor]:
+        results = []
+        args = [place(x) for x in (q, k, v, *prefixes)]
+        for p in (0.0, 0.3):
+            more = *batch, torch.tensor([3, 5]), 0.2, p
+            forward = kernels.prefix_attention_fwd(*args, *more)
+            call = place(q), *args, *forward, *more
+            results += [
+                *forward,
+                *kernels.prefix_attention_bwd(*call, True, True),
+                *kernels.prefix_attention_bwd(*call, False, True)[3:],
+            ]
+        for count in (1, 3):
+            queries, stored = place(new[:, :count]), (place(x) for x in caches)
+            decoded = kernels.prefix_attention_decode_fwd(
+                queries, *stored, lens, *args[3:], new_lens.clamp(max=count), 0.2
+            )
+            results.append(decoded)
+        return results if fits else []
+
+    how = f"sm{code_version}-{splits}-{list(cu_seqlens)}-{prefix_dtype}"
+    name = f"prefix_attention-{shape}-{dtype}-{how}-{place.__name__}"
+    return Case(name, run, None, splits, code_version)
+
+
 def every_case() -> Iterator[Case]:
     for dtype in HALF_AND_SINGLE:
         wide = 16 // dtype.itemsize
@@ -211,6 +276,21 @@ def every_case() -> Iterator[Case]:
             yield quant_linear(7, 300, 64, bits, dtype, "slab")
             yield quant_linear(2, 37, 34, bits, dtype, "slab")
             yield quant_linear(2, 37, 32, bits, dtype, "slab", place=unaligned)
+    for version, dtype, has_products in (
+        *((75, torch.float16, True), (80, torch.float16, True), (80, torch.bfloat16, True)),
+        *((75, torch.bfloat16, False), (80, torch.float32, False)),
+    ):
+        if has_products:
+            yield prefix_attention((6, 2, 128, 40), dtype, version)
+            yield prefix_attention((4, 2, 64, 70), dtype, version, splits=3)
+        else:
+            yield prefix_attention((4, 2, 40, 33), dtype, version, splits=3)
+        yield prefix_attention((2, 2, 16, 8), dtype, version, prefix_dtype=dtype)
+        yield prefix_attention((3, 1, 19, 33), dtype, version, unaligned, 1, dtype)
+        for cu_seqlens in ([0, 90, 3], [-1, 0, 1], [5, 4, 3, 2]):
+            yield prefix_attention((4, 2, 16, 8), dtype, version, cu_seqlens=cu_seqlens)
+        yield prefix_attention((3, 1, 16, 8), dtype, version, splits=9, cu_seqlens=[40, 41, 45])
+    yield prefix_attention((1, 1, 136, 5), torch.float16)
     for bits in (4, 8):
         for m in (1, 2, 4, 8):
             yield quant_linear(m, 600, 1088, bits, torch.float32, "gemv")

@@ -13,9 +13,13 @@ from tests.cuda_on_host.machine import short_name
 from tests.cuda_on_host.sanitized import SANITIZED, assert_sanitizers_find_nothing, library
 from tests.ops.numerics import same_bits
 
-# AddressSanitizer looks at accesses, which no order of threads changes.
-SEEDS = () if SANITIZED in os.environ else (2, 3, 4, 5, 6)
-CASES = {str(case): case for case in every_case()}
+# AddressSanitizer looks at accesses, which no order of threads changes, and which are bfloat16's
+# where they are half's.
+UNDER_SANITIZERS = SANITIZED in os.environ
+SEEDS = () if UNDER_SANITIZERS else (2, 3, 4, 5, 6)
+CASES = {
+    str(case): case for case in every_case() if not (UNDER_SANITIZERS and "bfloat16" in str(case))
+}
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ blocks."""
 import pytest
 import torch
 
+from tests.cuda_on_host.cases import every_form_of_rope, qkv_inputs
 from tests.cuda_on_host.sanitized import unaligned
 from tests.ops.formulas import rotated
 from tests.ops.numerics import HALF_AND_SINGLE, matches_fp64, poisoned_memory, same_bits
@@ -19,39 +20,6 @@ QKV_SHAPES = [
 ]
 TABLE_DTYPES = HALF_AND_SINGLE
 TENSORS = ("qkv", "bias", "table", "keys", "values")
-
-
-def qkv_inputs(shape, dtype, table_dtype=torch.float32):
-    """qkv, bias, table and positions; a dense qkv, unlike that of the shared tests."""
-    tokens, heads, groups, channels, pairs, _ = shape
-    width = (heads + 2 * groups) * channels
-    return (
-        torch.randn(tokens, width).to(dtype),
-        torch.randn(width).to(dtype),
-        table(50, pairs).to(table_dtype),
-        torch.randint(50, (tokens,)),
-    )
-
-
-def every_form(kernels, shape, inputs, place=lambda x: x):
-    """The results of every form, with `place` between an input and the kernel."""
-    _, heads, groups, channels, _, interleaved = shape
-    qkv, bias, cos_sin, positions = inputs
-    angles = place(cos_sin), positions
-    entries = [place(torch.zeros(len(qkv) + 2, groups, channels).to(qkv)) for _ in range(2)]
-    slots = torch.arange(len(qkv) + 1, 1, -1)
-    with poisoned_memory():
-        layout = heads, groups, interleaved
-        parts = kernels.qkv_rope_fwd(place(qkv), place(bias), *angles, *layout)
-        q = kernels.qkv_rope_cache_fwd(place(qkv), None, *angles, *layout, *entries, slots)
-        return [
-            *parts,
-            kernels.qkv_rope_bwd(*map(place, parts), *angles, interleaved),
-            kernels.rope_fwd(place(parts[0]), *angles),
-            kernels.rope_bwd(place(parts[1]), *angles),
-            q,
-            *entries,
-        ]
 
 
 @pytest.mark.parametrize("table_dtype", TABLE_DTYPES, ids=str)
@@ -87,7 +55,10 @@ def test_against_fp64(kernels, shape, dtype, table_dtype):
 @pytest.mark.parametrize("shape", QKV_SHAPES, ids=str)
 def test_single_elements_give_the_same_bits(kernels, shape, dtype, table_dtype):
     inputs = qkv_inputs(shape, dtype, table_dtype)
-    wide, narrow = (every_form(kernels, shape, inputs, p) for p in (lambda x: x, unaligned))
+    with poisoned_memory():
+        wide, narrow = (
+            every_form_of_rope(kernels, shape, inputs, p) for p in (torch.clone, unaligned)
+        )
     assert all(map(same_bits, wide, narrow))
 
 
@@ -139,6 +110,6 @@ def test_one_tensor_alone_is_unaligned(kernels, odd):
 @pytest.mark.parametrize("place", [torch.Tensor.clone, unaligned])
 def test_no_tokens(kernels, place):
     shape = (0, 4, 2, 16, 4, False)
-    results = every_form(kernels, shape, qkv_inputs(shape, torch.float16), place)
+    results = every_form_of_rope(kernels, shape, qkv_inputs(shape, torch.float16), place)
     assert [x.numel() for x in results[:-2]] == [0] * 7
     assert all(x.eq(0).all() for x in results[-2:])

@@ -1,0 +1,220 @@
+// What the kernels of prefix_attention share: the rows and the keys that a block has.
+#pragma once
+
+#include "cuda/device/division.cuh"
+#include "cuda/device/sequences.cuh"
+#include "cuda/kernels/prefix_attention/prefix_attention_cuda.h"
+
+namespace glmkern::cuda {
+
+constexpr float kLog2E = 1.4426950408889634f;
+// The largest score of a row that has seen no key. With -inf, the difference of two is no number.
+constexpr float kLowest = -3.4028234663852886e38f;
+
+// Rows of one group: tokens at any distance, their heads side by side. Elements are counted in 32
+// bits, in one sum: an address is then two instructions.
+template <class T>
+struct PackedRows {
+  T* data;
+  int at;  // of the first token's first head
+  int stride, channels;
+  Divisor heads;
+
+  __device__ T* operator()(int row, int channel = 0) const {
+    return data + (at + quotient(row, heads) * stride + remainder(row, heads) * channels + channel);
+  }
+};
+
+// The rows of a block that walks keys: of one sequence and one group, from `row` on.
+struct QueryTask {
+  int group, sequence, split;
+  int row, rows;       // the first one, and all that the sequence has
+  int q_at;            // elements of q before the sequence's first token,
+  int64_t k_at, v_at;  // and of k and v
+  int token;           // that token's number in what is written
+  int before;          // keys of the sequence that its first query sees beside its own
+
+  __device__ bool is_idle() const { return row < 0 || row >= rows; }
+
+  // How many of the sequence's keys row r sees,
+  __device__ int seen_by(int r, const Divisor& heads) const {
+    return before + quotient(r, heads) + 1;
+  }
+  // some row of the block sees,
+  __device__ int seen(int tile_rows, const Divisor& heads) const {
+    return seen_by((row + tile_rows < rows ? row + tile_rows : rows) - 1, heads);
+  }
+  // and some row of the sequence sees.
+  __device__ int all_seen(const Divisor& heads) const { return seen_by(rows - 1, heads); }
+};
+
+// A sequence's last tiles see the most keys; they start first.
+__device__ inline QueryTask task_of_packed(const AttentionInputs& a,
+                                           const PackedSequences& sequences, int tile_rows,
+                                           int block, int blocks) {
+  const int groups = static_cast<int>(a.shape.groups), heads = static_cast<int>(a.shape.heads);
+  const int slot = (blocks - 1 - block) / groups;
+  const SequenceTile tile =
+      find_tile(sequences, static_cast<int>(a.shape.tokens), heads, tile_rows, slot);
+  QueryTask task{};
+  task.group = block % groups;
+  task.sequence = tile.sequence;
+  task.row = tile.tile * tile_rows;
+  task.rows = tile.tokens * heads;
+  task.q_at = tile.first_token * static_cast<int>(a.q.stride);
+  task.k_at = tile.first_token * a.k.stride;
+  task.v_at = tile.first_token * a.v.stride;
+  task.token = tile.first_token;
+  return task;
+}
+
+// What a row of a batch that decodes has: entries of its cache, of which `tokens` are new. Lengths
+// that do not fit are cut.
+struct DecodedRow {
+  __device__ DecodedRow(const Attend& a, int row)
+      : entries(static_cast<int>(cut(a.cache_lens[row], a.room))),
+        tokens(static_cast<int>(cut(a.q_lens[row], cut(a.shape.tokens, entries)))) {}
+
+  int entries, tokens;
+
+ private:
+  static __device__ int64_t cut(int64_t length, int64_t most) {
+    return length < 0 ? 0 : length < most ? length : most;
+  }
+};
+
+// Decoding's blocks: all tiles and groups of a split follow each other.
+__device__ inline QueryTask task_of_decoding(const Attend& a, int tile_rows, int block) {
+  const int groups = static_cast<int>(a.shape.groups), heads = static_cast<int>(a.shape.heads);
+  const int queries = static_cast<int>(a.shape.tokens);  // room for them
+  const int tiles = ceil_quotient(queries * heads, tile_rows);
+  const int sequence = block / groups / tiles / a.splits;
+  const DecodedRow decoded(a, sequence);
+  QueryTask task{};
+  task.group = block % groups;
+  task.row = block / groups % tiles * tile_rows;
+  task.split = block / groups / tiles % a.splits;
+  task.rows = decoded.tokens * heads;
+  task.q_at = sequence * static_cast<int>(a.q.row_stride);
+  task.k_at = sequence * a.k.row_stride;
+  task.v_at = sequence * a.v.row_stride;
+  task.token = sequence * queries;
+  task.before = decoded.entries - decoded.tokens;
+  return task;
+}
+
+__device__ inline QueryTask task_of(const Attend& a, int tile_rows, int block, int blocks) {
+  return a.cache_lens == nullptr ? task_of_packed(a, a.sequences, tile_rows, block, blocks)
+                                 : task_of_decoding(a, tile_rows, block);
+}
+
+// The keys that the block walks. In decoding all tiles of a sequence have the same splits, which
+// their combination counts.
+__device__ inline int keys_of(const Attend& a, const QueryTask& task, int tile_rows) {
+  return a.cache_lens == nullptr ? task.seen(tile_rows, a.heads) : task.all_seen(a.heads);
+}
+
+// This group's rows of q, or of dout, from element `at` on.
+template <class T>
+__device__ PackedRows<const T> rows_of(const AttentionInputs& a, const AttentionTokens& x, int at,
+                                       int group) {
+  const int channels = static_cast<int>(a.shape.channels);
+  at += group * static_cast<int>(a.shape.heads) * channels;
+  return {static_cast<const T*>(x.data), at, static_cast<int>(x.stride), channels, a.heads};
+}
+
+// Those of a result [tokens, heads, channels]; one number a row where channels is 1.
+template <class T>
+__device__ PackedRows<T> results_of(const AttentionInputs& a, T* x, int channels, int token,
+                                    int group) {
+  const int heads = static_cast<int>(a.query_heads);
+  const int head = token * heads + group * static_cast<int>(a.shape.heads);
+  return {x, head * channels, heads * channels, channels, a.heads};
+}
+
+// Where the numbers of a group's rows begin, from a token on: [groups, tokens * heads].
+__device__ inline int numbers_at(const AttentionInputs& a, int group, int token) {
+  return (group * static_cast<int>(a.shape.tokens) + token) * static_cast<int>(a.shape.heads);
+}
+
+// Keys and values that are read together; `own` ones are those of the sequence's tokens.
+template <class T>
+struct KeyBlock {
+  const T *keys, *values;  // of the segment
+  int k_stride, v_stride;
+  int first;  // of its keys
+  int count;  // that are there from `first` on, though a block has no more than kKeys
+  bool own;
+
+  __device__ const T* key(int i, int channel = 0) const {
+    return keys + ((first + i) * k_stride + channel);
+  }
+  __device__ const T* value(int i, int channel = 0) const {
+    return values + ((first + i) * v_stride + channel);
+  }
+};
+
+// Of the prefix's keys and a sequence's own, each in blocks of its own.
+__device__ inline int count_blocks(int prefix, int own, int block_keys) {
+  return ceil_quotient(prefix, block_keys) + ceil_quotient(own, block_keys);
+}
+
+// Blocks of kKeys keys count from the prefix's first. The sequence's own begin with a new block:
+//
+//     blocks of 32      0              1              2             3
+//     keys              prefix 0-31    prefix 32-39   own 0-31      own 32-63
+template <class T, int kKeys>
+class KeyBlocks {
+ public:
+  __device__ KeyBlocks(const AttentionInputs& a, const QueryTask& task, int seen)
+      : count(count_blocks(static_cast<int>(a.shape.prefix), seen, kKeys)),
+        prefix_blocks_(ceil_quotient(static_cast<int>(a.shape.prefix), kKeys)),
+        prefix_(static_cast<int>(a.shape.prefix)),
+        seen_(seen),
+        prefix_stride_(static_cast<int>(a.shape.groups * a.shape.channels)),
+        k_stride_(static_cast<int>(a.k.stride)),
+        v_stride_(static_cast<int>(a.v.stride)) {
+    const int64_t group = task.group * a.shape.channels;
+    const int64_t prefix = task.sequence * a.prefix.sequence_stride + group;
+    keys_ = static_cast<const T*>(a.k.data) + task.k_at + group;
+    values_ = static_cast<const T*>(a.v.data) + task.v_at + group;
+    if (prefix_ == 0) return;
+    prefix_keys_ = static_cast<const T*>(a.prefix.keys) + prefix;
+    prefix_values_ = static_cast<const T*>(a.prefix.values) + prefix;
+  }
+
+  __device__ KeyBlock<T> operator[](int i) const {
+    const bool own = i >= prefix_blocks_;
+    const int first = (own ? i - prefix_blocks_ : i) * kKeys;
+    return {own ? keys_ : prefix_keys_,
+            own ? values_ : prefix_values_,
+            own ? k_stride_ : prefix_stride_,
+            own ? v_stride_ : prefix_stride_,
+            first,
+            (own ? seen_ : prefix_) - first,
+            own};
+  }
+
+  // How many keys from the block's first on a row sees that sees `seen` of its sequence's.
+  __device__ int seen_of(const KeyBlock<T>& block, int seen) const {
+    return (block.own ? seen : prefix_) - block.first;
+  }
+
+  int count;
+
+ private:
+  int prefix_blocks_, prefix_, seen_, prefix_stride_, k_stride_, v_stride_;
+  const T *keys_, *values_, *prefix_keys_ = nullptr, *prefix_values_ = nullptr;
+};
+
+// The blocks of keys that a split has.
+struct KeyRange {
+  __device__ KeyRange(const Attend& a, int split, int count)
+      : begin(split * a.span), end(begin + a.span < count ? begin + a.span : count) {
+    if (a.splits == 1) begin = 0, end = count;
+  }
+
+  int begin, end;
+};
+
+}  // namespace glmkern::cuda

@@ -1,0 +1,223 @@
+// What prefix_attention needs beside its products: the prefix as each sequence sees it, two numbers
+// a row for the backward, and the sums of what several blocks wrote. Memory bounds all of it.
+#include "cuda/device/column_sums.cuh"
+#include "cuda/device/division.cuh"
+#include "cuda/device/flat.cuh"
+#include "cuda/device/philox.cuh"
+#include "cuda/device/sequences.cuh"
+#include "cuda/kernels/prefix_attention/attention.cuh"
+#include "cuda/kernels/prefix_attention/prefix_attention_cuda.h"
+
+namespace glmkern::cuda {
+namespace {
+
+constexpr int kVector = 4;        // elements of a thread: 16 bytes of floats
+constexpr int kLanesOfARow = 16;  // that share a row's delta, kChannels each at a time
+constexpr int kChannels = 8;
+constexpr int kRowThreads = 128;
+
+// The prefix's keys, then its values: element i of 2 * count.
+template <class T, int kWidth>
+__device__ void load_prefix(const AttentionPrefix& prefix, DType dtype, int64_t count, int64_t i,
+                            float (&x)[kWidth]) {
+  const void* half = i < count ? prefix.keys : prefix.values;
+  const int64_t at = i < count ? i : i - count;
+  if (dtype == DType::kFloat) {
+    load_floats(static_cast<const float*>(half) + at, x);
+  } else {
+    load_floats(static_cast<const T*>(half) + at, x);
+  }
+}
+
+// prepared [B, 2, count], a vector a thread: rounded, multiplied by the dropout's factor, rounded.
+template <class T, int kWidth>
+__global__ void __launch_bounds__(kFlatThreads)
+    prepare_prefix_kernel(const __grid_constant__ AttentionPrefix prefix, DType dtype,
+                          int64_t count, Dropout dropout, const int64_t* __restrict__ ids,
+                          int64_t vectors, T* __restrict__ prepared) {
+  const int64_t element = flat_element<kWidth>();
+  if (element >= vectors * kWidth) return;
+  const int64_t sequence = element / (2 * count), i = element % (2 * count);
+  float x[kWidth], factors[kWidth];
+  load_prefix<T>(prefix, dtype, count, i, x);
+  if (prefix.p > 0) draw_factors(Philox(prefix.seed), dropout, ids[sequence], i, factors);
+#pragma unroll
+  for (int k = 0; k < kWidth; k++) {
+    x[k] = to_float(from_float<T>(x[k]));
+    if (prefix.p > 0) x[k] *= factors[k];
+  }
+  write_row(prepared + element, kWidth, x);
+}
+
+// numbers [groups, tokens * heads]: some lanes share a row [channels] of dout and out.
+template <class T>
+__global__ void __launch_bounds__(kRowThreads)
+    row_numbers_kernel(const T* __restrict__ dout, int64_t dout_stride, const T* __restrict__ out,
+                       const float* __restrict__ lse, int64_t rows, int query_heads, int heads,
+                       int channels, float base, RowNumbers* __restrict__ numbers) {
+  const int64_t row = blockIdx.x * int64_t{kRowThreads / kLanesOfARow} + threadIdx.x / kLanesOfARow;
+  const int64_t there = row < rows ? row : rows - 1;
+  const int64_t token = there / query_heads;
+  const int head = static_cast<int>(there % query_heads);
+  float delta = 0;
+  for (int i = threadIdx.x % kLanesOfARow * kChannels; i < channels;
+       i += kLanesOfARow * kChannels) {
+    float left[kChannels], right[kChannels];
+    read_row(dout + token * dout_stride + head * int64_t{channels} + i, channels - i, left);
+    read_row(out + there * channels + i, channels - i, right);
+#pragma unroll
+    for (int k = 0; k < kChannels; k++) delta = fmaf(left[k], right[k], delta);
+  }
+#pragma unroll
+  for (int distance = kLanesOfARow / 2; distance > 0; distance /= 2) {
+    delta += __shfl_xor_sync(0xffffffffu, delta, distance);
+  }
+  if (row >= rows || threadIdx.x % kLanesOfARow != 0) return;
+  const int64_t at = (head / heads * (rows / query_heads) + token) * heads + head % heads;
+  numbers[at] = {lse[row] * base, delta};
+}
+
+// A row of a token that decodes: the mean of its splits' results, weighted by the exponentials of
+// their lse. A warp has a row, and a lane every 32nd channel.
+template <class T>
+__global__ void __launch_bounds__(kRowThreads)
+    combine_splits_kernel(const __grid_constant__ Attend a, int tile_keys) {
+  const int64_t heads = a.query_heads, rows = a.rows * a.shape.tokens * heads;
+  const int64_t row = blockIdx.x * int64_t{kRowThreads / kWarp} + threadIdx.x / kWarp;
+  if (row >= rows) return;
+  const DecodedRow decoded(a, static_cast<int>(row / heads / a.shape.tokens));
+  if (row / heads % a.shape.tokens >= decoded.tokens) return;  // its result is zero
+  // No other split has keys of this row's sequence.
+  const int blocks = count_blocks(static_cast<int>(a.shape.prefix), decoded.entries, tile_keys);
+  const int splits = ceil_quotient(blocks, a.span);
+  float largest = -INFINITY;
+  for (int s = 0; s < splits; s++) largest = fmaxf(largest, a.lse[s * rows + row]);
+  const int channels = static_cast<int>(a.shape.channels);
+  for (int channel = threadIdx.x % kWarp; channel < channels; channel += kWarp) {
+    float sum = 0, result = 0;
+    for (int s = 0; s < splits; s++) {
+      const float weight = expf(a.lse[s * rows + row] - largest);
+      sum += weight;
+      result = fmaf(weight, a.partial[(s * rows + row) * channels + channel], result);
+    }
+    static_cast<T*>(a.out)[row * channels + channel] = from_float<T>(result / sum);
+  }
+}
+
+// The gradient of the prefix's keys and values where each sequence dropped others: element i of
+// 2 * count, the sum over a sequence's splits times its dropout's factor, over all sequences.
+template <class T, int kWidth>
+__global__ void __launch_bounds__(kFlatThreads)
+    add_dropped_kernel(const __grid_constant__ PackedSequences sequences, int tokens, int heads,
+                       int rows_of_split, int64_t splits, int64_t count,
+                       const float* __restrict__ partial, const int64_t* __restrict__ seed,
+                       Dropout dropout, T* __restrict__ dk, T* __restrict__ dv) {
+  const int64_t i = flat_element<kWidth>();
+  if (i >= 2 * count) return;
+  const int64_t at = i < count ? i : i - count;
+  partial += (i < count ? 0 : splits * count) + at;
+  const Philox philox(seed);
+  float total[kWidth] = {};
+  for (int64_t split = 0; split < splits;) {
+    const SequenceTile slot =
+        find_tile(sequences, tokens, heads, rows_of_split, static_cast<int>(split));
+    const int tiles = ceil_quotient(slot.tokens * heads, rows_of_split);
+    float sum[kWidth] = {}, terms[kWidth], factors[kWidth];
+    for (int tile = slot.tile; tile < tiles; tile++, split++) {
+      load_floats(partial + split * count, terms);
+#pragma unroll
+      for (int k = 0; k < kWidth; k++) sum[k] += terms[k];
+    }
+    if (slot.tile >= tiles) {  // an idle slot
+      split++;
+      continue;
+    }
+    draw_factors(philox, dropout, sequences.ids[slot.sequence], i, factors);
+#pragma unroll
+    for (int k = 0; k < kWidth; k++) total[k] = fmaf(sum[k], factors[k], total[k]);
+  }
+  write_row((i < count ? dk : dv) + at, kWidth, total);
+}
+
+int64_t size_of(const AttentionShape& shape) {
+  return shape.prefix * shape.groups * shape.channels;
+}
+
+}  // namespace
+
+void prepare_prefix(const AttentionShape& shape, const AttentionPrefix& prefix,
+                    const PackedSequences& sequences, void* prepared, void* stream) {
+  const int64_t count = size_of(shape), copies = prefix.p > 0 ? sequences.count : 1;
+  with_dtype(shape.dtype, [&](auto element) {
+    using T = decltype(element);
+    const auto run = [&](auto width) {
+      constexpr int kWidth = decltype(width)::value;
+      launch_flat<kWidth>("prefix_attention_prefix", prepare_prefix_kernel<T, kWidth>,
+                          copies * 2 * count, stream, prefix, shape.prefix_dtype, count,
+                          Dropout(prefix.p), sequences.ids, copies * 2 * count / kWidth,
+                          static_cast<T*>(prepared));
+    };
+    const bool wide =
+        count % kVector == 0 && aligned_to_16(prefix.keys) && aligned_to_16(prefix.values);
+    wide ? run(Int<kVector>{}) : run(Int<1>{});
+  });
+}
+
+void row_numbers(const PrefixAttentionBackward& a, RowNumbers* numbers, void* stream) {
+  const int64_t query_heads = a.shape.groups * a.shape.heads, rows = a.shape.tokens * query_heads;
+  const float base = attention_has_products(a.shape) ? kLog2E : 1;
+  with_dtype(a.shape.dtype, [&](auto element) {
+    using T = decltype(element);
+    launch("prefix_attention_bwd", row_numbers_kernel<T>,
+           ceil_div(rows, kRowThreads / kLanesOfARow), kRowThreads, stream,
+           static_cast<const T*>(a.dout.data), a.dout.stride, static_cast<const T*>(a.out), a.lse,
+           rows, static_cast<int>(query_heads), static_cast<int>(a.shape.heads),
+           static_cast<int>(a.shape.channels), base, numbers);
+  });
+}
+
+void combine_splits(const Attend& a, void* stream) {
+  const int64_t rows = a.rows * a.shape.tokens * a.query_heads;
+  with_dtype(a.shape.dtype, [&](auto element) {
+    launch("prefix_attention_decode", combine_splits_kernel<decltype(element)>,
+           ceil_div(rows, kRowThreads / kWarp), kRowThreads, stream, a, attend_tile(a).keys);
+  });
+}
+
+void add_token_splits(const AttentionGradients& a, void* stream) {
+  const KeyGradients& tokens = a.token_keys;
+  const int64_t count = tokens.keys * a.shape.groups * a.shape.channels;
+  with_dtype(a.shape.dtype, [&](auto element) {
+    using T = decltype(element);
+    launch_split_sums<T>("prefix_attention_bwd", tokens.partial, tokens.splits, count, tokens.dk,
+                         stream);
+    launch_split_sums<T>("prefix_attention_bwd", tokens.partial + tokens.splits * count,
+                         tokens.splits, count, tokens.dv, stream);
+  });
+}
+
+void add_prefix_splits(const AttentionGradients& a, const AttentionPrefix& prefix, void* stream) {
+  const KeyGradients& keys = a.prefix_keys;
+  const int64_t count = size_of(a.shape);
+  with_dtype(a.shape.prefix_dtype, [&](auto element) {
+    using T = decltype(element);
+    if (!keys.by_sequence) {
+      launch_split_sums<T>("prefix_attention_bwd", keys.partial, keys.splits, count, keys.dk,
+                           stream);
+      launch_split_sums<T>("prefix_attention_bwd", keys.partial + keys.splits * count, keys.splits,
+                           count, keys.dv, stream);
+      return;
+    }
+    const auto run = [&](auto width) {
+      constexpr int kWidth = decltype(width)::value;
+      launch_flat<kWidth>(
+          "prefix_attention_bwd", add_dropped_kernel<T, kWidth>, 2 * count, stream, a.sequences,
+          static_cast<int>(a.shape.tokens), static_cast<int>(a.shape.heads), keys.rows_of_split,
+          static_cast<int64_t>(keys.splits), count, static_cast<const float*>(keys.partial),
+          prefix.seed, Dropout(prefix.p), static_cast<T*>(keys.dk), static_cast<T*>(keys.dv));
+    };
+    count % kVector == 0 ? run(Int<kVector>{}) : run(Int<1>{});
+  });
+}
+
+}  // namespace glmkern::cuda

@@ -1,0 +1,95 @@
+// The keys that a block of the backward has, and the rows that see them.
+#pragma once
+
+#include "cuda/kernels/prefix_attention/attention.cuh"
+
+namespace glmkern::cuda {
+
+// Keys `key` to key + tile_keys of a segment of `keys` keys, and packed rows begin to end.
+template <class T>
+struct KeyTask {
+  __device__ KeyTask(const AttentionGradients& a, int block, int tile_keys, int tile_rows)
+      : own(block < a.own_blocks) {
+    if (!own) block -= static_cast<int>(a.own_blocks);
+    const KeyGradients& segment = own ? a.token_keys : a.prefix_keys;
+    const int groups = static_cast<int>(a.shape.groups);
+    const int slot = block / groups / segment.splits;
+    group = block % groups;
+    split = block / groups % segment.splits;
+    heads_ = static_cast<int>(a.shape.heads);
+    const int64_t channel = group * a.shape.channels;
+    SequenceTile sequence{0, 0, static_cast<int>(a.shape.tokens), split};
+    if (own) {
+      sequence = find_tile(a.sequences, sequence.tokens, 1, tile_keys, slot);
+      first_key = sequence.first_token;
+      set_keys(a.k, a.v, first_key, channel);
+      key = sequence.tile * tile_keys;
+      keys = sequence.tokens;
+      const int tiles = ceil_quotient((keys - key) * heads_, tile_rows);
+      const int each = ceil_quotient(tiles, segment.splits) * tile_rows;
+      begin = key * heads_ + split * each;
+      end = begin + each;
+    } else {
+      if (segment.by_sequence) {
+        sequence = find_tile(a.sequences, sequence.tokens, heads_, segment.rows_of_split, split);
+      }
+      const int64_t stride = a.shape.groups * a.shape.channels;
+      const int64_t at = sequence.sequence * a.prefix.sequence_stride;
+      set_keys({a.prefix.keys, stride, 0}, {a.prefix.values, stride, 0}, 0, at + channel);
+      key = slot * tile_keys;
+      keys = static_cast<int>(a.shape.prefix);
+      begin = sequence.tile * segment.rows_of_split;
+      end = begin + segment.rows_of_split;
+    }
+    rows = sequence.tokens * heads_;
+    if (end > rows) end = rows;
+    q = rows_of<T>(a, a.q, sequence.first_token * static_cast<int>(a.q.stride), group);
+    dout = rows_of<T>(a, a.dout, sequence.first_token * static_cast<int>(a.dout.stride), group);
+    first_number = numbers_at(a, group, sequence.first_token);
+
+    // A split of no rows leaves zeros; one of no sequence is never read.
+    idle_ = key < 0 || key >= keys || begin < 0 || (segment.by_sequence && begin >= rows);
+  }
+
+  // f(dk, dv, stride) with where the gradients of key 0 go, and the distance to those of key 1.
+  template <class F>
+  __device__ void with_results(const AttentionGradients& a, F f) const {
+    const KeyGradients& segment = own ? a.token_keys : a.prefix_keys;
+    const int64_t stride = a.shape.groups * a.shape.channels, size = segment.keys * stride;
+    const int64_t at = first_key * stride + group * a.shape.channels;
+    if (segment.partial != nullptr) {
+      float* const dk = segment.partial + split * size + at;
+      f(dk, dk + segment.splits * size, stride);
+    } else {
+      f(static_cast<T*>(segment.dk) + at, static_cast<T*>(segment.dv) + at, stride);
+    }
+  }
+
+  __device__ bool is_idle() const { return idle_; }
+
+  // The first row that sees a key.
+  __device__ int first_row_of(int k) const { return own ? k * heads_ : 0; }
+
+  bool own;  // of the tokens, else of the prefix
+  int group, split;
+  int first_key = 0;  // the sequence's, among all
+  int key, keys, begin, end, rows;
+  const T *k, *v;
+  int k_stride, v_stride;
+  PackedRows<const T> q, dout;
+  int first_number;  // of row 0
+
+ private:
+  __device__ void set_keys(const AttentionTokens& ks, const AttentionTokens& vs, int first_token,
+                           int64_t at) {
+    k = static_cast<const T*>(ks.data) + first_token * ks.stride + at;
+    v = static_cast<const T*>(vs.data) + first_token * vs.stride + at;
+    k_stride = static_cast<int>(ks.stride);
+    v_stride = static_cast<int>(vs.stride);
+  }
+
+  int heads_;
+  bool idle_;
+};
+
+}  // namespace glmkern::cuda
