@@ -100,14 +100,6 @@ def named_gpu(name: str, dtype: str) -> Machine:
     old = sheet.capability < 80
     single = dtype == "float32" or (dtype == "bfloat16" and old)
     rate = sheet.single if single else sheet.half
-    note = (
-        (
-            f"sm_{sheet.capability}: the Triton kernels need sm_80, so PyTorch's own ops run, "
-            "slower and with more memory than predicted"
-        )
-        if old
-        else ""
-    )
     return Machine(
         f"{sheet.name} (data sheet: {sheet.gib:g} GiB, {rate:g} TFLOP/s in {dtype}, "
         f"{sheet.bandwidth:g} GB/s)",
@@ -118,8 +110,21 @@ def named_gpu(name: str, dtype: str) -> Machine:
         sheet.bandwidth * 1e9 * GPU_SHARE_OF_BANDWIDTH,
         f"{GPU_SHARE_OF_DATA_SHEET:.0%} of the data sheet's rate, "
         f"{GPU_SHARE_OF_BANDWIDTH:.0%} of its bandwidth",
-        note,
+        _note(sheet.capability, dtype),
     )
+
+
+def _note(capability: int, dtype: str) -> str:
+    if capability >= 80:
+        return ""
+    if capability < 75:
+        return (
+            f"sm_{capability}: the kernels need sm_75, so PyTorch's own ops run, slower and with "
+            "more memory than predicted"
+        )
+    if dtype == "bfloat16":
+        return f"sm_{capability}: no products of bfloat16; --fp16 is eight times as fast"
+    return f"sm_{capability}: the CUDA C++ kernels run; Triton's need sm_80"
 
 
 def _plain(name: str) -> str:

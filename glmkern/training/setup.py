@@ -8,6 +8,7 @@ import torch
 
 from glmkern.chatglm import ChatGLM
 from glmkern.checkpoint import check_bits, describe_prefix, read_prefix
+from glmkern.dispatch import capability
 from glmkern.errors import InputError
 from glmkern.files.folder import resolve_folder
 from glmkern.model.computation import Computation
@@ -131,6 +132,12 @@ def choose_dtype(
     if args.fp16 and device.type == "cpu":
         raise InputError("--fp16 needs a GPU; leave it out for float32, or pass --bf16")
     name = "float16" if args.fp16 else "bfloat16" if args.bf16 else model_args.model_dtype
+    if name == "bfloat16" and device.index is not None and capability(device) < (8, 0):
+        major, minor = capability(device)  # of a plan for another machine's GPU there is no index
+        raise InputError(
+            f"bfloat16 needs a GPU of sm_80 or newer, and this one is sm_{major}{minor}: pass "
+            "--fp16 instead of --bf16 or --model_dtype bfloat16"
+        )
     if name == AUTO:
         name = "float32" if device.type == "cpu" else "float16"
     return getattr(torch, name)

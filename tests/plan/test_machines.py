@@ -39,7 +39,20 @@ def test_a_gpu_has_many_spellings(name):
 def test_the_rate_is_that_of_the_precision(name, dtype, rate):
     gpu = named_gpu(name, dtype)
     assert gpu.flops == pytest.approx(rate * 1e12 * machines.GPU_SHARE_OF_DATA_SHEET)
-    assert ("sm_75: the Triton kernels need sm_80" in gpu.note) == (name == "T4")
+
+
+@pytest.mark.parametrize(
+    "name, dtype, note",
+    [
+        ("RTX 3090", "bfloat16", ""),
+        ("T4", "float16", "sm_75: the CUDA C++ kernels run; Triton's need sm_80"),
+        ("T4", "bfloat16", "sm_75: no products of bfloat16; --fp16 is eight times as fast"),
+        ("V100 16GB", "float16", "sm_70: the kernels need sm_75, so PyTorch's own ops run"),
+    ],
+)
+def test_old_chips_have_a_note(name, dtype, note):
+    assert named_gpu(name, dtype).note.startswith(note)
+    assert note or not named_gpu(name, dtype).note
 
 
 def test_an_unknown_gpu():

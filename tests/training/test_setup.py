@@ -52,6 +52,16 @@ def test_another_device_and_the_tokens_of_a_pack(flags):
     assert setup.arguments.training.tokens_per_pack == "auto"
 
 
+def test_turing_has_no_bfloat16(flags, monkeypatch):
+    monkeypatch.setattr("glmkern.training.setup.capability", lambda device: (7, 5))
+    gpu = torch.device("cuda", 0)
+    assert prepare(arguments(flags, fp16=True), gpu).dtype == torch.float16
+    for change in ({"bf16": True}, {"model_dtype": "bfloat16"}):
+        with pytest.raises(InputError, match="sm_80 or newer, and this one is sm_75: pass --fp16"):
+            prepare(arguments(flags, **change), gpu)
+        assert prepare(arguments(flags, **change), torch.device("cuda")).dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize(
     "changes, words",
     [
