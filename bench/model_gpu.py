@@ -3,7 +3,8 @@
     python -m bench.model_gpu                     six GPUs; writes bench/results/model_gpu.json, .md
     python -m bench.model_gpu --gpu "RTX 4090"    one, printed
 
-Every launch is the one that would be made on that GPU (fake_gpu.py). Its time is the longest of
+Every launch is the one that Triton's backend makes on that GPU (fake_gpu.py); attention in CUDA C++
+is counted by tests/cuda_on_host/attention_model.py. A launch's time is the longest of
 
     bytes      of its arguments, at SHARE of the data sheet's bandwidth; what a launch has just
                written for the next one, a slab of weights or a split's sums, at the L2 cache's

@@ -9,6 +9,7 @@ waiting for memory are not in them.
 
 import re
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -163,13 +164,22 @@ class Loop:
             "shared": self.warps * self.shared_bytes / SHARED_BYTES[sm],
         }
 
-    def fractions(self, sm: int) -> tuple[float, float]:
-        """Of the tensor cores' rate: with everything overlapped, and with products, which read
-        shared memory as they run, and the rest in turn."""
+    def in_turn(self, sm: int) -> tuple[float, float]:
+        """Cycles of products, which read shared memory as they run, and of the rest."""
         cycles = self.cycles(sm)
         products = max(cycles["tensor"], cycles["shared"])
-        rest = max(cycles[unit] for unit in ("issue", "fma", "alu", "mufu"))
-        return cycles["tensor"] / max(products, rest), cycles["tensor"] / (products + rest)
+        return products, max(cycles[unit] for unit in ("issue", "fma", "alu", "mufu"))
+
+    def mean_cycles(self, sm: int) -> float:
+        """Of an iteration: the mean of everything overlapped and of the two in turn."""
+        products, rest = self.in_turn(sm)
+        return (max(products, rest) + products + rest) / 2
+
+    def fractions(self, sm: int) -> tuple[float, float]:
+        """Of the tensor cores' rate: with everything overlapped, and in turn."""
+        products, rest = self.in_turn(sm)
+        tensor = self.cycles(sm)["tensor"]
+        return tensor / max(products, rest), tensor / (products + rest)
 
     def count(self, instruction: Instruction) -> None:
         _, opcode, suffixes, operands = instruction
@@ -225,14 +235,17 @@ class Kernel(NamedTuple):
     loops: list[Loop]  # in the order of the code, an outer one without those inside it
 
 
-def kernel_of(sass: str, warps: int, guards: bool = False) -> Kernel:
-    """Where branches are `guards`, as `if (i < columns)`, what they can skip is counted too; and
-    what lies out of line is not: functions that are called, for divisions' rare cases say."""
+def kernel_of(
+    sass: str, warps: int, guards: bool = False, always: Collection[str] = ("tensor",)
+) -> Kernel:
+    """What a branch can skip is not counted, unless it has instructions of the kinds `always`.
+    Where branches are `guards`, as `if (i < columns)`, all of it is counted; and what lies out of
+    line is not: functions that are called, for divisions' rare cases say."""
     lines = instructions(sass)
     if guards:
         first = min(filter(None, map(out_of_line, lines)), default=lines[-1].address)
         lines = [line for line in lines if line.address < first]
-    ends, skips = branches(lines)
+    ends, skips = branches(lines, always)
     if guards:
         skips = []
     whole = Loop(lines[0].address, lines[-1].address, warps)
@@ -250,9 +263,11 @@ def kernel_of(sass: str, warps: int, guards: bool = False) -> Kernel:
     return Kernel(whole, loops)
 
 
-def branches(lines: list[Instruction]) -> tuple[dict[int, int], list[tuple[int, int]]]:
-    """The last branch back to each address; and branches over code without products."""
-    products = [line.address for line in lines if line.kind == "tensor"]
+def branches(
+    lines: list[Instruction], always: Collection[str]
+) -> tuple[dict[int, int], list[tuple[int, int]]]:
+    """The last branch back to each address; and branches over code without what `always` runs."""
+    running = [line.address for line in lines if line.kind in always]
     ends: dict[int, int] = {}
     skips = []
     for line in lines:
@@ -261,7 +276,7 @@ def branches(lines: list[Instruction]) -> tuple[dict[int, int], list[tuple[int, 
             continue
         if target < line.address:
             ends[target] = max(line.address, ends.get(target, 0))
-        elif not any(line.address < at < target for at in products):
+        elif not any(line.address < at < target for at in running):
             skips.append((line.address, target))
     return ends, skips
 

@@ -18,8 +18,6 @@ BENCHES = (
     "swiglu",
 )
 ROUNDS = 5
-# Those with kernels in CUDA C++.
-CUDA_OPS = ("rms_norm", "bias_dropout", "rope", "swiglu", "quant_linear", "linear_cross_entropy")
 # Names of tests, as pytest -k takes them: what runs on the GPU, and of that every op's kernels once
 # at small sizes, as compute-sanitizer slows a kernel by ten to a hundred.
 ON_GPU = "(triton or cuda or gpu) and not official_record"  # which needs recorded files
@@ -85,9 +83,11 @@ def build(context: Context) -> list[Job]:
 def op_jobs(context: Context, mode: str, *options: str) -> list[Job]:
     """One for each op and backend: a sticky error of the GPU ends its process, and nothing else.
     The ops that take longest come first."""
-    found = [_op_job(context, mode, op, "triton", *options) for op in BENCHES]
-    found += [_op_job(context, mode, op, "cuda", *options) for op in CUDA_OPS]
-    return found
+    return [
+        _op_job(context, mode, op, backend, *options)
+        for backend in ("triton", "cuda")
+        for op in BENCHES
+    ]
 
 
 def _op_job(context: Context, mode: str, op: str, backend: str, *options: str) -> Job:
@@ -101,7 +101,7 @@ def _op_job(context: Context, mode: str, op: str, backend: str, *options: str) -
 def smoke(context: Context) -> list[Job]:
     jobs = op_jobs(context, "judge")
     if context.device == "cuda":
-        for op in CUDA_OPS:
+        for op in BENCHES:
             job = _op_job(context, "judge", op, "cuda")
             jobs.append(Job(f"{job.name} sm75", job.command, {"GLMKERN_CUDA_PATH": "sm75"}))
     return jobs

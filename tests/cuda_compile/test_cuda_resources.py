@@ -28,7 +28,11 @@ LIMITS = {chip.sm: chip for chip in CHIPS}
 BYTES = {"float": 4, "half": 2, "bfloat16": 2}
 STATIC = 48 * 1024  # bytes of shared memory that need no permission
 # Kernels that have no kWidth: those that use 16 bytes all the same, and those that do not.
-WIDE, NARROW = {"cross_entropy_kernel", "scale_kernel"}, {"split_sums_kernel"}
+WIDE = {"cross_entropy_kernel", "scale_kernel"}
+NARROW = {
+    *("split_sums_kernel", "combine_splits_kernel"),
+    *("attend_scalar_kernel", "query_gradient_scalar_kernel", "key_gradients_scalar_kernel"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +64,11 @@ def wide_accesses(kernel: str, parameters: Sequence[str], arguments: Sequence[st
     if kernel == "mma_forward_kernel":
         tokens = {"LDGSTS.128"} if given["Policy"] == "Sm80" else set()
         return both | tokens if given["kWide"] == "true" else set()
+    if kernel.startswith(("attend_mma", "query_gradient_mma", "key_gradients_mma")):
+        tiles = {"LDGSTS.128"} if given["Policy"] == "Sm80" else set()
+        return both | tiles if given["kWide"] == "true" else set()
+    if kernel == "row_numbers_kernel":
+        return {"LDG.128"}
     if kernel == "gemv_forward_kernel":
         return {"LDG.128"} if given["kNarrow"] == "false" else set()
     if kernel == "gemv_backward_kernel":  # likewise
@@ -117,7 +126,7 @@ def test_tensor_cores_multiply(table):
             assert (policy == "Sm75") == (usage["sm"] < 80), name
             assert [c for c in usage["counts"] if "MMA" in c] == [products[policy]], name
             found.add((policy, row["kernel"]))
-    assert len(found) == 4
+    assert len(found) == 10
 
 
 def test_rms_norm_stores_its_partial_sums_by_16_bytes(table):

@@ -39,6 +39,7 @@ def cases_of_6b() -> list[cases.Case]:
         cases.quant_linear(1, 64, 4096, 4, torch.float32, "gemv"),
     ]
     for version in (75, 80):
+        found.append(cases.prefix_attention((32, 2, 128, 128), half, version))
         for bits in (4, 8):
             for tokens in (1, 16, 32, 64):
                 found.append(

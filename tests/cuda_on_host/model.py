@@ -70,19 +70,12 @@ def seconds(product: Product, plan: Plan, loop: Loop, gpu: Gpu) -> tuple[float, 
     each = _fmas_of_block(product, plan) / (loop.warps * loop.fmas)  # turns of the loop
     most = -(-plan.blocks // gpu.multiprocessors)
     limits = {
-        "tensor": most * each * _cycles(loop, gpu) / (gpu.boost_ghz * 1e9),
+        "tensor": most * each * loop.mean_cycles(gpu.sheet.capability) / (gpu.boost_ghz * 1e9),
         "bytes": (product.bytes + sums) / memory,
         "L2": plan.token_blocks * product.weight_bytes / (memory * L2_SPEED),
     }
     bound = max(limits, key=lambda name: limits[name])
     return limits[bound] + (sums + HALF * product.results) / (memory * L2_SPEED) * (sums > 0), bound
-
-
-def _cycles(loop: Loop, gpu: Gpu) -> float:
-    cycles = loop.cycles(gpu.sheet.capability)
-    products = max(cycles["tensor"], cycles["shared"])
-    rest = max(cycles[unit] for unit in ("issue", "fma", "alu", "mufu"))
-    return (max(products, rest) + products + rest) / 2
 
 
 def _fmas_of_block(product: Product, plan: Plan) -> float:
