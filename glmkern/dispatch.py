@@ -25,9 +25,10 @@ from glmkern import native
 
 NAMES = ("cpu", "triton", "cuda", "reference")
 # Triton before CUDA C++, which serves older chips too: where both do, their predicted times are
-# equal (bench/NOTES.md).
+# equal (bench/NOTES.md), but for ops that say otherwise.
 ORDER = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}
 MINIMUM_TRITON = (3, 6)
+MINIMUM_CAPABILITY = {"triton": (8, 0), "cuda": (7, 5)}
 # Backends whose kernels check values themselves: C++ reads a CPU tensor faster than Python does,
 # and raises the same sentences.
 CHECK_VALUES_THEMSELVES = frozenset({"cpu"})
@@ -50,6 +51,7 @@ class Op:
     supports: Mapping[str, Predicate]
     check_values: ValueCheck | None
     reference_reads_values: bool
+    cuda_first: Callable[..., bool] | None
 
 
 OPS: dict[str, Op] = {}
@@ -76,6 +78,7 @@ def define_op(
     check_values: ValueCheck | None = None,
     reference_reads_values: bool = False,
     waits_on_gpu: bool = False,
+    cuda_first: Callable[..., bool] | None = None,
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
 ) -> None:
@@ -97,11 +100,15 @@ def define_op(
         reference_reads_values: the reference reads these values on every device, so they are
             checked wherever it runs.
         waits_on_gpu: kernels read values back to the host, so that no CUDA graph can hold a call.
+        cuda_first: takes the op's arguments and says whether CUDA C++ comes before Triton on their
+            GPU.
         setup_context, backward: the derivative as torch.library.register_autograd takes it; without
             them, differentiating the op (a second derivative, for a `_bwd`) is an error.
     """
     predicates = {**supports, "reference": _supports_everything}
-    op = OPS[name] = Op(name, module, reference, predicates, check_values, reference_reads_values)
+    op = OPS[name] = Op(
+        name, module, reference, predicates, check_values, reference_reads_values, cuda_first
+    )
     tags = (torch.Tag.cudagraph_unsafe,) if waits_on_gpu else ()
     for library in _libraries.values():
         library.define(name + schema, tags=tags)
@@ -184,7 +191,7 @@ def waits_for_values(name: str, device: torch.device) -> bool:
 def choose(op: Op, device: torch.device, args: tuple[Any, ...]) -> tuple[str, Implementation]:
     """The backend that serves these arguments, and its implementation; RuntimeError where a forced
     one cannot."""
-    for name in order(device):
+    for name in order_of(op, device, args):
         found = find_implementation(op, name, device)
         if not isinstance(found, str):
             found = op.supports[name](*args) or found
@@ -201,6 +208,14 @@ def choose(op: Op, device: torch.device, args: tuple[Any, ...]) -> tuple[str, Im
 def order(device: torch.device) -> tuple[str, ...]:
     """The backends that a call on `device` tries, one after the other."""
     return _preferred(device) if _forced is None else (_forced,)
+
+
+def order_of(op: Op, device: torch.device, args: tuple[Any, ...]) -> tuple[str, ...]:
+    """The same for one call."""
+    names = order(device)
+    if _forced is not None or op.cuda_first is None or device.type != "cuda":
+        return names
+    return tuple(sorted(names, key="cuda".__ne__)) if op.cuda_first(*args) else names
 
 
 @cache  # a device builds its type's name every time that it is asked
@@ -243,7 +258,15 @@ def why_unavailable(name: str, device: torch.device | str) -> str | None:
         return native.load_file(Path(library).absolute())
     if name != device.type:
         return f"it runs on {name} tensors, these are on {device.type}"
-    return native.load_library(name)
+    return native.load_library(name) or (_too_old(name, device) if name == "cuda" else None)
+
+
+def _too_old(name: str, device: torch.device) -> str | None:
+    """Why a GPU cannot run the kernels of a backend."""
+    have, need = capability(device), MINIMUM_CAPABILITY[name]
+    if have >= need:
+        return None
+    return "the kernels need sm_{}{} or newer, this GPU is sm_{}{}".format(*need, *have)
 
 
 def _why_no_triton(device: torch.device) -> str | None:
@@ -261,10 +284,7 @@ def _why_no_triton(device: torch.device) -> str | None:
         return f"it runs on cuda tensors, these are on {device.type}"
     if not torch.cuda.is_available():
         return "torch sees no GPU"
-    major, minor = capability(device)
-    if (major, minor) < (8, 0):
-        return f"Triton needs sm_80 or newer, this GPU is sm_{major}{minor}"
-    return None
+    return _too_old("triton", device)
 
 
 @cache

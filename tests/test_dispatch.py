@@ -79,7 +79,7 @@ def test_a_forced_backend_serves_or_says_why_not():
             (9, 0),
             "the kernels need Triton 3.6 or newer, found 3.5.1: torch 2.10 brings one",
         ),
-        ("3.6.0", (7, 5), "Triton needs sm_80 or newer, this GPU is sm_75"),
+        ("3.6.0", (7, 5), "the kernels need sm_80 or newer, this GPU is sm_75"),
         ("3.6.0+git12", (8, 0), None),
         ("3.10.0", (12, 0), None),
     ],
@@ -107,7 +107,46 @@ def two_gpus(monkeypatch):
 def test_each_gpu_has_its_own_capability(two_gpus):
     old, new = two_gpus
     reasons = [dispatch.why_unavailable("triton", gpu) for gpu in (new, old, new)]
-    assert reasons == [None, "Triton needs sm_80 or newer, this GPU is sm_75", None]
+    assert reasons == [None, "the kernels need sm_80 or newer, this GPU is sm_75", None]
+
+
+def test_the_cuda_kernels_need_sm_75(two_gpus, monkeypatch):
+    old, _ = two_gpus
+    monkeypatch.setattr(dispatch.native, "load_library", lambda name: None)
+    assert dispatch.why_unavailable("cuda", old) is None
+    dispatch.why_unavailable.cache_clear()
+    monkeypatch.setattr(dispatch, "capability", lambda device: (7, 0))
+    sentence = "the kernels need sm_75 or newer, this GPU is sm_70"
+    assert dispatch.why_unavailable("cuda", old) == sentence
+    dispatch.why_unavailable.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "channels", "first"),
+    [
+        ((8, 0), torch.float16, 128, "cuda"),
+        ((8, 9), torch.bfloat16, 64, "cuda"),
+        ((8, 6), torch.float32, 128, "triton"),
+        ((8, 6), torch.float16, 144, "triton"),
+        ((9, 0), torch.float16, 128, "triton"),
+        ((12, 0), torch.float16, 128, "triton"),
+    ],
+)
+def test_which_attention_comes_first(two_gpus, monkeypatch, capability, dtype, channels, first):
+    gpu, _ = two_gpus
+    module = sys.modules["glmkern.ops.prefix_attention"]  # the package has the op by that name
+    monkeypatch.setattr(module, "capability", lambda device: capability)
+    with FakeTensorMode():
+        q = torch.empty(4, 6, channels, dtype=dtype, device=gpu)
+    names = {
+        op: dispatch.order_of(dispatch.OPS[op], gpu, (q, q))
+        for op in ("prefix_attention_fwd", "prefix_attention_bwd", "prefix_attention_decode_fwd")
+    }
+    others = {"cuda": ("triton", "reference"), "triton": ("cuda", "reference")}[first]
+    assert names["prefix_attention_fwd"] == names["prefix_attention_bwd"] == (first, *others)
+    assert names["prefix_attention_decode_fwd"] == ("triton", "cuda", "reference")
+    with glmkern.backend("triton"):
+        assert dispatch.order_of(dispatch.OPS["prefix_attention_fwd"], gpu, (q, q)) == ("triton",)
 
 
 def test_the_cuda_kernels_take_bfloat16_from_sm_80_on(two_gpus):
