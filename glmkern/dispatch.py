@@ -27,6 +27,7 @@ NAMES = ("cpu", "triton", "cuda", "reference")
 # Triton before CUDA C++, which serves older chips too: where both do, their predicted times are
 # equal (bench/NOTES.md), but for ops that say otherwise.
 ORDER = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}
+CUDA_FIRST = ("cuda", "triton", "reference")
 MINIMUM_TRITON = (3, 6)
 MINIMUM_CAPABILITY = {"triton": (8, 0), "cuda": (7, 5)}
 # Backends whose kernels check values themselves: C++ reads a CPU tensor faster than Python does,
@@ -212,10 +213,10 @@ def order(device: torch.device) -> tuple[str, ...]:
 
 def order_of(op: Op, device: torch.device, args: tuple[Any, ...]) -> tuple[str, ...]:
     """The same for one call."""
-    names = order(device)
-    if _forced is not None or op.cuda_first is None or device.type != "cuda":
-        return names
-    return tuple(sorted(names, key="cuda".__ne__)) if op.cuda_first(*args) else names
+    if _forced is None and op.cuda_first is not None and device.type == "cuda":
+        if op.cuda_first(*args):
+            return CUDA_FIRST
+    return order(device)
 
 
 @cache  # a device builds its type's name every time that it is asked
