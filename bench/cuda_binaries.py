@@ -62,6 +62,11 @@ class Instance:
     def warps(self) -> int:
         return self.threads // 32
 
+    @property
+    def given(self) -> dict[str, str]:
+        """The arguments by their parameters."""
+        return dict(zip(self.parameters, self.arguments, strict=True))
+
 
 def instances(sms: Sequence[int], pattern: str = "") -> list[Instance]:
     """Of all kernels, for each of these chips; only of files whose name `pattern` is found in."""

@@ -11,7 +11,6 @@ keys that a row sees, five for the backward. Predicted, never measured.
 """
 
 import heapq
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -25,7 +24,7 @@ from bench.sass import Loop, kernel_of
 from glmkern.triton_kernels.prefix_attention import backward, dkv, forward
 from glmkern.triton_kernels.prefix_attention.shared import AttentionTile
 from tests.cuda_on_host.host import ROOT
-from tests.cuda_on_host.model import GPUS
+from tests.cuda_on_host.model import GPUS, write_table
 
 TABLE = ROOT / "bench/results/cuda_attention.json"
 HEADS, GROUPS, CHANNELS, PREFIX = 16, 2, 128, 128  # ChatGLM2-6B's; heads of one group
@@ -124,7 +123,7 @@ def flops(tokens: int) -> float:
 def of_cuda(sm: int) -> Kernels:
     loops = {}
     for instance in instances([sm], "prefix_attention/attention_sm"):
-        given = dict(zip(instance.parameters, instance.arguments, strict=True))
+        given = instance.given
         few = given.get("kWarps") == "1"
         if (given["T"], given["kChannels"], given["kWide"], few) == ("half", "128", "true", False):
             kernel = kernel_of(instance.sass, instance.warps, always=LOADING)
@@ -205,13 +204,6 @@ def as_markdown(rows: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    rows = list(predictions())
-    text = ",\n".join(json.dumps(row, separators=(",", ":")) for row in rows)
-    TABLE.write_text(f"[\n{text}\n]\n")
-    TABLE.with_suffix(".md").write_text(as_markdown(rows))
-    print(as_markdown(rows))
-
-
 if __name__ == "__main__":
-    main()
+    found = list(predictions())
+    write_table(TABLE, found, as_markdown(found))

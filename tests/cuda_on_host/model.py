@@ -18,8 +18,9 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cache
+from pathlib import Path
 
-from bench.cuda_binaries import Instance, instances
+from bench.cuda_binaries import instances
 from bench.cuda_loops import hottest
 from bench.model_gpu import L2_SPEED, NAMED, SHARE, Gpu
 from bench.sass import Loop, kernel_of
@@ -92,15 +93,11 @@ def _loops(sm: int) -> dict[tuple[str, str], Loop]:
     """By kernel and tokens of a tile: what is compiled for half, 4 bits and 16-byte accesses."""
     found = {}
     for instance in instances([sm], "mma_sm"):
-        given = _given(instance)
+        given = instance.given
         if (given.get("T"), given.get("kBits"), given.get("kWide")) == ("half", "4", "true"):
             kernel = kernel_of(instance.sass, instance.warps, guards=True)
             found[instance.kernel, given["kTokens"]] = hottest(kernel)
     return found
-
-
-def _given(instance: Instance) -> dict[str, str]:
-    return dict(zip(instance.parameters, instance.arguments, strict=True))
 
 
 def predictions() -> Iterator[dict[str, object]]:
@@ -157,13 +154,14 @@ def as_markdown(rows: list[dict[str, object]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    rows = list(predictions())
+def write_table(table: Path, rows: list[dict[str, object]], markdown: str) -> None:
+    """One line a row, so that a change shows as one line; `markdown` beside it, and printed."""
     text = ",\n".join(json.dumps(row, separators=(",", ":")) for row in rows)
-    TABLE.write_text(f"[\n{text}\n]\n")
-    TABLE.with_suffix(".md").write_text(as_markdown(rows))
-    print(as_markdown(rows))
+    table.write_text(f"[\n{text}\n]\n")
+    table.with_suffix(".md").write_text(markdown)
+    print(markdown)
 
 
 if __name__ == "__main__":
-    main()
+    found = list(predictions())
+    write_table(TABLE, found, as_markdown(found))
