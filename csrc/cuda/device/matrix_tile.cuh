@@ -123,6 +123,16 @@ __device__ Fragment as_fragment(const float (&left)[4], const float (&right)[4])
            rounded_pair(right[0], right[1], T{}), rounded_pair(right[2], right[3], T{})}};
 }
 
+// Results [16, 8 kTiles] times the factors of a lane's two rows.
+template <int kTiles>
+__device__ void scale_rows(float (&sums)[kTiles][4], const float (&factors)[2]) {
+#pragma unroll
+  for (int j = 0; j < kTiles; j++) {
+#pragma unroll
+    for (int e = 0; e < 4; e++) sums[j][e] *= factors[e / 2];
+  }
+}
+
 // kRows rows of memory to a tile: row r is at from(r), r < count; zeros for the rest, and past
 // `channels`.
 template <class T, int kChannels, int kRows, int kThreads, bool kWide, class From>

@@ -21,11 +21,11 @@ struct Max {
   __device__ float operator()(float a, float b) const { return fmaxf(a, b); }
 };
 
-// Every lane gets the result.
-template <class Combine>
+// Over kLanes neighbouring lanes; each of them gets the result.
+template <int kLanes = kWarp, class Combine>
 __device__ float warp_reduce(float x, Combine combine) {
 #pragma unroll
-  for (int distance = kWarp / 2; distance > 0; distance /= 2) {
+  for (int distance = kLanes / 2; distance > 0; distance /= 2) {
     x = combine(x, __shfl_xor_sync(0xffffffffu, x, distance));
   }
   return x;

@@ -133,6 +133,19 @@ __device__ void hide_unseen(float (&x)[kTiles][4], const int (&seen)[2], float h
   }
 }
 
+// Rounds a block's results to where they belong in x; the warp's begin with the block's row
+// `warp_row`.
+template <int kChannels, bool kWide, class T>
+__device__ void store_results(const AttentionInputs& a, const QueryTask& task, int warp_row,
+                              const float (&sums)[kChannels / 8][4], T* x) {
+  const int channels = static_cast<int>(a.shape.channels), row = task.row + warp_row;
+  const auto result = results_of(a, x, channels, task.token, task.group);
+  __syncthreads();  // no warp needs a tile any more that the results take the place of
+  store_rows<T, kChannels, kWide>(dynamic_shared_memory + warp_row * kRowChunks<kChannels>, sums,
+                                  task.rows - row, channels,
+                                  [&](int r) { return result(row + r); });
+}
+
 template <class Policy, class T, int kChannels, int kWarps, int kKeys, bool kWide>
 __device__ void attend(const Attend& a) {
   constexpr int kRows = 16 * kWarps, kThreads = kWarps * kWarp, kTiles = kKeys / 8;
@@ -175,11 +188,7 @@ __device__ void attend(const Attend& a) {
         }
         float shrink[2];
         softmax.update(scores, slope, shrink);
-#pragma unroll
-        for (int j = 0; j < kChannels / 8; j++) {
-#pragma unroll
-          for (int e = 0; e < 4; e++) out[j][e] *= shrink[e / 2];
-        }
+        scale_rows(out, shrink);
 #pragma unroll
         for (int j = 0; j < kTiles; j += 2) {
           add_weighted_rows<Policy, T, kChannels>(out, as_fragment<T>(scores[j], scores[j + 1]),
@@ -190,13 +199,10 @@ __device__ void attend(const Attend& a) {
   softmax.add_lanes();
   float factor[2];
 #pragma unroll
-  for (int half = 0; half < 2; half++)
+  for (int half = 0; half < 2; half++) {
     factor[half] = softmax.sum[half] == 0 ? 0 : 1 / softmax.sum[half];
-#pragma unroll
-  for (int j = 0; j < kChannels / 8; j++) {
-#pragma unroll
-    for (int e = 0; e < 4; e++) out[j][e] *= factor[e / 2];
   }
+  scale_rows(out, factor);
   const int64_t split = task.split * a.rows * a.shape.tokens * a.query_heads;
   if (a.lse != nullptr && t == 0) {
     const auto lse = results_of(a, a.lse + split, 1, task.token, task.group);
@@ -214,11 +220,7 @@ __device__ void attend(const Attend& a) {
                                        [&](int r) { return partial(row + r); });
     return;
   }
-  __syncthreads();  // no warp needs a tile any more that the results take the place of
-  const auto result = results_of(a, static_cast<T*>(a.out), channels, task.token, task.group);
-  store_rows<T, kChannels, kWide>(dynamic_shared_memory + warp_row * kRowChunks<kChannels>, out,
-                                  task.rows - row, channels,
-                                  [&](int r) { return result(row + r); });
+  store_results<kChannels, kWide>(a, task, warp_row, out, static_cast<T*>(a.out));
 }
 
 }  // namespace glmkern::cuda

@@ -4,6 +4,7 @@
 #include "cuda/device/division.cuh"
 #include "cuda/device/flat.cuh"
 #include "cuda/device/philox.cuh"
+#include "cuda/device/reduce.cuh"
 #include "cuda/device/sequences.cuh"
 #include "cuda/kernels/prefix_attention/attention.cuh"
 #include "cuda/kernels/prefix_attention/prefix_attention_cuda.h"
@@ -68,10 +69,7 @@ __global__ void __launch_bounds__(kRowThreads)
 #pragma unroll
     for (int k = 0; k < kChannels; k++) delta = fmaf(left[k], right[k], delta);
   }
-#pragma unroll
-  for (int distance = kLanesOfARow / 2; distance > 0; distance /= 2) {
-    delta += __shfl_xor_sync(0xffffffffu, delta, distance);
-  }
+  delta = warp_reduce<kLanesOfARow>(delta, Sum{});
   if (row >= rows || threadIdx.x % kLanesOfARow != 0) return;
   const int64_t at = (head / heads * (rows / query_heads) + token) * heads + head % heads;
   numbers[at] = {lse[row] * base, delta};

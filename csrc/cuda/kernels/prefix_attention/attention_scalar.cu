@@ -99,15 +99,6 @@ struct Weights {
   }
 };
 
-template <class Combine>
-__device__ float row_reduce(float x, Combine combine) {
-#pragma unroll
-  for (int distance = kLanes / 2; distance > 0; distance /= 2) {
-    x = combine(x, __shfl_xor_sync(0xffffffffu, x, distance));
-  }
-  return x;
-}
-
 template <class T>
 __global__ void __launch_bounds__(kThreads, 4)
     attend_scalar_kernel(const __grid_constant__ Attend a, int blocks) {
@@ -137,7 +128,7 @@ __global__ void __launch_bounds__(kThreads, 4)
       scores[i] = hidden ? -INFINITY : scores[i] * a.scale;
       most = fmaxf(most, scores[i]);
     }
-    const float now = fmaxf(largest, row_reduce(most, Max{}));
+    const float now = fmaxf(largest, warp_reduce<kLanes>(most, Max{}));
     const float shrink = expf(largest - now);
     float added = 0;
 #pragma unroll
@@ -145,7 +136,7 @@ __global__ void __launch_bounds__(kThreads, 4)
       scores[i] = expf(scores[i] - now);
       added += scores[i];
     }
-    sum = sum * shrink + row_reduce(added, Sum{});
+    sum = sum * shrink + warp_reduce<kLanes>(added, Sum{});
     largest = now;
     weights.write(scores);
     if (score_key(0) == 0) shrink_of[score_row()] = shrink;

@@ -143,11 +143,7 @@ __device__ void key_gradients(const AttentionGradients& a) {
     if (ahead < steps) dout.finish(ahead);
   }
 
-#pragma unroll
-  for (int j = 0; j < kChannels / 8; j++) {
-#pragma unroll
-    for (int e = 0; e < 4; e++) dk[j][e] *= a.scale;
-  }
+  scale_rows(dk, {a.scale, a.scale});
   __syncthreads();  // no warp needs a tile any more that the results take the place of
   // Made anew: the loop has no registers for what only the end needs.
   const KeyTask<T> ended(a, blockIdx.x, kKeys, kRows);

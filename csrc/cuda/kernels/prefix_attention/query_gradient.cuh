@@ -75,16 +75,8 @@ __device__ void query_gradient(const AttentionGradients& a) {
     }
   });
 
-#pragma unroll
-  for (int j = 0; j < kChannels / 8; j++) {
-#pragma unroll
-    for (int e = 0; e < 4; e++) dq[j][e] *= a.scale;
-  }
-  __syncthreads();  // no warp needs a tile any more that the results take the place of
-  const auto result = results_of(a, static_cast<T*>(a.dq), channels, task.token, task.group);
-  store_rows<T, kChannels, kWide>(dynamic_shared_memory + warp_row * kRowChunks<kChannels>, dq,
-                                  task.rows - row, channels,
-                                  [&](int r) { return result(row + r); });
+  scale_rows(dq, {a.scale, a.scale});
+  store_results<kChannels, kWide>(a, task, warp_row, dq, static_cast<T*>(a.dq));
 }
 
 }  // namespace glmkern::cuda
