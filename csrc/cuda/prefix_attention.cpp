@@ -13,10 +13,11 @@
 namespace glmkern {
 namespace {
 
-// Blocks to aim at for the keys of tokens and prefix together: two for each of an A100's 108
-// multiprocessors. Tokens and prefix share them by their products. A block has rows enough to
-// outweigh the sums that it writes. All are fixed, so that sums do not depend on the chip.
-constexpr double kBlocks = 216;
+// Blocks to aim at for the keys of tokens and prefix together. Each writes sums, so the fewer the
+// better while there is enough for an A100's 108 multiprocessors: two each, or one where the blocks
+// of queries follow and fill what is left. Tokens and prefix share them by their products. A block
+// has rows enough to outweigh its sums. All are fixed, so that sums do not depend on the chip.
+constexpr double kBlocksAlone = 216, kBlocksBesideQueries = 96;
 constexpr int64_t kRowsOfASplit = 256;
 constexpr int64_t kKeysOfABlock = 64;
 // Keys of a split of decoding: enough that reading them outweighs writing its result, and the most
@@ -24,15 +25,15 @@ constexpr int64_t kKeysOfABlock = 64;
 constexpr int64_t kKeysOfASplit = 128;
 constexpr int64_t kSplits = 64;
 
-// Kernels count the elements of a tensor, but for a cache's rows, in 32 bits.
+// Kernels count the elements of a tensor in 32 bits.
 void require_elements(int64_t count) {
   require(count < int64_t{1} << 31, "prefix_attention: a tensor has more than 2^31 elements");
 }
 
-// Of results and of the prefix; `rows` of a batch that decodes.
-void require_counts(const AttentionShape& shape, int64_t rows = 1) {
+// Of results and of the prefix, `copies` of it; `rows` of a batch that decodes.
+void require_counts(const AttentionShape& shape, int64_t copies, int64_t rows = 1) {
   require_elements(rows * shape.tokens * shape.groups * shape.heads * shape.channels);
-  require_elements(shape.prefix * shape.groups * shape.channels);
+  require_elements(copies * 2 * shape.prefix * shape.groups * shape.channels);
 }
 
 // The prefix in the queries' dtype, with the dropout of each sequence, and its memory.
@@ -59,13 +60,17 @@ Tensor new_floats(const Tensor& like, int64_t count) {
   return torch::stable::new_empty(like, {count}, ScalarType::Float);
 }
 
-// Among how many blocks the rows of a key are divided where its segment has `share` of the
-// products.
-int64_t row_splits(const PrefixAttentionBackward& a, double share, int64_t keys) {
-  if (forced_splits > 0) return forced_splits;
-  const int64_t tiles = a.shape.groups * ceil_div(keys, kKeysOfABlock);
-  const int64_t most = ceil_div(a.shape.tokens * a.shape.heads, kRowsOfASplit);
-  return std::clamp<int64_t>(std::llround(kBlocks * share / double(tiles)), 1, most);
+// How many blocks share the rows of `keys` keys, those of one block or two, in a segment of
+// `all_keys` that has `share` of the products.
+int64_t blocks_sharing(const PrefixAttentionBackward& a, double share, int64_t keys,
+                       int64_t all_keys) {
+  const double blocks = a.token_grad ? kBlocksBesideQueries : kBlocksAlone;
+  return std::llround(blocks * share / double(a.shape.groups * ceil_div(all_keys, keys)));
+}
+
+// The most that share the rows of a key.
+int64_t most_splits(const PrefixAttentionBackward& a) {
+  return ceil_div(a.shape.tokens * a.shape.heads, kRowsOfASplit);
 }
 
 // Of the products with keys, the tokens' share: a row sees half of its sequence, on the mean.
@@ -77,9 +82,13 @@ double share_of_tokens(const PrefixAttentionBackward& a) {
 }
 
 cuda::KeyGradients plan_tokens(const PrefixAttentionBackward& a) {
+  const int64_t wanted =
+      blocks_sharing(a, share_of_tokens(a), 2 * kKeysOfABlock, a.shape.tokens) - 1;
+  const int64_t splits = std::clamp<int64_t>(wanted, 1, most_splits(a));
   cuda::KeyGradients plan;
   plan.keys = a.shape.tokens;
-  plan.splits = static_cast<int>(row_splits(a, share_of_tokens(a), a.shape.tokens));
+  plan.splits = static_cast<int>(forced_splits > 0 ? forced_splits : splits);
+  plan.pair_blocks = plan.splits + 1;  // the other tile has one at least
   plan.dk = a.dk;
   plan.dv = a.dv;
   return plan;
@@ -89,7 +98,9 @@ cuda::KeyGradients plan_tokens(const PrefixAttentionBackward& a) {
 cuda::KeyGradients plan_prefix(const PrefixAttentionBackward& a) {
   const int64_t rows = a.shape.tokens * a.shape.heads;
   const int64_t step = cuda::rows_of_key_gradients(a.shape);
-  const int64_t wanted = row_splits(a, 1 - share_of_tokens(a), a.shape.prefix);
+  const int64_t splits = blocks_sharing(a, 1 - share_of_tokens(a), kKeysOfABlock, a.shape.prefix);
+  const int64_t wanted =
+      forced_splits > 0 ? forced_splits : std::clamp<int64_t>(splits, 1, most_splits(a));
   cuda::KeyGradients plan;
   plan.keys = a.shape.prefix;
   plan.rows_of_split = static_cast<int>(ceil_div(ceil_div(rows, wanted), step) * step);
@@ -119,7 +130,7 @@ void no_gradient(const PrefixAttentionBackward& a, const Tensor& like) {
 struct PrefixAttentionCuda {
   static void forward(const PrefixAttentionForward& a, const Tensor& like) {
     if (a.shape.tokens * a.shape.heads == 0) return;
-    require_counts(a.shape);
+    require_counts(a.shape, a.prefix.p > 0 ? a.sequences.count : 1);
     for (const AttentionTokens& x : {a.q, a.k, a.v}) require_elements(a.shape.tokens * x.stride);
     on_device_of(like, [&](void* stream) {
       const Prepared prefix(a.shape, a.prefix, a.sequences, like, stream);
@@ -136,7 +147,7 @@ struct PrefixAttentionCuda {
     const bool prefix_grad = a.prefix_grad && a.shape.prefix > 0;
     if (!(a.token_grad || prefix_grad)) return;
     if (rows == 0) return prefix_grad ? no_gradient(a, like) : void();
-    require_counts(a.shape);
+    require_counts(a.shape, a.prefix.p > 0 ? a.sequences.count : 1);
     for (const AttentionTokens& x : {a.q, a.k, a.v, a.dout}) {
       require_elements(a.shape.tokens * x.stride);
     }
@@ -149,10 +160,9 @@ struct PrefixAttentionCuda {
       gradients.dout = a.dout;
       gradients.sequences = a.sequences;
       gradients.numbers = numbers_of_rows;
-      gradients.dq = a.dq;
       std::optional<Tensor> token_sums, prefix_sums;
       if (a.token_grad) {
-        cuda::query_gradient(gradients, stream);
+        gradients.dq = a.dq;
         gradients.token_keys = plan_tokens(a);
         if (gradients.token_keys.splits > 1) {
           token_sums = new_sums(gradients.token_keys, a.shape, like);
@@ -164,7 +174,7 @@ struct PrefixAttentionCuda {
         prefix_sums = new_sums(gradients.prefix_keys, a.shape, like);
         gradients.prefix_keys.partial = floats_of(*prefix_sums);
       }
-      cuda::key_gradients(gradients, stream);
+      cuda::attention_gradients(gradients, stream);
       if (token_sums) cuda::add_token_splits(gradients, stream);
       if (prefix_sums) cuda::add_prefix_splits(gradients, a.prefix, stream);
     });
@@ -175,9 +185,9 @@ struct PrefixAttentionCuda {
   static void decode(const PrefixAttentionDecode& a, const Tensor& like) {
     const int64_t rows = a.rows * a.shape.tokens * a.shape.groups * a.shape.heads;
     if (rows == 0) return;
-    require_counts(a.shape, a.rows);
+    require_counts(a.shape, 1, a.rows);
     require_elements(a.rows * a.q.row_stride);
-    for (const AttentionTokens& x : {a.k, a.v}) require_elements(a.room * x.stride);
+    for (const AttentionTokens& x : {a.k, a.v}) require_elements(a.rows * x.row_stride);
     on_device_of(like, [&](void* stream) {
       const Prepared prefix(a.shape, a.prefix, {}, like, stream);
       cuda::Attend attend(a, prefix.seen);

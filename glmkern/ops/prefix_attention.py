@@ -288,7 +288,7 @@ def _decode_fake(q: Tensor, *_: object) -> Tensor:
 
 
 def _cuda_first(q: Tensor, *_: object) -> bool:
-    """On chips with mma.sync, the compiled code of CUDA C++ is predicted to take 0.8 to 1.02 times
+    """On chips with mma.sync, the compiled code of CUDA C++ is predicted to take 0.6 to 0.97 times
     as long as Triton's (bench/results/cuda_attention.md)."""
     products = q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] <= 128
     return products and (8, 0) <= capability(q.device) < (9, 0)

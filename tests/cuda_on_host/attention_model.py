@@ -2,7 +2,7 @@
 
     python -m tests.cuda_on_host.attention_model    writes bench/results/cuda_attention.json and .md
 
-A kernel's time is that of the multiprocessor that ends last: blocks start in their order where
+A launch's time is that of the multiprocessor that ends last: blocks start in their order where
 least is left to do, and each takes the turns of its loop times the cycles that the compiled code
 needs (sass.py), the mean of all units overlapped and of products and the rest in turn. Rows and
 keys that fill no tile count as if they did. What reads and adds up sums takes its bytes' time. A
@@ -20,7 +20,7 @@ from bench import triton_loops
 from bench.cuda_binaries import instances
 from bench.cuda_loops import hottest
 from bench.model_gpu import L2_SPEED, SHARE, Gpu
-from bench.sass import Loop, kernel_of
+from bench.sass import Kernel, Loop, kernel_of
 from glmkern.triton_kernels.prefix_attention import backward, dkv, forward
 from glmkern.triton_kernels.prefix_attention.shared import AttentionTile
 from tests.cuda_on_host.host import ROOT
@@ -41,17 +41,22 @@ class Walk:
     turn: int
     loop: Loop
 
-    def cycles(self, turns: Sequence[int], gpu: Gpu) -> float:
-        """Of the multiprocessor that ends last; blocks start in the order of `turns`."""
-        busy = [0.0] * gpu.multiprocessors
-        for count in turns:
-            heapq.heapreplace(busy, busy[0] + count * self.loop.mean_cycles(gpu.sheet.capability))
-        return max(busy)
+    def cycles(self, turns: Sequence[int], gpu: Gpu) -> list[float]:
+        """Of each of its blocks, alone on a multiprocessor."""
+        return [count * self.loop.mean_cycles(gpu.sheet.capability) for count in turns]
+
+
+def launch(blocks: Sequence[float], gpu: Gpu) -> float:
+    """Cycles of the multiprocessor that ends last; `blocks` start in their order."""
+    busy = [0.0] * gpu.multiprocessors
+    for cycles in blocks:
+        heapq.heapreplace(busy, busy[0] + cycles)
+    return max(busy)
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """Of one backend on one chip; `together`: one launch has the keys of tokens and prefix."""
+    """Of one backend on one chip; `together`: one launch has all gradients."""
 
     attend: Walk
     queries: Walk
@@ -68,14 +73,28 @@ def row_turns(walk: Walk, tokens: int) -> list[int]:
     return [count for count in turns for _ in range(GROUPS)]
 
 
-def splits(tokens: int) -> tuple[int, int]:
-    """Of the tokens' keys and of the prefix's, as csrc/cuda/prefix_attention.cpp has them."""
-    seen = tokens / 2
+def plan(tokens: int) -> tuple[int, int]:
+    """Blocks of two tiles of the tokens' keys, and splits of the prefix's, as
+    csrc/cuda/prefix_attention.cpp has them."""
+    share = tokens / (tokens + 2 * PREFIX)  # of the products
     most = ceil(tokens * HEADS / 256)
-    share = seen / (seen + PREFIX)
-    blocks = [(216 * share, tokens), (216 * (1 - share), PREFIX)]
-    own, prefix = (round(wanted / (GROUPS * ceil(keys / 64))) for wanted, keys in blocks)
-    return max(min(own, most), 1), max(min(prefix, most), 1)
+    pair = round(96 * share / (GROUPS * ceil(tokens / 128)))
+    prefix = round(96 * (1 - share) / (GROUPS * ceil(PREFIX / 64)))
+    return max(min(pair - 1, most), 1) + 1, max(min(prefix, most), 1)
+
+
+def splits_of_keys(tokens: int, pair_blocks: int) -> list[int]:
+    """Of each tile of 64 keys: csrc/cuda/kernels/prefix_attention/key_task.cuh has the picture."""
+    tiles = ceil(tokens / 64)
+    found = []
+    for tile in range(tiles):
+        last = max(tile, tiles - 1 - tile)
+        few, all_rows = tokens - 64 * last, 2 * tokens - 64 * (tiles - 1)
+        of_last = max((2 * pair_blocks * few + all_rows) // (2 * all_rows), 1)
+        if 2 * tile == tiles - 1:
+            of_last = pair_blocks // 2
+        found.append(of_last if tile == last else pair_blocks - of_last)
+    return found
 
 
 def splits_of_triton(tokens: int) -> tuple[int, int]:
@@ -86,9 +105,14 @@ def splits_of_triton(tokens: int) -> tuple[int, int]:
     return own, prefix
 
 
-def key_turns(walk: Walk, tokens: int, splits: int) -> list[int]:
+def key_turns(walk: Walk, tokens: int, splits: Sequence[int]) -> list[int]:
+    """`splits` of each tile of keys."""
     rows = [tokens * HEADS - key * HEADS for key in range(0, tokens, walk.own)]
-    return [ceil(r / walk.turn / splits) for r in rows for _ in range(GROUPS * splits)]
+    return [
+        ceil(r / walk.turn / share)
+        for r, share in zip(rows, splits, strict=True)
+        for _ in range(GROUPS * share)
+    ]
 
 
 def prefix_turns(walk: Walk, tokens: int, splits: int) -> list[int]:
@@ -98,20 +122,25 @@ def prefix_turns(walk: Walk, tokens: int, splits: int) -> list[int]:
 
 def seconds(kernels: Kernels, tokens: int, gpu: Gpu) -> tuple[float, float]:
     """Of the forward and of the backward."""
-    attend = kernels.attend.cycles(row_turns(kernels.attend, tokens), gpu)
+    attend = launch(kernels.attend.cycles(row_turns(kernels.attend, tokens), gpu), gpu)
     queries = kernels.queries.cycles(row_turns(kernels.queries, tokens), gpu)
-    of_own, of_prefix = (splits if kernels.together else splits_of_triton)(tokens)
-    own = key_turns(kernels.keys, tokens, of_own)
-    prefix = prefix_turns(kernels.prefix, tokens, of_prefix)
     if kernels.together:
-        keys = kernels.keys.cycles(own + prefix, gpu)
+        pair_blocks, of_prefix = plan(tokens)
+        of_own = splits_of_keys(tokens, pair_blocks)
     else:
-        keys = kernels.keys.cycles(own, gpu) + kernels.prefix.cycles(prefix, gpu)
+        each, of_prefix = splits_of_triton(tokens)
+        of_own = [each] * ceil(tokens / kernels.keys.own)
+    own = kernels.keys.cycles(key_turns(kernels.keys, tokens, of_own), gpu)
+    prefix = kernels.prefix.cycles(prefix_turns(kernels.prefix, tokens, of_prefix), gpu)
+    launches = [own + prefix + queries] if kernels.together else [queries, own, prefix]
+    gradients = sum(launch(blocks, gpu) for blocks in launches)
     clock, memory = gpu.boost_ghz * 1e9, gpu.sheet.bandwidth * 1e9 * SHARE
     read = 2 * 2 * tokens * GROUPS * HEADS * CHANNELS  # dout and out, for rowsum(dout * out)
-    written = of_prefix * PREFIX + (of_own * tokens if of_own > 1 else 0)
+    written = of_prefix * PREFIX
+    if max(of_own) > 1:
+        written += sum(kernels.keys.own * share for share in of_own)
     sums = 2 * 2 * 4 * written * GROUPS * CHANNELS  # of dk and dv, written and read
-    return attend / clock, (queries + keys) / clock + read / memory + sums / (memory * L2_SPEED)
+    return attend / clock, gradients / clock + read / memory + sums / (memory * L2_SPEED)
 
 
 def flops(tokens: int) -> float:
@@ -121,21 +150,28 @@ def flops(tokens: int) -> float:
 
 @cache
 def of_cuda(sm: int) -> Kernels:
-    loops = {}
+    kernels = {}
     for instance in instances([sm], "prefix_attention/attention_sm"):
         given = instance.given
         few = given.get("kWarps") == "1"
         if (given["T"], given["kChannels"], given["kWide"], few) == ("half", "128", "true", False):
-            kernel = kernel_of(instance.sass, instance.warps, always=LOADING)
-            loops[instance.kernel] = hottest(kernel)
-    keys = Walk(64, 16, loops["key_gradients_mma_kernel"])
+            kernels[instance.kernel] = kernel_of(instance.sass, instance.warps, always=LOADING)
+    turn = 16 if sm < 80 else 32
+    gradients = kernels["gradients_mma_kernel"]
+    keys = Walk(64, 16, loop_of(gradients, 4 * 64 * 16 * CHANNELS))
     return Kernels(
-        attend=Walk(64, 32, loops["attend_mma_kernel"]),
-        queries=Walk(64, 16 if sm < 80 else 32, loops["query_gradient_mma_kernel"]),
+        attend=Walk(64, 16, hottest(kernels["attend_mma_kernel"])),
+        queries=Walk(64, turn, loop_of(gradients, 3 * 64 * turn * CHANNELS)),
         keys=keys,
         prefix=keys,
         together=True,
     )
+
+
+def loop_of(kernel: Kernel, fmas: int) -> Loop:
+    """The one whose products are so many, of a block."""
+    (found,) = (loop for loop in kernel.loops if loop.warps * loop.fmas == fmas)
+    return found
 
 
 @cache

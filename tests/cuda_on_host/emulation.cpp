@@ -17,11 +17,12 @@ void sum_kernel(const float* x, float* sums) {
   if (threadIdx.x == blockDim.x - 1) sums[blockIdx.x] = sum;
 }
 
-void shuffle_kernel(const float* x, float* down, float* exchanged, float* broadcast) {
+void shuffle_kernel(const float* x, float* down, float* exchanged, float* broadcast, float* any) {
   const float mine = x[threadIdx.x];
   down[threadIdx.x] = __shfl_down_sync(0xffffffffu, mine, 3);
   exchanged[threadIdx.x] = __shfl_xor_sync(0xffffffffu, mine, 1);
   broadcast[threadIdx.x] = __shfl_sync(0xffffffffu, mine, 7);
+  any[threadIdx.x] = __any_sync(0xffffffffu, mine == 40);
 }
 
 template <class T>
@@ -94,10 +95,10 @@ void run(const std::string& name, int count) {
            sums.floats());
     sums.write();
   } else if (name == "shuffle") {
-    HostTensor x(256, 0), down(256, 0), exchanged(256, 0), broadcast(256, 0);
+    HostTensor x(256, 0), down(256, 0), exchanged(256, 0), broadcast(256, 0), any(256, 0);
     launch("shuffle", shuffle_kernel, 1, 64, nullptr, static_cast<const float*>(x.read().floats()),
-           down.floats(), exchanged.floats(), broadcast.floats());
-    down.write(), exchanged.write(), broadcast.write();
+           down.floats(), exchanged.floats(), broadcast.floats(), any.floats());
+    down.write(), exchanged.write(), broadcast.write(), any.write();
   } else if (name == "half") {
     convert<__half>(count);
   } else if (name == "bfloat16") {

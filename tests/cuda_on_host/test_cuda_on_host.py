@@ -22,11 +22,12 @@ def test_a_block_sums_over_its_threads(program):
 
 def test_shuffles(program):
     x = torch.arange(64, dtype=torch.float32)
-    down, xor, broadcast = run(program, ["shuffle"], [x], [((64,), torch.float32)] * 3)
+    down, xor, broadcast, any_is_40 = run(program, ["shuffle"], [x], [((64,), torch.float32)] * 4)
     lanes = x.view(2, 32)
     assert down.view(2, 32)[:, :29].equal(lanes[:, 3:]) and down[29:32].equal(x[29:32])
     assert xor.equal(x.view(-1, 2).flip(1).flatten())
     assert broadcast.equal(lanes[:, 7:8].expand(2, 32).flatten())
+    assert any_is_40.equal((x >= 32).float())  # of the warp that has it
 
 
 def test_syncwarp_orders_the_lanes(program):

@@ -2,6 +2,8 @@
 generations of tensor cores and plain float arithmetic, forced splits, unaligned and strided
 tensors, the bits of masks."""
 
+import math
+
 import pytest
 import torch
 
@@ -55,6 +57,25 @@ def test_against_fp64(kernels, machine, case, version, dtype):
             lambda *x: dense(*x, case[0]),
             lambda: tensors(*case, dtype),
         )
+
+
+@pytest.mark.parametrize(("version", "dtype"), CODE, ids=str)
+@pytest.mark.parametrize("growth", [3, 7.5, 40])
+def test_maxima_that_grow(kernels, machine, growth, version, dtype):
+    """Of a row's exponents of 2, from each 16 keys to the next: by less than what its running
+    maximum may lag behind, by nearly that, and by more."""
+    lengths, n, g, c, p = case = [100, 30], 8, 2, 64, 40
+
+    def inputs():
+        q, k, v, pk, pv = (x.detach() for x in tensors(*case, torch.float32))
+        ramp = growth / 16 * math.log(2) * c**-0.5  # of a key's channels, for scores of 1 a key
+        q = 1 + 0.1 * q
+        k = 0.1 * k + ramp * torch.arange(p, p + sum(lengths))[:, None, None]
+        pk = 0.1 * pk + ramp * torch.arange(p)[:, None, None]
+        return [x.to(dtype).requires_grad_() for x in (q, k, v, pk, pv)]
+
+    with machine.code_version(version):
+        matches_fp64(attention(kernels, lengths), lambda *x: dense(*x, lengths), inputs)
 
 
 @pytest.mark.parametrize(("version", "dtype"), CODE, ids=str)
@@ -199,8 +220,9 @@ def test_choice(kernels, machine, version, dtype, channels, p, how):
         out, lse = kernels.prefix_attention_fwd(q, k, v, *prefix, *batch)
         kernels.prefix_attention_bwd(out, q, k, v, *prefix, out, lse, *batch, False, True)
     found = {name.split("_kernel")[0] for name in counted}
-    dropped = {"prepare_prefix", "add_dropped"} if p > 0 else {"split_sums"}
-    assert found == {f"attend_{how}", "row_numbers", f"key_gradients_{how}"} | dropped
+    gradients = {"mma": "gradients_mma", "scalar": "key_gradients_scalar"}[how]
+    dropped = {"prepare_prefix", "add_dropped"} if p > 0 else {"add_splits"}
+    assert found == {f"attend_{how}", "row_numbers", gradients} | dropped
 
 
 @pytest.mark.parametrize(("version", "dtype"), CODE, ids=str)

@@ -98,7 +98,7 @@ def test_every_instruction_is_emulated():
     )
     found = set(name.findall(own.read_text())) - {"shared_address"}  # of use only to assembly
     assert found == set(name.findall(emulated.read_text()))
-    assert len(found) == 9
+    assert len(found) == 10
 
 
 def test_only_ptx_has_assembly():

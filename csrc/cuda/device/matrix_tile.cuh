@@ -48,71 +48,79 @@ __device__ Fragment load_fragment(const uint4* tile, int row, int k) {
   return f;
 }
 
-// 16 rows of kChannels that a warp keeps.
-template <int kChannels>
+// kRowTiles times 16 rows of kChannels that a warp keeps. Of what it reads from shared memory each
+// part serves all of them.
+template <int kChannels, int kRowTiles>
 class KeptRows {
  public:
   __device__ void load(const uint4* tile, int row) {
 #pragma unroll
-    for (int k = 0; k < kChannels / 16; k++) parts_[k] = load_fragment<kChannels>(tile, row, k);
+    for (int i = 0; i < kRowTiles; i++) {
+#pragma unroll
+      for (int k = 0; k < kChannels / 16; k++) {
+        parts_[i][k] = load_fragment<kChannels>(tile, row + 16 * i, k);
+      }
+    }
   }
 
-  __device__ const Fragment& part(int k) const { return parts_[k]; }
+  // Columns 16 k to 16 k + 15 of the i-th 16 rows.
+  __device__ const Fragment& part(int i, int k) const { return parts_[i][k]; }
 
   // f(pair) for the bits of each two numbers.
   template <class F>
   __device__ void for_each(F f) {
 #pragma unroll
-    for (int k = 0; k < kChannels / 16; k++) {
+    for (int i = 0; i < kRowTiles; i++) {
 #pragma unroll
-      for (int i = 0; i < 4; i++) f(parts_[k].pairs[i]);
+      for (int k = 0; k < kChannels / 16; k++) {
+#pragma unroll
+        for (int pair = 0; pair < 4; pair++) f(parts_[i][k].pairs[pair]);
+      }
     }
   }
 
  private:
-  Fragment parts_[kChannels / 16];
+  Fragment parts_[kRowTiles][kChannels / 16];
 };
 
-// 16 rows that are read from shared memory whenever a product needs them.
-template <int kChannels>
-class RowsInMemory {
- public:
-  __device__ RowsInMemory(const uint4* tile, int row) : tile_(tile), row_(row) {}
-  __device__ Fragment part(int k) const { return load_fragment<kChannels>(tile_, row_, k); }
-
- private:
-  const uint4* tile_;
-  int row_;
-};
-
-// sums [16, 8 kTiles] += rows [16, kChannels] times the tile's first 8 kTiles rows, transposed.
-template <class Policy, class T, int kChannels, int kTiles, class Rows>
-__device__ void add_products(float (&sums)[kTiles][4], const Rows& rows, const uint4* tile) {
+// sums [16 kRowTiles, 8 kTiles] += rows [16 kRowTiles, kChannels] times the tile's first 8 kTiles
+// rows, transposed.
+template <class Policy, class T, int kChannels, int kRowTiles, int kTiles>
+__device__ void add_products(float (&sums)[kRowTiles][kTiles][4],
+                             const KeptRows<kChannels, kRowTiles>& rows, const uint4* tile) {
   const unsigned lane = threadIdx.x % kWarp;
 #pragma unroll
   for (int k = 0; k < kChannels / 16; k += 2) {
-    const Fragment left = rows.part(k), right = rows.part(k + 1);
 #pragma unroll
     for (int j = 0; j < kTiles; j++) {
       uint32_t b[4];
       load_matrices(b, tile + chunk_place<kChannels>(8 * j + lane % 8, 2 * k, lane / 8));
-      Policy::mma(sums[j], left.pairs, {b[0], b[1]}, T{});
-      Policy::mma(sums[j], right.pairs, {b[2], b[3]}, T{});
+#pragma unroll
+      for (int i = 0; i < kRowTiles; i++) {
+        Policy::mma(sums[i][j], rows.part(i, k).pairs, {b[0], b[1]}, T{});
+        Policy::mma(sums[i][j], rows.part(i, k + 1).pairs, {b[2], b[3]}, T{});
+      }
     }
   }
 }
 
-// sums [16, kChannels] += weights [16, 16] times the tile's 16 rows from `row` on.
-template <class Policy, class T, int kChannels>
-__device__ void add_weighted_rows(float (&sums)[kChannels / 8][4], const Fragment& weights,
-                                  const uint4* tile, int row) {
+// sums [16 kRowTiles, kChannels] += weights [16 kRowTiles, 16] times the tile's 16 rows from `row`
+// on.
+template <class Policy, class T, int kChannels, int kRowTiles>
+__device__ void add_weighted_rows(float (&sums)[kRowTiles][kChannels / 8][4],
+                                  const Fragment (&weights)[kRowTiles], const uint4* tile,
+                                  int row) {
   const unsigned lane = threadIdx.x % kWarp;
 #pragma unroll
   for (int j = 0; j < kChannels / 8; j += 2) {
+    if (j > 0 && j % 4 == 0) Policy::part_loads();
     uint32_t b[4];
     load_transposed(b, tile + chunk_place<kChannels>(row + lane % 16, j, lane / 16));
-    Policy::mma(sums[j], weights.pairs, {b[0], b[1]}, T{});
-    Policy::mma(sums[j + 1], weights.pairs, {b[2], b[3]}, T{});
+#pragma unroll
+    for (int i = 0; i < kRowTiles; i++) {
+      Policy::mma(sums[i][j], weights[i].pairs, {b[0], b[1]}, T{});
+      Policy::mma(sums[i][j + 1], weights[i].pairs, {b[2], b[3]}, T{});
+    }
   }
 }
 

@@ -20,6 +20,9 @@ struct Sm75 {
     mma_m16n8k8(c, {a[0], a[1]}, b[0]);
     mma_m16n8k8(c, {a[2], a[3]}, b[1]);
   }
+
+  // Else ptxas moves all loads of a product before it, which takes more registers than there are.
+  static __device__ void part_loads() { keep_loads_below(); }
 };
 
 // Ampere and all that came later: half and bfloat16, 16 x 8 x 16, and copies past the registers.
@@ -34,6 +37,14 @@ struct Sm80 {
                              T type) {
     mma_m16n8k16(c, a, b, type);
   }
+  static __device__ void part_loads() {}
+};
+
+// With another number of stages, where copies are asynchronous: two for large tiles, four for small
+// ones. Their number is then no division.
+template <class Policy, int kCount>
+struct WithStages : Policy {
+  static constexpr int kStages = Policy::kAsyncCopies ? kCount : 2;
 };
 
 }  // namespace glmkern::cuda

@@ -145,6 +145,9 @@ __device__ inline void store_16(void* global, uint4 bits) {
                : "memory");
 }
 
+// Loads that follow stay below this line. It is no instruction, but ptxas moves nothing across it.
+__device__ inline void keep_loads_below() { __syncwarp(); }
+
 // 2^x, to two units of the last place.
 __device__ inline float exp2_approximate(float x) {
   float result;

@@ -31,13 +31,13 @@ class SequenceCursor {
     while (end <= token && sequence_ < last_) enter(sequence_ + 1);
   }
 
-  int64_t id;
+  int64_t id = 0;  // where ids are given
   int begin, end;
 
  private:
   __device__ void enter(int sequence) {
     sequence_ = sequence;
-    id = sequences_.ids[sequence];
+    if (sequences_.ids != nullptr) id = sequences_.ids[sequence];
     begin = sequences_.cu_seqlens[sequence];
     end = sequences_.cu_seqlens[sequence + 1];
   }

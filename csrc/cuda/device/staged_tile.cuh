@@ -42,6 +42,14 @@ __device__ uint4 read_chunk(const Chunk<T>& chunk) {
   return bits;
 }
 
+// Chunk k * kThreads + thread of a tile: the thread's k-th.
+template <int kThreads>
+struct ChunkNumber {
+  unsigned k, thread;
+
+  __device__ operator unsigned() const { return k * kThreads + thread; }
+};
+
 template <class Policy, class T, int kChunks, int kThreads, bool kWide>
 class StagedTile {
  public:
@@ -52,14 +60,14 @@ class StagedTile {
   // source(i) is the Chunk i of this tile, place(i) its place from 0 to kChunks - 1.
   template <class Source, class Place>
   __device__ void start(int step, Source source, Place place) {
-    for_each([&](int k, int i) {
+    for_each([&](ChunkNumber<kThreads> i) {
       const Chunk<T> chunk = source(i);
       if constexpr (kWide && Policy::kAsyncCopies) {
         copy_async(chunks(step) + place(i), chunk.from, chunk.count > 0 ? 16 : 0);
       } else if constexpr (Policy::kAsyncCopies) {
         chunks(step)[place(i)] = read_chunk<kWide>(chunk);
       } else {
-        held_[k] = read_chunk<kWide>(chunk);
+        held_[i.k] = read_chunk<kWide>(chunk);
       }
     });
   }
@@ -67,7 +75,7 @@ class StagedTile {
   template <class Place>
   __device__ void finish(int step, Place place) {
     if constexpr (!Policy::kAsyncCopies) {
-      for_each([&](int k, int i) { chunks(step)[place(i)] = held_[k]; });
+      for_each([&](ChunkNumber<kThreads> i) { chunks(step)[place(i)] = held_[i.k]; });
     }
   }
 
@@ -76,13 +84,15 @@ class StagedTile {
  private:
   static constexpr int kEach = (kChunks + kThreads - 1) / kThreads;
 
-  // f(k, i) for each chunk i that is this thread's, its k-th.
+  // f(i) for each chunk that is this thread's.
   template <class F>
   static __device__ void for_each(F f) {
 #pragma unroll
     for (int k = 0; k < kEach; k++) {
-      const unsigned i = k * kThreads + threadIdx.x % kThreads;  // says that it is below kThreads
-      if (kChunks % kThreads == 0 || i < kChunks) f(k, i);
+      const unsigned thread = threadIdx.x % kThreads;  // says that it is below kThreads
+      if (kChunks % kThreads == 0 || k * kThreads + thread < kChunks) {
+        f(ChunkNumber<kThreads>{unsigned(k), thread});
+      }
     }
   }
 

@@ -55,6 +55,19 @@ T __shfl_down_sync(unsigned mask, T value, int distance) {
   return cuda_on_host::shuffle(mask, value, cuda_on_host::place.lane() + distance);
 }
 
+inline int __any_sync(unsigned mask, int predicate) {
+  int found = predicate != 0;
+  const auto work = [](const cuda_on_host::Parts& parts) {
+    int any = 0;
+    for (void* part : parts) any |= part != nullptr && *static_cast<int*>(part);
+    for (void* part : parts) {
+      if (part != nullptr) *static_cast<int*>(part) = any;
+    }
+  };
+  cuda_on_host::together(mask, work, &found);
+  return found;
+}
+
 inline void __trap() { throw std::logic_error("a kernel for other chips runs"); }
 
 struct alignas(16) [[gnu::may_alias]] uint4 {

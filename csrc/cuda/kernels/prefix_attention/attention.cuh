@@ -1,13 +1,14 @@
 // What the kernels of prefix_attention share: the rows and the keys that a block has.
 #pragma once
 
+#include <climits>
+
 #include "cuda/device/division.cuh"
 #include "cuda/device/sequences.cuh"
 #include "cuda/kernels/prefix_attention/prefix_attention_cuda.h"
 
 namespace glmkern::cuda {
 
-constexpr float kLog2E = 1.4426950408889634f;
 // The largest score of a row that has seen no key. With -inf, the difference of two is no number.
 constexpr float kLowest = -3.4028234663852886e38f;
 
@@ -28,11 +29,10 @@ struct PackedRows {
 // The rows of a block that walks keys: of one sequence and one group, from `row` on.
 struct QueryTask {
   int group, sequence, split;
-  int row, rows;       // the first one, and all that the sequence has
-  int q_at;            // elements of q before the sequence's first token,
-  int64_t k_at, v_at;  // and of k and v
-  int token;           // that token's number in what is written
-  int before;          // keys of the sequence that its first query sees beside its own
+  int row, rows;         // the first one, and all that the sequence has
+  int q_at, k_at, v_at;  // elements of q, k and v before the sequence's first token
+  int token;             // that token's number in what is written
+  int before;            // keys of the sequence that its first query sees beside its own
 
   __device__ bool is_idle() const { return row < 0 || row >= rows; }
 
@@ -62,8 +62,8 @@ __device__ inline QueryTask task_of_packed(const AttentionInputs& a,
   task.row = tile.tile * tile_rows;
   task.rows = tile.tokens * heads;
   task.q_at = tile.first_token * static_cast<int>(a.q.stride);
-  task.k_at = tile.first_token * a.k.stride;
-  task.v_at = tile.first_token * a.v.stride;
+  task.k_at = tile.first_token * static_cast<int>(a.k.stride);
+  task.v_at = tile.first_token * static_cast<int>(a.v.stride);
   task.token = tile.first_token;
   return task;
 }
@@ -96,8 +96,8 @@ __device__ inline QueryTask task_of_decoding(const Attend& a, int tile_rows, int
   task.split = block / groups / tiles % a.splits;
   task.rows = decoded.tokens * heads;
   task.q_at = sequence * static_cast<int>(a.q.row_stride);
-  task.k_at = sequence * a.k.row_stride;
-  task.v_at = sequence * a.v.row_stride;
+  task.k_at = sequence * static_cast<int>(a.k.row_stride);
+  task.v_at = sequence * static_cast<int>(a.v.row_stride);
   task.token = sequence * queries;
   task.before = decoded.entries - decoded.tokens;
   return task;
@@ -140,17 +140,18 @@ __device__ inline int numbers_at(const AttentionInputs& a, int group, int token)
 // Keys and values that are read together; `own` ones are those of the sequence's tokens.
 template <class T>
 struct KeyBlock {
-  const T *keys, *values;  // of the segment
+  const T *keys, *values;
+  int k_at, v_at;  // of the segment's first key, as in PackedRows,
   int k_stride, v_stride;
-  int first;  // of its keys
+  int first;  // and this one's number
   int count;  // that are there from `first` on, though a block has no more than kKeys
   bool own;
 
   __device__ const T* key(int i, int channel = 0) const {
-    return keys + ((first + i) * k_stride + channel);
+    return keys + (k_at + (first + i) * k_stride + channel);
   }
   __device__ const T* value(int i, int channel = 0) const {
-    return values + ((first + i) * v_stride + channel);
+    return values + (v_at + (first + i) * v_stride + channel);
   }
 };
 
@@ -163,48 +164,49 @@ __device__ inline int count_blocks(int prefix, int own, int block_keys) {
 //
 //     blocks of 32      0              1              2             3
 //     keys              prefix 0-31    prefix 32-39   own 0-31      own 32-63
+//
+// What is the same for all blocks stays in the kernel's argument: loops have no registers for it.
 template <class T, int kKeys>
 class KeyBlocks {
  public:
   __device__ KeyBlocks(const AttentionInputs& a, const QueryTask& task, int seen)
       : count(count_blocks(static_cast<int>(a.shape.prefix), seen, kKeys)),
-        prefix_blocks_(ceil_quotient(static_cast<int>(a.shape.prefix), kKeys)),
-        prefix_(static_cast<int>(a.shape.prefix)),
+        a_(a),
         seen_(seen),
-        prefix_stride_(static_cast<int>(a.shape.groups * a.shape.channels)),
-        k_stride_(static_cast<int>(a.k.stride)),
-        v_stride_(static_cast<int>(a.v.stride)) {
-    const int64_t group = task.group * a.shape.channels;
-    const int64_t prefix = task.sequence * a.prefix.sequence_stride + group;
-    keys_ = static_cast<const T*>(a.k.data) + task.k_at + group;
-    values_ = static_cast<const T*>(a.v.data) + task.v_at + group;
-    if (prefix_ == 0) return;
-    prefix_keys_ = static_cast<const T*>(a.prefix.keys) + prefix;
-    prefix_values_ = static_cast<const T*>(a.prefix.values) + prefix;
-  }
+        before_(task.before),
+        k_at_(task.k_at + task.group * static_cast<int>(a.shape.channels)),
+        v_at_(task.v_at + task.group * static_cast<int>(a.shape.channels)),
+        prefix_at_(task.sequence * static_cast<int>(a.prefix.sequence_stride) +
+                   task.group * static_cast<int>(a.shape.channels)) {}
 
   __device__ KeyBlock<T> operator[](int i) const {
-    const bool own = i >= prefix_blocks_;
-    const int first = (own ? i - prefix_blocks_ : i) * kKeys;
-    return {own ? keys_ : prefix_keys_,
-            own ? values_ : prefix_values_,
-            own ? k_stride_ : prefix_stride_,
-            own ? v_stride_ : prefix_stride_,
+    const int prefix = static_cast<int>(a_.shape.prefix);
+    const int prefix_blocks = ceil_quotient(prefix, kKeys);
+    const int prefix_stride = static_cast<int>(a_.shape.groups * a_.shape.channels);
+    const bool own = i >= prefix_blocks;
+    const int first = (own ? i - prefix_blocks : i) * kKeys;
+    return {static_cast<const T*>(own ? a_.k.data : a_.prefix.keys),
+            static_cast<const T*>(own ? a_.v.data : a_.prefix.values),
+            own ? k_at_ : prefix_at_,
+            own ? v_at_ : prefix_at_,
+            own ? static_cast<int>(a_.k.stride) : prefix_stride,
+            own ? static_cast<int>(a_.v.stride) : prefix_stride,
             first,
-            (own ? seen_ : prefix_) - first,
+            (own ? seen_ : prefix) - first,
             own};
   }
 
-  // How many keys from the block's first on a row sees that sees `seen` of its sequence's.
-  __device__ int seen_of(const KeyBlock<T>& block, int seen) const {
-    return (block.own ? seen : prefix_) - block.first;
+  // The first packed row that sees the block's i-th key; past the prefix's end none does.
+  __device__ int first_row_of(const KeyBlock<T>& block, int i) const {
+    if (!block.own) return i < block.count ? 0 : INT_MAX;
+    return (block.first + i - before_) * static_cast<int>(a_.shape.heads);
   }
 
   int count;
 
  private:
-  int prefix_blocks_, prefix_, seen_, prefix_stride_, k_stride_, v_stride_;
-  const T *keys_, *values_, *prefix_keys_ = nullptr, *prefix_values_ = nullptr;
+  const AttentionInputs& a_;
+  int seen_, before_, k_at_, v_at_, prefix_at_;
 };
 
 // The blocks of keys that a split has.

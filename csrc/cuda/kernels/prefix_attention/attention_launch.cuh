@@ -7,39 +7,46 @@
 #include "cuda/kernels/prefix_attention/attend.cuh"
 #include "cuda/kernels/prefix_attention/attention_mma.h"
 #include "cuda/kernels/prefix_attention/key_gradients.cuh"
-#include "cuda/kernels/prefix_attention/query_gradient.cuh"
+#include "cuda/kernels/prefix_attention/query_gradient_pairs.cuh"
 
 namespace glmkern::cuda {
 
-template <class Policy, class T, int kChannels, int kWarps, int kKeys, bool kWide>
+template <class Policy, class T, int kChannels, int kWarps, int kRowTiles, bool kWide>
 static __global__ void __launch_bounds__(kWarps* kWarp, 2)
     attend_mma_kernel(const __grid_constant__ Attend a) {
   if constexpr (Policy::kCompiled) {
-    attend<Policy, T, kChannels, kWarps, kKeys, kWide>(a);
+    attend<Policy, T, kChannels, kWarps, kRowTiles, kWide>(a);
   } else {
     __trap();
   }
 }
 
-// Of a step of the queries' gradient: fewer where they wait in registers.
-template <class Policy>
-constexpr int kGradientKeys = Policy::kAsyncCopies ? 32 : 16;
+// Tiles of 16 rows that a warp has: one where what it walks passes through registers.
+template <class Policy, bool kWide>
+constexpr int kRowTiles = Policy::kAsyncCopies && kWide ? 2 : 1;
+
+// The kernels of a launch for all gradients.
+template <class Policy, class T, int kChannels, bool kWide>
+struct Gradients {
+  static constexpr int kTiles = Policy::kAsyncCopies ? kRowTiles<Policy, kWide> : 2;
+  using Keys = KeyGradient<Policy, T, kChannels, kTiles, kWide>;
+  using Queries = std::conditional_t<Policy::kAsyncCopies,
+                                     QueryGradientInPairs<Policy, T, kChannels, kTiles, kWide>,
+                                     QueryGradient<Policy, T, kChannels, kWide>>;
+  static constexpr int kThreads = Keys::kThreads, kBlocks = 256 / kThreads;  // a multiprocessor
+  static constexpr int kBytes = std::max(Keys::kBytes, Queries::kBytes);
+  static_assert(kThreads == Queries::kThreads && kBytes <= Policy::kSharedBytes);
+};
 
 template <class Policy, class T, int kChannels, bool kWide>
-static __global__ void __launch_bounds__(kMmaWarps* kWarp, 2)
-    query_gradient_mma_kernel(const __grid_constant__ AttentionGradients a) {
+static __global__ void __launch_bounds__(Gradients<Policy, T, kChannels, kWide>::kThreads,
+                                         Gradients<Policy, T, kChannels, kWide>::kBlocks)
+    gradients_mma_kernel(const __grid_constant__ AttentionGradients a) {
   if constexpr (Policy::kCompiled) {
-    query_gradient<Policy, T, kChannels, kMmaWarps, kGradientKeys<Policy>, kWide>(a);
-  } else {
-    __trap();
-  }
-}
-
-template <class Policy, class T, int kChannels, bool kWide>
-static __global__ void __launch_bounds__(kMmaWarps* kWarp, 2)
-    key_gradients_mma_kernel(const __grid_constant__ AttentionGradients a) {
-  if constexpr (Policy::kCompiled) {
-    key_gradients<Policy, T, kChannels, kMmaWarps, kMmaGradientRows, kWide>(a);
+    using Kernels = Gradients<Policy, T, kChannels, kWide>;
+    const int block = blockIdx.x, key_blocks = static_cast<int>(a.key_blocks);
+    if (block < key_blocks) return Kernels::Keys::run(a, block);
+    Kernels::Queries::run(a, block - key_blocks, gridDim.x - key_blocks);
   } else {
     __trap();
   }
@@ -52,12 +59,12 @@ void with_channels(int64_t channels, bool wide, F f) {
   channels <= 64 ? f(Int<64>{}, std::true_type{}) : f(Int<kMmaChannels>{}, std::true_type{});
 }
 
-template <class Policy, class T, int kChannels, int kWarps, int kKeys, bool kWide>
+template <class Policy, class T, int kChannels, int kWarps, int kRowTiles, bool kWide>
 void launch_attend(const Attend& a, int64_t blocks, void* stream) {
-  using Keys = StagedKeys<Policy, T, kChannels, kKeys, kWarps * kWarp, kWide>;
+  using Keys = StagedKeys<Policy, T, kChannels, kMmaKeys, kWarps * kWarp, kWide>;
   static_assert(Keys::kBytes <= Policy::kSharedBytes);
   launch_with_shared("prefix_attention_fwd",
-                     attend_mma_kernel<Policy, T, kChannels, kWarps, kKeys, kWide>, blocks,
+                     attend_mma_kernel<Policy, T, kChannels, kWarps, kRowTiles, kWide>, blocks,
                      kWarps * kWarp, Keys::kBytes, stream, a);
 }
 
@@ -66,39 +73,23 @@ void launch_attend(const Attend& a, int64_t blocks, void* stream) {
   const bool few = attend_tile(a).rows == kMmaFewRows;
   with_channels(a.shape.channels, fits_wide(a), [&](auto channels, auto wide) {
     constexpr int kChannels = decltype(channels)::value;
-    if constexpr (decltype(wide)::value) {
-      if (few) return launch_attend<Policy, T, kChannels, 1, kMmaFewKeys, true>(a, blocks, stream);
+    constexpr bool kWide = decltype(wide)::value;
+    if constexpr (kWide) {
+      if (few) return launch_attend<Policy, T, kChannels, 1, 1, true>(a, blocks, stream);
     }
-    launch_attend<Policy, T, kChannels, kMmaWarps, kMmaKeys, decltype(wide)::value>(a, blocks,
-                                                                                    stream);
+    constexpr int kTiles = kRowTiles<Policy, kWide>, kWarps = kMmaRows / 16 / kTiles;
+    launch_attend<Policy, T, kChannels, kWarps, kTiles, kWide>(a, blocks, stream);
   });
 }
 
 template <class Policy, class T>
-void launch_query_gradient(const AttentionGradients& a, int64_t blocks, void* stream) {
+void launch_gradients(const AttentionGradients& a, int64_t blocks, void* stream) {
   with_channels(a.shape.channels, fits_wide(a), [&](auto channels, auto wide) {
-    constexpr int kChannels = decltype(channels)::value, kThreads = kMmaWarps * kWarp;
+    constexpr int kChannels = decltype(channels)::value;
     constexpr bool kWide = decltype(wide)::value;
-    using Keys = StagedKeys<Policy, T, kChannels, kGradientKeys<Policy>, kThreads, kWide>;
-    constexpr int kBytes = std::max(Keys::kBytes, 2 * kMmaRows * kRowChunks<kChannels> * 16);
-    static_assert(kBytes <= Policy::kSharedBytes);
-    launch_with_shared("prefix_attention_bwd",
-                       query_gradient_mma_kernel<Policy, T, kChannels, kWide>, blocks, kThreads,
-                       kBytes, stream, a);
-  });
-}
-
-template <class Policy, class T>
-void launch_key_gradients(const AttentionGradients& a, int64_t blocks, void* stream) {
-  with_channels(a.shape.channels, fits_wide(a), [&](auto channels, auto wide) {
-    constexpr int kChannels = decltype(channels)::value, kThreads = kMmaWarps * kWarp;
-    constexpr bool kWide = decltype(wide)::value;
-    using Rows = StagedRows<Policy, T, kChannels, kMmaGradientRows, kThreads, kWide>;
-    constexpr int kBytes = 2 * Rows::Tile::kBytes + kMmaRows * kRowChunks<kChannels> * 16;
-    static_assert(kBytes <= Policy::kSharedBytes);
-    launch_with_shared("prefix_attention_bwd",
-                       key_gradients_mma_kernel<Policy, T, kChannels, kWide>, blocks, kThreads,
-                       kBytes, stream, a);
+    using Kernels = Gradients<Policy, T, kChannels, kWide>;
+    launch_with_shared("prefix_attention_bwd", gradients_mma_kernel<Policy, T, kChannels, kWide>,
+                       blocks, Kernels::kThreads, Kernels::kBytes, stream, a);
   });
 }
 

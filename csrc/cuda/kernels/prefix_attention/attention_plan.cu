@@ -22,12 +22,15 @@ bool fits_wide(const AttentionInputs& a) {
          fits_wide(a.k) && fits_wide(a.v);
 }
 
-// Of the launch for the keys of a segment.
-int64_t blocks_of(const AttentionGradients& a, const KeyGradients& segment, bool own,
-                  int tile_keys) {
-  const int64_t tiles = own ? slots_of(segment.keys, 1, tile_keys, a.sequences.count)
-                            : ceil_div(segment.keys, tile_keys);
-  return tiles * a.shape.groups * segment.splits;
+// For the keys of the tokens,
+int64_t own_blocks_of(const AttentionGradients& a, int tile_keys) {
+  const KeyGradients& own = a.token_keys;
+  return slots_of(own.keys, 1, 2 * tile_keys, a.sequences.count) * a.shape.groups * own.pair_blocks;
+}
+
+// and of the prefix.
+int64_t prefix_blocks_of(const AttentionGradients& a, int tile_keys) {
+  return ceil_div(a.prefix_keys.keys, tile_keys) * a.shape.groups * a.prefix_keys.splits;
 }
 
 template <class Arguments, class Kernel>
@@ -60,7 +63,11 @@ AttentionTile attend_tile(const Attend& a) {
   if (!attention_has_products(a.shape)) return {kScalarRows, kScalarKeys};
   const bool few =
       a.cache_lens != nullptr && fits_wide(a) && a.shape.tokens * a.shape.heads <= kMmaFewRows;
-  return few ? AttentionTile{kMmaFewRows, kMmaFewKeys} : AttentionTile{kMmaRows, kMmaKeys};
+  return {few ? kMmaFewRows : kMmaRows, kMmaKeys};
+}
+
+int keys_of_a_block(const AttentionShape& shape) {
+  return attention_has_products(shape) ? kMmaRows : kScalarRows;
 }
 
 int rows_of_key_gradients(const AttentionShape& shape) {
@@ -78,22 +85,15 @@ void attend(const Attend& a, void* stream) {
   on_tensor_cores(attend_sm75, attend_sm80, a, blocks, stream);
 }
 
-void query_gradient(const AttentionGradients& a, void* stream) {
+void attention_gradients(AttentionGradients a, void* stream) {
   const bool products = attention_has_products(a.shape);
-  const int rows = products ? kMmaRows : kScalarRows;
-  const int64_t blocks =
-      slots_of(a.shape.tokens, a.shape.heads, rows, a.sequences.count) * a.shape.groups;
-  if (!products) return query_gradient_scalar(a, blocks, stream);
-  on_tensor_cores(query_gradient_sm75, query_gradient_sm80, a, blocks, stream);
-}
-
-void key_gradients(AttentionGradients a, void* stream) {
-  const bool products = attention_has_products(a.shape);
-  const int keys = products ? kMmaRows : kScalarRows;
-  a.own_blocks = blocks_of(a, a.token_keys, true, keys);
-  const int64_t blocks = a.own_blocks + blocks_of(a, a.prefix_keys, false, keys);
-  if (!products) return key_gradients_scalar(a, blocks, stream);
-  on_tensor_cores(key_gradients_sm75, key_gradients_sm80, a, blocks, stream);
+  const int tile = keys_of_a_block(a.shape);
+  a.own_blocks = own_blocks_of(a, tile);
+  a.key_blocks = a.own_blocks + prefix_blocks_of(a, tile);
+  const int64_t slots = slots_of(a.shape.tokens, a.shape.heads, tile, a.sequences.count);
+  const int64_t query_blocks = a.dq == nullptr ? 0 : slots * a.shape.groups;
+  if (!products) return gradients_scalar(a, query_blocks, stream);
+  on_tensor_cores(gradients_sm75, gradients_sm80, a, a.key_blocks + query_blocks, stream);
 }
 
 }  // namespace glmkern::cuda

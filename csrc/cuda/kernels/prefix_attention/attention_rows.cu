@@ -1,12 +1,12 @@
 // What prefix_attention needs beside its products: the prefix as each sequence sees it, two numbers
 // a row for the backward, and the sums of what several blocks wrote. Memory bounds all of it.
-#include "cuda/device/column_sums.cuh"
 #include "cuda/device/division.cuh"
 #include "cuda/device/flat.cuh"
 #include "cuda/device/philox.cuh"
 #include "cuda/device/reduce.cuh"
 #include "cuda/device/sequences.cuh"
 #include "cuda/kernels/prefix_attention/attention.cuh"
+#include "cuda/kernels/prefix_attention/key_task.cuh"
 #include "cuda/kernels/prefix_attention/prefix_attention_cuda.h"
 
 namespace glmkern::cuda {
@@ -102,6 +102,34 @@ __global__ void __launch_bounds__(kRowThreads)
   }
 }
 
+// The gradient of a segment's keys and values: element i of 2 * count, the sum over its splits. A
+// key has `row` elements.
+template <class T, int kWidth>
+__global__ void __launch_bounds__(kFlatThreads)
+    add_splits_kernel(const __grid_constant__ KeyGradients segment,
+                      const __grid_constant__ PackedSequences sequences, int tile_keys, int row) {
+  const int64_t i = flat_element<kWidth>(), count = segment.keys * row;
+  if (i >= 2 * count) return;
+  const int64_t at = i < count ? i : i - count;
+  int splits = segment.splits;
+  if (segment.pair_blocks > 0) {
+    const int key = static_cast<int>(at / row);
+    const SequenceCursor sequence(sequences, key);
+    const int tile = (key - sequence.begin) / tile_keys;
+    splits =
+        KeyShare::splits_of(tile, sequence.end - sequence.begin, tile_keys, segment.pair_blocks);
+  }
+  const float* const partial = segment.partial + (i < count ? 0 : segment.splits * count) + at;
+  float sum[kWidth] = {}, terms[kWidth];
+#pragma unroll 4
+  for (int split = 0; split < splits; split++) {
+    load_floats(partial + split * count, terms);
+#pragma unroll
+    for (int k = 0; k < kWidth; k++) sum[k] += terms[k];
+  }
+  write_row(static_cast<T*>(i < count ? segment.dk : segment.dv) + at, kWidth, sum);
+}
+
 // The gradient of the prefix's keys and values where each sequence dropped others: element i of
 // 2 * count, the sum over a sequence's splits times its dropout's factor, over all sequences.
 template <class T, int kWidth>
@@ -135,6 +163,18 @@ __global__ void __launch_bounds__(kFlatThreads)
     for (int k = 0; k < kWidth; k++) total[k] = fmaf(sum[k], factors[k], total[k]);
   }
   write_row((i < count ? dk : dv) + at, kWidth, total);
+}
+
+template <class T>
+void add_splits(const AttentionGradients& a, const KeyGradients& segment, void* stream) {
+  const int64_t row = a.shape.groups * a.shape.channels;
+  const auto run = [&](auto width) {
+    constexpr int kWidth = decltype(width)::value;
+    launch_flat<kWidth>("prefix_attention_bwd", add_splits_kernel<T, kWidth>,
+                        2 * segment.keys * row, stream, segment, a.sequences,
+                        keys_of_a_block(a.shape), static_cast<int>(row));
+  };
+  row % kVector == 0 ? run(Int<kVector>{}) : run(Int<1>{});
 }
 
 int64_t size_of(const AttentionShape& shape) {
@@ -183,15 +223,8 @@ void combine_splits(const Attend& a, void* stream) {
 }
 
 void add_token_splits(const AttentionGradients& a, void* stream) {
-  const KeyGradients& tokens = a.token_keys;
-  const int64_t count = tokens.keys * a.shape.groups * a.shape.channels;
-  with_dtype(a.shape.dtype, [&](auto element) {
-    using T = decltype(element);
-    launch_split_sums<T>("prefix_attention_bwd", tokens.partial, tokens.splits, count, tokens.dk,
-                         stream);
-    launch_split_sums<T>("prefix_attention_bwd", tokens.partial + tokens.splits * count,
-                         tokens.splits, count, tokens.dv, stream);
-  });
+  with_dtype(a.shape.dtype,
+             [&](auto element) { add_splits<decltype(element)>(a, a.token_keys, stream); });
 }
 
 void add_prefix_splits(const AttentionGradients& a, const AttentionPrefix& prefix, void* stream) {
@@ -199,13 +232,7 @@ void add_prefix_splits(const AttentionGradients& a, const AttentionPrefix& prefi
   const int64_t count = size_of(a.shape);
   with_dtype(a.shape.prefix_dtype, [&](auto element) {
     using T = decltype(element);
-    if (!keys.by_sequence) {
-      launch_split_sums<T>("prefix_attention_bwd", keys.partial, keys.splits, count, keys.dk,
-                           stream);
-      launch_split_sums<T>("prefix_attention_bwd", keys.partial + keys.splits * count, keys.splits,
-                           count, keys.dv, stream);
-      return;
-    }
+    if (!keys.by_sequence) return add_splits<T>(a, keys, stream);
     const auto run = [&](auto width) {
       constexpr int kWidth = decltype(width)::value;
       launch_flat<kWidth>(

@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(kThreads, 4)
   const KeyBlocks<T, kScalarKeys> keys(a, task, keys_of(a, task, kScalarRows));
   const KeyRange range(a, task.split, keys.count);
   const auto q = rows_of<T>(a, a.q, task.q_at, task.group);
-  const int row = task.row + score_row(), seen = task.seen_by(row, a.heads);
+  const int row = task.row + score_row();
 
   float out[kScalarRows] = {}, largest = kLowest, sum = 0;
   for (int b = range.begin; b < range.end; b++) {
@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(kThreads, 4)
     float most = -INFINITY;
 #pragma unroll
     for (int i = 0; i < kEach; i++) {
-      const bool hidden = score_key(i) >= keys.seen_of(block, seen);
+      const bool hidden = row < keys.first_row_of(block, score_key(i));
       scores[i] = hidden ? -INFINITY : scores[i] * a.scale;
       most = fmaxf(most, scores[i]);
     }
@@ -183,7 +183,7 @@ __global__ void __launch_bounds__(kThreads, 4)
   const KeyBlocks<T, kScalarKeys> keys(a, task, task.seen(kScalarRows, a.heads));
   const auto q = rows_of<T>(a, a.q, task.q_at, task.group);
   const auto dout = rows_of<T>(a, a.dout, task.token * static_cast<int>(a.dout.stride), task.group);
-  const int row = task.row + score_row(), seen = task.seen_by(row, a.heads);
+  const int row = task.row + score_row();
   RowNumbers numbers{};
   if (row < task.rows) numbers = a.numbers[numbers_at(a, task.group, task.token) + row];
 
@@ -199,7 +199,7 @@ __global__ void __launch_bounds__(kThreads, 4)
         [&](int key) { return block.value(key); }, block.count, channels);
 #pragma unroll
     for (int i = 0; i < kEach; i++) {
-      const bool hidden = score_key(i) >= keys.seen_of(block, seen);
+      const bool hidden = row < keys.first_row_of(block, score_key(i));
       p[i] = hidden ? 0 : expf(p[i] * a.scale - numbers.lse);
       ds[i] = p[i] * (ds[i] - numbers.delta);
     }
@@ -276,17 +276,16 @@ void attend_scalar(const Attend& a, int64_t blocks, void* stream) {
   });
 }
 
-void query_gradient_scalar(const AttentionGradients& a, int64_t blocks, void* stream) {
+void gradients_scalar(const AttentionGradients& a, int64_t query_blocks, void* stream) {
   with_dtype(a.shape.dtype, [&](auto element) {
-    launch("prefix_attention_bwd", query_gradient_scalar_kernel<decltype(element)>,
-           with_slices(blocks, a.shape), kThreads, stream, a, static_cast<int>(blocks));
-  });
-}
-
-void key_gradients_scalar(const AttentionGradients& a, int64_t blocks, void* stream) {
-  with_dtype(a.shape.dtype, [&](auto element) {
-    launch("prefix_attention_bwd", key_gradients_scalar_kernel<decltype(element)>,
-           with_slices(blocks, a.shape), kThreads, stream, a);
+    using T = decltype(element);
+    if (query_blocks > 0) {
+      launch("prefix_attention_bwd", query_gradient_scalar_kernel<T>,
+             with_slices(query_blocks, a.shape), kThreads, stream, a,
+             static_cast<int>(query_blocks));
+    }
+    launch("prefix_attention_bwd", key_gradients_scalar_kernel<T>,
+           with_slices(a.key_blocks, a.shape), kThreads, stream, a);
   });
 }
 

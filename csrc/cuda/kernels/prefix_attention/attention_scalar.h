@@ -11,7 +11,6 @@ constexpr int kScalarKeys = 32;       // of a step, or rows
 constexpr int kScalarChannels = 128;  // of a block's results
 
 void attend_scalar(const Attend& a, int64_t blocks, void* stream);
-void query_gradient_scalar(const AttentionGradients& a, int64_t blocks, void* stream);
-void key_gradients_scalar(const AttentionGradients& a, int64_t blocks, void* stream);
+void gradients_scalar(const AttentionGradients& a, int64_t query_blocks, void* stream);
 
 }  // namespace glmkern::cuda

@@ -8,12 +8,8 @@ void attend_sm75(const Attend& a, int64_t blocks, void* stream) {
   launch_attend<Sm75, __half>(a, blocks, stream);
 }
 
-void query_gradient_sm75(const AttentionGradients& a, int64_t blocks, void* stream) {
-  launch_query_gradient<Sm75, __half>(a, blocks, stream);
-}
-
-void key_gradients_sm75(const AttentionGradients& a, int64_t blocks, void* stream) {
-  launch_key_gradients<Sm75, __half>(a, blocks, stream);
+void gradients_sm75(const AttentionGradients& a, int64_t blocks, void* stream) {
+  launch_gradients<Sm75, __half>(a, blocks, stream);
 }
 
 }  // namespace glmkern::cuda

@@ -9,14 +9,9 @@ void attend_sm80(const Attend& a, int64_t blocks, void* stream) {
                                 : launch_attend<Sm80, __nv_bfloat16>(a, blocks, stream);
 }
 
-void query_gradient_sm80(const AttentionGradients& a, int64_t blocks, void* stream) {
-  a.shape.dtype == DType::kHalf ? launch_query_gradient<Sm80, __half>(a, blocks, stream)
-                                : launch_query_gradient<Sm80, __nv_bfloat16>(a, blocks, stream);
-}
-
-void key_gradients_sm80(const AttentionGradients& a, int64_t blocks, void* stream) {
-  a.shape.dtype == DType::kHalf ? launch_key_gradients<Sm80, __half>(a, blocks, stream)
-                                : launch_key_gradients<Sm80, __nv_bfloat16>(a, blocks, stream);
+void gradients_sm80(const AttentionGradients& a, int64_t blocks, void* stream) {
+  a.shape.dtype == DType::kHalf ? launch_gradients<Sm80, __half>(a, blocks, stream)
+                                : launch_gradients<Sm80, __nv_bfloat16>(a, blocks, stream);
 }
 
 }  // namespace glmkern::cuda

@@ -1,167 +1,175 @@
 // The gradients of prefix_attention's keys and values on tensor cores, of the tokens and of the
 // prefix. With P and dS as in query_gradient.cuh, dk = scale * dS^T q and dv = P^T dO.
 //
-// A block has 16 keys a warp, and walks the packed rows that see them; rows come through shared
-// memory. A token's keys are seen by its sequence from that token on, the prefix's by the whole
-// batch. Where each sequence drops others of the prefix, a split has one sequence's rows. In lane
-// (g, t):
+// A block has 64 keys, and walks the packed rows that see them; rows come through shared memory. A
+// token's keys are seen by its sequence from that token on, the prefix's by the whole batch. Where
+// each sequence drops others of the prefix, a split has one sequence's rows. Two warps share 32
+// keys, or 16, so that each has one gradient of them in registers:
 //
-//     P^T [16, rows] = keys [16, channels] q^T       keys g and g + 8, rows 2 t and 2 t + 1
-//     dv [16, channels] += P^T dO                    keys g and g + 8, channels 2 t and 2 t + 1
+//     warp of    keeps     finds, of a step's rows               passes on    adds up
+//     dv         keys      P^T = exp(scale * keys q^T - lse)     P^T          dv += P^T dO
+//     dk         values    values dO^T - D                                    dk += dS^T q
+//
+// dS^T is the product of both. In lane (g, t) are keys g and g + 8 of each 16, and rows 2 t and
+// 2 t + 1, or channels, of each 8.
 //
 // Where keys are few, several blocks share the rows of one. Each writes its own sums, and these are
 // added in a fixed order: no atomics, the same bits on every run.
 #pragma once
 
-#include "cuda/device/matrix_tile.cuh"
+#include <algorithm>
+
+#include "cuda/device/passed_sums.cuh"
 #include "cuda/device/shared_memory.cuh"
-#include "cuda/kernels/prefix_attention/attention.cuh"
+#include "cuda/device/staged_rows.cuh"
+#include "cuda/kernels/prefix_attention/attention_mma.h"
 #include "cuda/kernels/prefix_attention/key_task.cuh"
 
 namespace glmkern::cuda {
 
-// Packed rows of q, or of dout, some steps ahead of their use.
-template <class Policy, class T, int kChannels, int kRows, int kThreads, bool kWide>
-class StagedRows {
- public:
-  using Tile = StagedTile<Policy, T, kRows * kRowChunks<kChannels>, kThreads, kWide>;
-
-  __device__ StagedRows(uint4* memory, const PackedRows<const T>& from, int count)
-      : tile_(memory), from_(from), count_(count) {}
-
-  // Rows from `row` on.
-  __device__ void start(int step, int row) {
-    tile_.start(
-        step,
-        [&](unsigned i) {
-          const int r = row + i / kRowChunks<kChannels>, channel = i % kRowChunks<kChannels> * 8;
-          return Chunk<T>{from_(r, channel), r < count_ ? from_.channels - channel : 0};
-        },
-        place_in_tile<kChannels>);
-  }
-  __device__ void finish(int step) { tile_.finish(step, place_in_tile<kChannels>); }
-
-  __device__ const uint4* rows(int step) const { return tile_.chunks(step); }
-
- private:
-  Tile tile_;
-  PackedRows<const T> from_;
-  int count_;
-};
-
-template <class Policy, class T, int kChannels, int kWarps, int kRows, bool kWide>
-__device__ void key_gradients(const AttentionGradients& a) {
-  constexpr int kKeys = 16 * kWarps, kThreads = kWarps * kWarp, kTiles = kRows / 8;
-  constexpr int kKeysChunks = kKeys * kRowChunks<kChannels>;
-  using Rows = StagedRows<Policy, T, kChannels, kRows, kThreads, kWide>;
-  const KeyTask<T> task(a, blockIdx.x, kKeys, kRows);
-  if (task.is_idle()) return;
-
-  const int channels = static_cast<int>(a.shape.channels);
-  const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
-  const int warp_key = threadIdx.x / kWarp * 16, key = task.key + warp_key;
-  // Keys pass through shared memory that rows take afterwards; the values stay behind it.
-  uint4* const values_tile = dynamic_shared_memory + 2 * Rows::Tile::kBytes / 16;
-  KeptRows<kChannels> keys;
-  static_assert(kKeysChunks * 16 <= 2 * Rows::Tile::kBytes);
-  load_tile<T, kChannels, kKeys, kThreads, kWide>(
-      dynamic_shared_memory, task.keys - task.key, channels,
-      [&](int r) { return task.k + (task.key + r) * task.k_stride; });
-  load_tile<T, kChannels, kKeys, kThreads, kWide>(
-      values_tile, task.keys - task.key, channels,
-      [&](int r) { return task.v + (task.key + r) * task.v_stride; });
-  __syncthreads();
-  keys.load(dynamic_shared_memory, warp_key);
-  __syncthreads();  // no warp needs the tile any more that rows take the place of
-  const RowsInMemory<kChannels> values(values_tile, warp_key);
-
-  const float slope = a.scale * kLog2E;
-  // The first row that sees this lane's first key, and how many later the second one's is.
-  const int seen_from = task.first_row_of(key + g), later = task.first_row_of(8);
-  float dk[kChannels / 8][4] = {}, dv[kChannels / 8][4] = {};
-  Rows q(dynamic_shared_memory, task.q, task.rows);
-  Rows dout(dynamic_shared_memory + Rows::Tile::kBytes / 16, task.dout, task.rows);
-  const int steps = ceil_quotient(task.end - task.begin, kRows);
+// Zeros in place of P where rows do not see a warp's keys. Rows from `seen_by_all` on see all of
+// them, and each key before the last is seen by the rows of one token more.
+template <int kKeyTiles, int kTiles>
+__device__ void hide_from_rows(float (&p)[kKeyTiles][kTiles][4], int row, int seen_by_all,
+                               int heads) {
+  if (row >= seen_by_all) return;
+  const int g = threadIdx.x % kWarp / 4, t = threadIdx.x % 4;
 #pragma unroll
-  for (int step = 0; step < Policy::kStages - 1; step++) {
-    if (step < steps) {
-      q.start(step, task.begin + step * kRows);
-      dout.start(step, task.begin + step * kRows);
+  for (int i = 0; i < kKeyTiles; i++) {
+#pragma unroll
+    for (int e = 0; e < 4; e++) {
+      const int later = 16 * kKeyTiles - 1 - (16 * i + g + e / 2 * 8);  // keys after this one
+      const int unseeing = seen_by_all - later * heads - row - 2 * t - e % 2;
+#pragma unroll
+      for (int j = 0; j < kTiles; j++) {
+        if (8 * j < unseeing) p[i][j][e] = 0;
+      }
+    }
+  }
+}
+
+template <class Policy, class T, int kChannels, int kKeyTiles, bool kWide>
+struct KeyGradient {
+  static constexpr int kKeys = 16 * kKeyTiles, kPairs = kMmaRows / kKeys;  // of a pair
+  static constexpr int kThreads = 2 * kPairs * kWarp;
+  using Stages = WithStages<Policy, 4>;
+  static constexpr int kRows = kMmaGradientRows, kAhead = Stages::kStages - 1;
+  static constexpr int kTileChunks = kMmaRows * kRowChunks<kChannels>;
+  using Rows = StagedRows<Stages, T, kChannels, kRows, kThreads, kWide>;
+  using Found = PassedSums<kKeyTiles, kRows / 8>;
+  static constexpr int kRowBytes = 2 * Rows::kBytes;
+  static constexpr int kBytes = std::max(2 * kTileChunks * 16, kRowBytes + kPairs * Found::kBytes);
+
+  static __device__ void run(const AttentionGradients& a, int block) {
+    const KeyTask<T> task(a, block, kMmaRows, kRows);
+    if (task.is_idle()) return;
+    const int warp = threadIdx.x / kWarp, pair = warp % kPairs, t = threadIdx.x % 4;
+    const bool of_dv = warp < kPairs;
+    const int warp_key = kKeys * pair;
+    const auto load = [&](uint4* tile, const T* from, int stride) {
+      load_tile<T, kChannels, kMmaRows, kThreads, kWide>(
+          tile, task.keys - task.key, static_cast<int>(a.shape.channels),
+          [&](int r) { return from + (task.key + r) * stride; });
+    };
+    load(dynamic_shared_memory, task.k, task.k_stride);
+    load(dynamic_shared_memory + kTileChunks, task.v, task.v_stride);
+    __syncthreads();
+    KeptRows<kChannels, kKeyTiles> kept;
+    kept.load(dynamic_shared_memory + (of_dv ? 0 : kTileChunks), warp_key);
+    __syncthreads();  // no warp needs the tiles any more that rows take the place of
+
+    const int seen_by_all = task.first_row_of(task.key + warp_key + kKeys - 1);
+    const int number_at = 2 * task.first_number + (of_dv ? 0 : 1);  // lse or D
+    Rows q(dynamic_shared_memory), dout(dynamic_shared_memory + Rows::kBytes / 16);
+    const auto start = [&](int step, int row) {
+      const int left = task.rows - row, channels = static_cast<int>(a.shape.channels);
+      q.start(step, left, channels, [&](int r, int c) { return task.q(row + r, c); });
+      dout.start(step, left, channels, [&](int r, int c) { return task.dout(row + r, c); });
+    };
+    const auto finish = [&](int step) {
       q.finish(step);
       dout.finish(step);
-    }
-    end_of_starts<Policy>();
-  }
-#pragma unroll 1
-  for (int step = 0; step < steps; step++) {
-    wait_for_tiles<Policy>();
-    __syncthreads();
-    const int ahead = step + Policy::kStages - 1, row = task.begin + step * kRows;
-    if (ahead < steps) q.start(ahead, task.begin + ahead * kRows);
-
-    RowNumbers numbers[kTiles][2] = {};  // on their way while the products are made
-#pragma unroll
-    for (int j = 0; j < kTiles; j++) {
-#pragma unroll
-      for (int e = 0; e < 2; e++) {
-        const int r = row + 8 * j + 2 * t + e;
-        if (r < task.rows) numbers[j][e] = a.numbers[task.first_number + r];
-      }
-    }
-    float p[kTiles][4] = {}, ds[kTiles][4] = {};
-    add_products<Policy, T, kChannels>(p, keys, q.rows(step));
-#pragma unroll
-    for (int j = 0; j < kTiles; j++) {
-#pragma unroll
-      for (int e = 0; e < 4; e++) {
-        p[j][e] = exp2_approximate(fmaf(p[j][e], slope, -numbers[j][e % 2].lse));
-        if (row + 8 * j + 2 * t + e % 2 < seen_from + e / 2 * later) p[j][e] = 0;
-      }
-    }
-#pragma unroll
-    for (int j = 0; j < kTiles; j += 2) {
-      add_weighted_rows<Policy, T, kChannels>(dv, as_fragment<T>(p[j], p[j + 1]), dout.rows(step),
-                                              8 * j);
-    }
-    // One of them at a time waits in registers.
-    if (ahead < steps) {
-      q.finish(ahead);
-      dout.start(ahead, task.begin + ahead * kRows);
-    }
-    end_of_starts<Policy>();
-    add_products<Policy, T, kChannels>(ds, values, dout.rows(step));
-#pragma unroll
-    for (int j = 0; j < kTiles; j++) {
-#pragma unroll
-      for (int e = 0; e < 4; e++) ds[j][e] = p[j][e] * (ds[j][e] - numbers[j][e % 2].delta);
-    }
-#pragma unroll
-    for (int j = 0; j < kTiles; j += 2) {
-      add_weighted_rows<Policy, T, kChannels>(dk, as_fragment<T>(ds[j], ds[j + 1]), q.rows(step),
-                                              8 * j);
-    }
-    if (ahead < steps) dout.finish(ahead);
-  }
-
-  scale_rows(dk, {a.scale, a.scale});
-  __syncthreads();  // no warp needs a tile any more that the results take the place of
-  // Made anew: the loop has no registers for what only the end needs.
-  const KeyTask<T> ended(a, blockIdx.x, kKeys, kRows);
-  const int left = ended.keys - ended.key - warp_key;
-  ended.with_results(a, [&](auto* dk_of, auto* dv_of, int64_t stride) {
-    using Result = std::remove_reference_t<decltype(*dk_of)>;
-    const auto store = [&](uint4* tile, const float (&sums)[kChannels / 8][4], Result* results) {
-      const auto to = [&](int r) { return results + (ended.key + warp_key + r) * stride; };
-      if constexpr (std::is_same_v<Result, float>) {
-        store_float_rows<kChannels, kWide>(sums, left, channels, to);
-      } else {
-        store_rows<T, kChannels, kWide>(tile, sums, left, channels, to);
-      }
     };
-    uint4* const tile = dynamic_shared_memory + warp_key * kRowChunks<kChannels>;
-    store(tile, dk, dk_of);
-    store(tile + kKeysChunks, dv, dv_of);
-  });
-}
+    const Found found(dynamic_shared_memory + kRowBytes / 16);
+    float sums[kKeyTiles][kChannels / 8][4] = {};  // dv or dk
+#pragma unroll
+    for (int step = 0; step < kAhead; step++) {
+      const int row = task.begin + step * kRows;
+      if (row < task.end) {
+        start(step, row);
+        finish(step);
+      }
+      end_of_starts<Stages>();
+    }
+#pragma unroll 1
+    for (int row = task.begin, step = 0; row < task.end; row += kRows, step++) {
+      wait_for_tiles<Stages>();
+      __syncthreads();
+      const float* const numbers = &a.numbers->lse + (number_at + 2 * (row + 2 * t));
+      float number[kRows / 8][2] = {};  // on their way while the products are made
+#pragma unroll
+      for (int j = 0; j < kRows / 8; j++) {
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+          if (row + 2 * t + 8 * j + e < task.rows) number[j][e] = numbers[2 * (8 * j + e)];
+        }
+      }
+      float x[kKeyTiles][kRows / 8][4] = {};  // P^T, or dP^T - D, then dS^T
+      add_products<Policy, T>(x, kept, of_dv ? q.rows(step) : dout.rows(step));
+#pragma unroll
+      for (int i = 0; i < kKeyTiles; i++) {
+#pragma unroll
+        for (int j = 0; j < kRows / 8; j++) {
+#pragma unroll
+          for (int e = 0; e < 4; e++) {
+            x[i][j][e] = fmaf(x[i][j][e], of_dv ? a.slope : 1, -number[j][e % 2]);
+            if (of_dv) x[i][j][e] = exp2_approximate(x[i][j][e]);
+          }
+        }
+      }
+      if (of_dv) {
+        hide_from_rows(x, row, seen_by_all, static_cast<int>(a.shape.heads));
+        found.put(pair, x);
+      }
+      const bool more = row + kAhead * kRows < task.end;
+      if (more) start(step + kAhead, row + kAhead * kRows);
+      end_of_starts<Stages>();
+      __syncthreads();
+      if (!of_dv) found.get(pair, x, [](float& ds, float p) { ds *= p; });
+#pragma unroll
+      for (int j = 0; j < kRows / 8; j += 2) {
+        Fragment weights[kKeyTiles];
+#pragma unroll
+        for (int i = 0; i < kKeyTiles; i++) weights[i] = as_fragment<T>(x[i][j], x[i][j + 1]);
+        add_weighted_rows<Policy, T, kChannels>(sums, weights,
+                                                of_dv ? dout.rows(step) : q.rows(step), 8 * j);
+      }
+      if (more) finish(step + kAhead);
+    }
+
+    __syncthreads();  // no warp needs a tile any more that the results take the place of
+    // Made anew: the loop has no registers for what only the end needs.
+    const KeyTask<T> ended(a, block, kMmaRows, kRows);
+    ended.with_results(a, [&](auto* dk, auto* dv, int64_t stride) {
+      using Result = std::remove_reference_t<decltype(*dk)>;
+      Result* const results = of_dv ? dv : dk;
+      const float factor = of_dv ? 1 : a.scale;
+      const int channels = static_cast<int>(a.shape.channels);
+#pragma unroll
+      for (int i = 0; i < kKeyTiles; i++) {
+        const int tile_key = warp_key + 16 * i, key = ended.key + tile_key;
+        const auto to = [&](int r) { return results + (key + r) * stride; };
+        scale_rows(sums[i], {factor, factor});
+        if constexpr (std::is_same_v<Result, float>) {
+          store_float_rows<kChannels, kWide>(sums[i], ended.keys - key, channels, to);
+        } else {
+          uint4* const tile = dynamic_shared_memory + (of_dv ? 0 : kTileChunks);
+          store_rows<T, kChannels, kWide>(tile + tile_key * kRowChunks<kChannels>, sums[i],
+                                          ended.keys - key, channels, to);
+        }
+      }
+    });
+  }
+};
 
 }  // namespace glmkern::cuda

@@ -5,6 +5,44 @@
 
 namespace glmkern::cuda {
 
+// Which rows of a sequence a block has for its keys. A tile's keys are seen by rows of its own
+// tokens and later ones, so the first and the last tile together have as many rows as the second
+// and the one before the last. Each such pair has the same number of blocks, and a tile of it as
+// many as fit its rows. Of five tiles, with four blocks a pair:
+//
+//     tile      0        1        2        3        4
+//     seen by   5 tiles  4 tiles  3 tiles  2 tiles  1 tile of rows
+//     blocks    3        3        2        1        1
+struct KeyShare {
+  int tile = -1, split = 0, splits = 1;  // a block of no keys has tile -1
+
+  // How many blocks tile `tile` has.
+  static __device__ int splits_of(int tile, int tokens, int tile_keys, int pair_blocks) {
+    const int partner = (tokens - 1) / tile_keys - tile;
+    if (partner == tile) return pair_blocks / 2;
+    const int last = tile > partner ? tile : partner;
+    const int few = tokens - last * tile_keys, all = 2 * tokens - (tile + partner) * tile_keys;
+    const int splits = (2 * pair_blocks * few + all) / (2 * all);  // rounded
+    const int of_last = splits > 1 ? splits : 1;
+    return tile == last ? of_last : pair_blocks - of_last;
+  }
+
+  // That of a pair's block `block`.
+  __device__ KeyShare(int pair, int block, int tokens, int tile_keys, int pair_blocks) {
+    const int partner = (tokens - 1) / tile_keys - pair;
+    if (pair < 0 || pair > partner || tokens <= 0) return;
+    splits = splits_of(pair, tokens, tile_keys, pair_blocks);
+    if (block < splits) {
+      tile = pair;
+      split = block;
+    } else if (pair < partner) {
+      tile = partner;
+      split = block - splits;
+      splits = pair_blocks - splits;
+    }
+  }
+};
+
 // Keys `key` to key + tile_keys of a segment of `keys` keys, and packed rows begin to end.
 template <class T>
 struct KeyTask {
@@ -13,20 +51,23 @@ struct KeyTask {
     if (!own) block -= static_cast<int>(a.own_blocks);
     const KeyGradients& segment = own ? a.token_keys : a.prefix_keys;
     const int groups = static_cast<int>(a.shape.groups);
-    const int slot = block / groups / segment.splits;
+    const int blocks = own ? segment.pair_blocks : segment.splits;
+    const int slot = block / groups / blocks;
     group = block % groups;
-    split = block / groups % segment.splits;
+    split = block / groups % blocks;
     heads_ = static_cast<int>(a.shape.heads);
     const int64_t channel = group * a.shape.channels;
     SequenceTile sequence{0, 0, static_cast<int>(a.shape.tokens), split};
     if (own) {
-      sequence = find_tile(a.sequences, sequence.tokens, 1, tile_keys, slot);
+      sequence = find_tile(a.sequences, sequence.tokens, 1, 2 * tile_keys, slot);
+      const KeyShare share(sequence.tile, split, sequence.tokens, tile_keys, blocks);
       first_key = sequence.first_token;
       set_keys(a.k, a.v, first_key, channel);
-      key = sequence.tile * tile_keys;
+      split = share.split;
+      key = share.tile * tile_keys;
       keys = sequence.tokens;
       const int tiles = ceil_quotient((keys - key) * heads_, tile_rows);
-      const int each = ceil_quotient(tiles, segment.splits) * tile_rows;
+      const int each = ceil_quotient(tiles, share.splits) * tile_rows;
       begin = key * heads_ + split * each;
       end = begin + each;
     } else {

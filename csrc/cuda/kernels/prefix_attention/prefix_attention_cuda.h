@@ -12,6 +12,8 @@
 
 namespace glmkern::cuda {
 
+constexpr float kLog2E = 1.4426950408889634f;
+
 // The prefix in the queries' dtype; sequence b's begins at element b * sequence_stride.
 struct SeenPrefix {
   const void *keys, *values;
@@ -24,6 +26,7 @@ struct AttentionInputs {
   AttentionInputs(const Arguments& a, const SeenPrefix& prefix)
       : shape(a.shape),
         scale(a.scale),
+        slope(a.scale * kLog2E),
         q(a.q),
         k(a.k),
         v(a.v),
@@ -33,6 +36,7 @@ struct AttentionInputs {
 
   AttentionShape shape;
   float scale;
+  float slope;  // of exponents of 2
   AttentionTokens q, k, v;
   SeenPrefix prefix;
   Divisor heads;
@@ -61,12 +65,13 @@ struct alignas(8) RowNumbers {
   float lse, delta;
 };
 
-// The gradients of the keys and values of one segment, [keys, groups, channels]. `splits` blocks
-// share the rows that see a key, and their sums go to partial [2, splits, keys, groups, channels];
-// without it there is one split, and dk and dv are of the queries' dtype.
+// The gradients of the keys and values of one segment, [keys, groups, channels]. Blocks share the
+// rows that see a key, and their sums go to partial [2, splits, keys, groups, channels], of which a
+// key may have fewer; without it no rows are shared, and dk and dv are of the queries' dtype.
 struct KeyGradients {
   int64_t keys = 0;
-  int splits = 0;
+  int splits = 0;            // the most that a key has
+  int pair_blocks = 0;       // of the tokens' keys: of two tiles, as KeyShare says
   int rows_of_split = 0;     // of the prefix
   bool by_sequence = false;  // of the prefix: each split has rows of one sequence
   void *dk = nullptr, *dv = nullptr;
@@ -81,7 +86,8 @@ struct AttentionGradients : AttentionInputs {
   const RowNumbers* numbers = nullptr;  // [groups, tokens * heads]
   void* dq = nullptr;
   KeyGradients token_keys, prefix_keys;
-  int64_t own_blocks = 0;  // of the launch for keys, those for the tokens'; they come first
+  // Of the launch: first come those for the tokens' keys, then the prefix's, then the queries.
+  int64_t own_blocks = 0, key_blocks = 0;
 };
 
 // Whether tensor cores take these inputs on the current device; else float arithmetic does.
@@ -92,7 +98,8 @@ struct AttentionTile {
   int rows, keys;
 };
 AttentionTile attend_tile(const Attend& a);
-int rows_of_key_gradients(const AttentionShape& shape);
+int keys_of_a_block(const AttentionShape& shape);        // of the keys' gradients,
+int rows_of_key_gradients(const AttentionShape& shape);  // and of a step of theirs
 
 // The rest is queued on `stream`, a cudaStream_t, and throws std::runtime_error if a kernel does
 // not start.
@@ -108,8 +115,8 @@ void prepare_prefix(const AttentionShape& shape, const AttentionPrefix& prefix,
 
 // numbers [groups, tokens * heads].
 void row_numbers(const PrefixAttentionBackward& a, RowNumbers* numbers, void* stream);
-void query_gradient(const AttentionGradients& a, void* stream);
-void key_gradients(AttentionGradients a, void* stream);
+// dq, where it has a place, and the gradients of both segments' keys.
+void attention_gradients(AttentionGradients a, void* stream);
 // The sums over the splits; those of the prefix with the factors of its dropout.
 void add_token_splits(const AttentionGradients& a, void* stream);
 void add_prefix_splits(const AttentionGradients& a, const AttentionPrefix& prefix, void* stream);

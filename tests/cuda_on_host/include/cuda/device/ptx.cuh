@@ -49,6 +49,8 @@ __forceinline__ void store_16(void* global, uint4 bits) {
   *static_cast<Vector16*>(global) = Vector16{bits.x, bits.y, bits.z, bits.w};
 }
 
+__forceinline__ void keep_loads_below() {}
+
 __forceinline__ float exp2_approximate(float x) { return std::exp2(x); }
 
 constexpr int kAndXor = (0xf0 & 0xcc) ^ 0xaa, kAndOr = (0xf0 & 0xcc) | 0xaa;
