@@ -13,11 +13,11 @@
 namespace glmkern {
 namespace {
 
-// Blocks to aim at for the keys of tokens and prefix together. Each writes sums, so the fewer the
-// better while there is enough for an A100's 108 multiprocessors: two each, or one where the blocks
-// of queries follow and fill what is left. Tokens and prefix share them by their products. A block
-// has rows enough to outweigh its sums. All are fixed, so that sums do not depend on the chip.
-constexpr double kBlocksAlone = 216, kBlocksBesideQueries = 96;
+// Blocks to aim at for the keys of tokens and prefix together, which share them by their products:
+// about one for each of an A100's 108 multiprocessors. Blocks of queries follow and fill what is
+// left, and the fewer blocks the fewer sums. A block has rows enough to outweigh its sums. All are
+// fixed, and so are the bits of a sum: on every chip, and whatever else is asked for.
+constexpr double kBlocks = 96;
 constexpr int64_t kRowsOfASplit = 256;
 constexpr int64_t kKeysOfABlock = 64;
 // Keys of a split of decoding: enough that reading them outweighs writing its result, and the most
@@ -64,8 +64,7 @@ Tensor new_floats(const Tensor& like, int64_t count) {
 // `all_keys` that has `share` of the products.
 int64_t blocks_sharing(const PrefixAttentionBackward& a, double share, int64_t keys,
                        int64_t all_keys) {
-  const double blocks = a.token_grad ? kBlocksBesideQueries : kBlocksAlone;
-  return std::llround(blocks * share / double(a.shape.groups * ceil_div(all_keys, keys)));
+  return std::llround(kBlocks * share / double(a.shape.groups * ceil_div(all_keys, keys)));
 }
 
 // The most that share the rows of a key.
@@ -75,8 +74,6 @@ int64_t most_splits(const PrefixAttentionBackward& a) {
 
 // Of the products with keys, the tokens' share: a row sees half of its sequence, on the mean.
 double share_of_tokens(const PrefixAttentionBackward& a) {
-  if (!a.token_grad) return 0;
-  if (!a.prefix_grad) return 1;
   const double seen = double(a.shape.tokens) / double(a.sequences.count) / 2;
   return seen / (seen + double(a.shape.prefix));
 }

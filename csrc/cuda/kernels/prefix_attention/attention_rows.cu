@@ -116,8 +116,9 @@ __global__ void __launch_bounds__(kFlatThreads)
     const int key = static_cast<int>(at / row);
     const SequenceCursor sequence(sequences, key);
     const int tile = (key - sequence.begin) / tile_keys;
-    splits =
-        KeyShare::splits_of(tile, sequence.end - sequence.begin, tile_keys, segment.pair_blocks);
+    const int tokens = sequence.end - sequence.begin;
+    const int its = KeyShare::splits_of(tile, tokens, tile_keys, segment.pair_blocks);
+    if (its < splits) splits = its;  // never more than there are, whatever cu_seqlens holds
   }
   const float* const partial = segment.partial + (i < count ? 0 : segment.splits * count) + at;
   float sum[kWidth] = {}, terms[kWidth];

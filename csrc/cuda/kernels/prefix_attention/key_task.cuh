@@ -21,7 +21,9 @@ struct KeyShare {
     const int partner = (tokens - 1) / tile_keys - tile;
     if (partner == tile) return pair_blocks / 2;
     const int last = tile > partner ? tile : partner;
-    const int few = tokens - last * tile_keys, all = 2 * tokens - (tile + partner) * tile_keys;
+    const int few = tokens - last * tile_keys;
+    if (few <= 0) return 0;  // the sequence has no such tile
+    const int all = 2 * tokens - (tile + partner) * tile_keys;
     const int splits = (2 * pair_blocks * few + all) / (2 * all);  // rounded
     const int of_last = splits > 1 ? splits : 1;
     return tile == last ? of_last : pair_blocks - of_last;
