@@ -121,13 +121,8 @@ __global__ void __launch_bounds__(kFlatThreads)
     if (its < splits) splits = its;  // never more than there are, whatever cu_seqlens holds
   }
   const float* const partial = segment.partial + (i < count ? 0 : segment.splits * count) + at;
-  float sum[kWidth] = {}, terms[kWidth];
-#pragma unroll 4
-  for (int split = 0; split < splits; split++) {
-    load_floats(partial + split * count, terms);
-#pragma unroll
-    for (int k = 0; k < kWidth; k++) sum[k] += terms[k];
-  }
+  float sum[kWidth] = {};
+  add_splits_of(partial, splits, count, sum);
   write_row(static_cast<T*>(i < count ? segment.dk : segment.dv) + at, kWidth, sum);
 }
 
@@ -148,17 +143,14 @@ __global__ void __launch_bounds__(kFlatThreads)
   for (int64_t split = 0; split < splits;) {
     const SequenceTile slot =
         find_tile(sequences, tokens, heads, rows_of_split, static_cast<int>(split));
-    const int tiles = ceil_quotient(slot.tokens * heads, rows_of_split);
-    float sum[kWidth] = {}, terms[kWidth], factors[kWidth];
-    for (int tile = slot.tile; tile < tiles; tile++, split++) {
-      load_floats(partial + split * count, terms);
-#pragma unroll
-      for (int k = 0; k < kWidth; k++) sum[k] += terms[k];
-    }
-    if (slot.tile >= tiles) {  // an idle slot
+    const int its = ceil_quotient(slot.tokens * heads, rows_of_split) - slot.tile;
+    if (its <= 0) {  // an idle slot
       split++;
       continue;
     }
+    float sum[kWidth] = {}, factors[kWidth];
+    add_splits_of(partial + split * count, its, count, sum);
+    split += its;
     draw_factors(philox, dropout, sequences.ids[slot.sequence], i, factors);
 #pragma unroll
     for (int k = 0; k < kWidth; k++) total[k] = fmaf(sum[k], factors[k], total[k]);

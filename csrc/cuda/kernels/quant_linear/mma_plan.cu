@@ -35,11 +35,7 @@ __global__ void __launch_bounds__(kFlatThreads)
   const int64_t i = flat_element<kWidth>();
   if (i >= a.rows * columns) return;
   float sum[kWidth] = {}, terms[kWidth];
-  for (int split = 0; split < splits; split++) {
-    load_floats(partial + split * a.rows * columns + i, terms);
-#pragma unroll
-    for (int k = 0; k < kWidth; k++) sum[k] += terms[k];
-  }
+  add_splits_of(partial + i, splits, a.rows * columns, sum);
   const int64_t column = i % columns;
   if (!a.backward) {
     load_floats(a.scale + column, terms);
