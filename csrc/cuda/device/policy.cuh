@@ -41,7 +41,7 @@ struct Sm80 {
 };
 
 // With another number of stages, where copies are asynchronous: two for large tiles, four for small
-// ones. Their number is then no division.
+// ones. A power of two, so that finding a step's stage is no division.
 template <class Policy, int kCount>
 struct WithStages : Policy {
   static constexpr int kStages = Policy::kAsyncCopies ? kCount : 2;

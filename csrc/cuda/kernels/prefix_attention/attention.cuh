@@ -4,6 +4,7 @@
 #include <climits>
 
 #include "cuda/device/division.cuh"
+#include "cuda/device/ptx.cuh"
 #include "cuda/device/sequences.cuh"
 #include "cuda/kernels/prefix_attention/prefix_attention_cuda.h"
 
@@ -135,6 +136,24 @@ __device__ PackedRows<T> results_of(const AttentionInputs& a, T* x, int channels
 // Where the numbers of a group's rows begin, from a token on: [groups, tokens * heads].
 __device__ inline int numbers_at(const AttentionInputs& a, int group, int token) {
   return (group * static_cast<int>(a.shape.tokens) + token) * static_cast<int>(a.shape.heads);
+}
+
+// Of products of queries and keys, the powers P = 2^(slope * x - lse); of those of dO and values,
+// x - D. number(i, j, e) is lse or D.
+template <int kRowTiles, int kTiles, class Number>
+__device__ void subtract_numbers(float (&x)[kRowTiles][kTiles][4], bool powers, float slope,
+                                 Number number) {
+#pragma unroll
+  for (int i = 0; i < kRowTiles; i++) {
+#pragma unroll
+    for (int j = 0; j < kTiles; j++) {
+#pragma unroll
+      for (int e = 0; e < 4; e++) {
+        x[i][j][e] = fmaf(x[i][j][e], powers ? slope : 1, -number(i, j, e));
+        if (powers) x[i][j][e] = exp2_approximate(x[i][j][e]);
+      }
+    }
+  }
 }
 
 // Keys and values that are read together; `own` ones are those of the sequence's tokens.

@@ -116,17 +116,7 @@ struct KeyGradient {
       }
       float x[kKeyTiles][kRows / 8][4] = {};  // P^T, or dP^T - D, then dS^T
       add_products<Policy, T>(x, kept, of_dv ? q.rows(step) : dout.rows(step));
-#pragma unroll
-      for (int i = 0; i < kKeyTiles; i++) {
-#pragma unroll
-        for (int j = 0; j < kRows / 8; j++) {
-#pragma unroll
-          for (int e = 0; e < 4; e++) {
-            x[i][j][e] = fmaf(x[i][j][e], of_dv ? a.slope : 1, -number[j][e % 2]);
-            if (of_dv) x[i][j][e] = exp2_approximate(x[i][j][e]);
-          }
-        }
-      }
+      subtract_numbers(x, of_dv, a.slope, [&](int, int j, int e) { return number[j][e % 2]; });
       if (of_dv) {
         hide_from_rows(x, row, seen_by_all, static_cast<int>(a.shape.heads));
         found.put(pair, x);

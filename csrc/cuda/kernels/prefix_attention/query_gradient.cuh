@@ -3,7 +3,8 @@
 //
 // A block walks the keys that its rows see, as in attend.cuh: no sum is shared between blocks. The
 // scores are computed a second time for the keys' gradients, which costs two products of seven and
-// needs no atomics. A warp has 16 rows, and keeps their queries and dO.
+// needs no atomics. A warp has 16 rows, and keeps their queries and dO: there are registers for
+// keys on their way. query_gradient_pairs.cuh has another form, for chips whose copies need none.
 #pragma once
 
 #include <algorithm>
@@ -58,19 +59,14 @@ struct QueryGradient {
           float p[1][2][4] = {}, ds[1][2][4] = {};
           add_products<Policy, T>(p, queries, staged.keys(step));
           add_products<Policy, T>(ds, douts, staged.values(step));
-#pragma unroll
-          for (int j = 0; j < 2; j++) {
-#pragma unroll
-            for (int e = 0; e < 4; e++) {
-              p[0][j][e] = exp2_approximate(fmaf(p[0][j][e], a.slope, -numbers[e / 2].lse));
-            }
-          }
+          subtract_numbers(p, true, a.slope, [&](int, int, int e) { return numbers[e / 2].lse; });
+          subtract_numbers(ds, false, 1, [&](int, int, int e) { return numbers[e / 2].delta; });
           hide_unseen(p, blocks, block, 0, row, 0);
 #pragma unroll
           for (int j = 0; j < 2; j++) {
 #pragma unroll
             for (int e = 0; e < 4; e++) {
-              ds[0][j][e] = p[0][j][e] * (ds[0][j][e] - numbers[e / 2].delta);
+              ds[0][j][e] *= p[0][j][e];
             }
           }
           add_weighted_rows<Policy, T, kChannels>(dq, {as_fragment<T>(ds[0][0], ds[0][1])},

@@ -56,17 +56,8 @@ struct QueryGradientInPairs {
           const uint4* const tile = of_queries ? staged.keys(step) : staged.values(step);
           const auto find = [&](float (&x)[kRowTiles][2][4], int key) {
             add_products<Policy, T>(x, kept, tile + key * kRowChunks<kChannels>);
-#pragma unroll
-            for (int i = 0; i < kRowTiles; i++) {
-#pragma unroll
-              for (int j = 0; j < 2; j++) {
-#pragma unroll
-                for (int e = 0; e < 4; e++) {
-                  x[i][j][e] = fmaf(x[i][j][e], of_queries ? a.slope : 1, -number[i][e / 2]);
-                  if (of_queries) x[i][j][e] = exp2_approximate(x[i][j][e]);
-                }
-              }
-            }
+            subtract_numbers(x, of_queries, a.slope,
+                             [&](int i, int, int e) { return number[i][e / 2]; });
             if (of_queries) hide_unseen(x, blocks, block, key, row, 0);
           };
           float others[kRowTiles][2][4] = {}, ds[kRowTiles][2][4] = {};
