@@ -143,14 +143,17 @@ __global__ void __launch_bounds__(kFlatThreads)
   for (int64_t split = 0; split < splits;) {
     const SequenceTile slot =
         find_tile(sequences, tokens, heads, rows_of_split, static_cast<int>(split));
-    const int its = ceil_quotient(slot.tokens * heads, rows_of_split) - slot.tile;
-    if (its <= 0) {  // an idle slot
+    const int tiles = ceil_quotient(slot.tokens * heads, rows_of_split);
+    float sum[kWidth] = {}, terms[kWidth], factors[kWidth];
+    for (int tile = slot.tile; tile < tiles; tile++, split++) {
+      load_floats(partial + split * count, terms);
+#pragma unroll
+      for (int k = 0; k < kWidth; k++) sum[k] += terms[k];
+    }
+    if (slot.tile >= tiles) {  // an idle slot
       split++;
       continue;
     }
-    float sum[kWidth] = {}, factors[kWidth];
-    add_splits_of(partial + split * count, its, count, sum);
-    split += its;
     draw_factors(philox, dropout, sequences.ids[slot.sequence], i, factors);
 #pragma unroll
     for (int k = 0; k < kWidth; k++) total[k] = fmaf(sum[k], factors[k], total[k]);
